@@ -1,0 +1,358 @@
+"""What every program that walks an audio folder agrees on: listing, safe paths, decoding, sharing the work.
+
+`cache_codes.py` and `precompute_48k.py` stand side by side in the data flow; what both need lives here once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from runlog import UserError, atomic_file, read_json, write_json
+
+AUDIO_SUFFIXES = (
+    ".wav",
+    ".flac",
+    ".mp3",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".aif",
+    ".aiff",
+    ".w64",
+    ".rf64",
+    ".caf",
+    ".au",
+)
+
+
+class AudioError(Exception):
+    """One bad file: the reason goes to skipped.jsonl or the manifest; the job goes on."""
+
+
+# ---- listing and paths ----
+
+
+def find_audio(root: str | Path) -> list[str]:
+    """Relative POSIX paths of all audio files below `root`, sorted (a listing's order is the file system's whim).
+
+    Raises UserError when the folder is missing or holds no audio.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"audio folder {root} does not exist")
+    found = []
+    for folder, _, names in os.walk(root, followlinks=False):
+        rel = os.path.relpath(folder, root)
+        prefix = "" if rel == "." else rel.replace(os.sep, "/") + "/"
+        found += [prefix + n for n in names if n.lower().endswith(AUDIO_SUFFIXES)]
+    if not found:
+        raise UserError(f"no audio file ({' '.join(AUDIO_SUFFIXES)}) below {root}")
+    return sorted(found)
+
+
+def link_roots(root: str | Path) -> tuple[Path, ...]:
+    """Folders that links below `root` may lead to: itself and what prepare_dataset.py recorded.
+
+    prepare_dataset.py makes folders of symbolic links and names their source in a manifest.json beside them.
+    """
+    root = Path(root).resolve()
+    roots = [root]
+    for folder in (root, *root.parents[:2]):  # {train,valid}/audio lies two levels below the manifest
+        if (folder / "manifest.json").is_file():
+            source = read_json(folder / "manifest.json").get("input_dir")
+            if source:
+                roots.append(Path(source).resolve())
+    return tuple(roots)
+
+
+def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -> Path:
+    """The file `rel` (relative POSIX path) below `root`; `..`, absolute, NUL and escaping links are refused.
+
+    allowed: resolved folders a link may lead to (default: root itself). Raises AudioError.
+    """
+    if not rel or "\0" in rel or rel.startswith(("/", "\\")) or ".." in rel.split("/") or rel[1:3] == ":\\":
+        raise AudioError(f"unsafe path {rel!r}: must be relative, without '..'")
+    path = Path(root) / rel
+    real = path.resolve()
+    if not any(real.is_relative_to(r) for r in allowed or (Path(root).resolve(),)):
+        raise AudioError(f"{rel} is a link that leaves {root}")
+    return path
+
+
+def target_names(files: list[str]) -> dict[str, str]:
+    """Source path -> path of its 48 kHz target: `a/b.mp3` -> `a/b.wav`.
+
+    Sources that share a stem (a/b.mp3 beside a/b.ogg) keep their suffix after the first: `a/b.ogg.wav`.
+    """
+    taken: dict[str, str] = {}
+    names = {}
+    for rel in sorted(files, key=lambda r: (os.path.splitext(r)[0], not r.lower().endswith(".wav"), r)):
+        name = os.path.splitext(rel)[0] + ".wav"
+        if name.lower() in taken:
+            name = rel + ".wav"
+        taken[name.lower()] = rel
+        names[rel] = name
+    return names
+
+
+# ---- decoding ----
+
+
+def wav_layout(f) -> tuple[int, int, int, int, int]:
+    """(format tag, channels, rate, data offset, data bytes) of an open RIFF WAVE file.
+
+    Raises AudioError when the header claims more data than the file holds: libsndfile would shorten it silently.
+    Streaming writers that never came back to fill in the length (0, 0x7FFFFFFF.., 0xFFFFFFFF) are accepted.
+    """
+    size = f.seek(0, os.SEEK_END)
+    f.seek(0)
+    head = f.read(12)
+    if len(head) < 12 or head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
+        raise AudioError("not a RIFF WAVE file")
+    fmt, ds64 = None, None
+    while True:
+        chunk = f.read(8)
+        if len(chunk) < 8:
+            raise AudioError("wav without a data chunk (truncated?)")
+        name, length = chunk[:4], struct.unpack("<I", chunk[4:])[0]
+        if name == b"data":
+            break
+        body = f.read(min(length, 64))
+        if name == b"fmt " and len(body) >= 16:
+            fmt = struct.unpack("<HHIIHH", body[:16])
+        if name == b"ds64" and len(body) >= 16:
+            ds64 = struct.unpack("<Q", body[8:16])[0]
+        f.seek(length + (length & 1) - len(body), os.SEEK_CUR)
+    offset = f.tell()
+    if fmt is None:
+        raise AudioError("wav without a fmt chunk")
+    if head[:4] == b"RF64" and ds64 is not None:
+        length = ds64
+    held = size - offset
+    if length > held:
+        if length < 0x7FFF0000:
+            raise AudioError(f"truncated: the header claims {length} bytes of audio, the file holds {held}")
+        length = held
+    if length == 0 and held > 0:
+        length = held
+    return fmt[0], fmt[1], fmt[2], offset, length
+
+
+def check_audio(x, rel: str = "") -> None:
+    """Raises AudioError for zero samples or NaN / infinite ones."""
+    import numpy as np
+
+    if len(x) == 0:
+        raise AudioError("0 samples")
+    if not np.isfinite(x).all():
+        raise AudioError(f"{int((~np.isfinite(x)).sum())} NaN or infinite samples")
+
+
+def read_audio(path: str | Path):
+    """Decode a file to mono float32: (samples [n], rate in Hz). Channels are averaged.
+
+    Raises AudioError (never anything else) for whatever is wrong with the file.
+    """
+    import soundfile as sf
+
+    try:
+        if str(path).lower().endswith(".wav"):
+            with open(path, "rb") as f:
+                wav_layout(f)
+        with sf.SoundFile(path) as f:
+            expected, rate = f.frames, f.samplerate
+            x = f.read(dtype="float32", always_2d=True)
+    except AudioError:
+        raise
+    except FileNotFoundError:
+        raise AudioError("file not found") from None
+    except (sf.LibsndfileError, OSError, RuntimeError, ValueError, MemoryError) as e:
+        raise AudioError(
+            f"unreadable: {getattr(e, 'error_string', None) or getattr(e, 'strerror', None) or e}"
+        ) from None
+    if 0 < expected < 2**62 and len(x) < expected * 0.999 - 4096:  # mp3 and ogg only estimate their length
+        raise AudioError(f"truncated: {len(x)} of {expected} frames decoded")
+    x = x[:, 0] if x.shape[1] == 1 else x.mean(axis=1)
+    check_audio(x)
+    return x, rate
+
+
+def resample(x, rate: int, new_rate: int):
+    """Band-limited (soxr VHQ, linear phase, no delay): float32 [n] -> [round(n * new_rate / rate)] exactly."""
+    import numpy as np
+    import soxr
+
+    if rate == new_rate:
+        return x
+    n = resampled_length(len(x), rate, new_rate)
+    y = soxr.resample(x, rate, new_rate, quality="VHQ")
+    if len(y) < n:
+        y = np.pad(y, (0, n - len(y)))
+    return np.ascontiguousarray(y[:n], dtype=np.float32)
+
+
+def resampled_length(n: int, rate: int, new_rate: int) -> int:
+    """round(n * new_rate / rate), half up, in integers."""
+    return (2 * n * new_rate + rate) // (2 * rate)
+
+
+# ---- sharing the work among processes and machines ----
+
+HEARTBEAT_S = 20.0
+STALE_S = 300.0  # a claim of another machine without a heartbeat this long is taken over
+
+
+def process_start_time(pid: int) -> int | None:
+    """Kernel start time of a live process in clock ticks (PIDs are reused, this pair is not); None if dead."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rsplit(")", 1)[1].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+class SharedWork:
+    """A list of files cut into units that any number of processes on any machines work off together.
+
+    Below `<output_dir>/work/`: `plan_K.bin` (NUL-separated file list, immutable once linked into place),
+    `unit_N.G.claim` (exclusive creation is the claim; a dead owner is followed by generation G+1),
+    `unit_N.json` (the unit's result, written after its outputs: the commit). Nothing is ever locked, so a
+    kill -9 at any moment leaves only a claim that the next process sees is dead.
+    """
+
+    def __init__(self, output_dir: str | Path, files: list[str], unit_size: int, settings: dict):
+        self.dir = Path(output_dir) / "work"
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.unit_size = unit_size
+        self.token = uuid.uuid4().hex
+        self.held: Path | None = None
+        self._agree_on_settings(settings | {"unit_size": unit_size})
+        self.units: list[list[str]] = []
+        self._plan(files)
+        self._stop = threading.Event()
+        threading.Thread(target=self._heartbeat, daemon=True).start()
+
+    # -- agreement --
+
+    def _create(self, name: str, content: bytes) -> bool:
+        """Create a file with its whole content, or return False because it exists."""
+        tmp = self.dir / f".{name}.{self.token}.tmp"
+        with open(tmp, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        try:
+            os.link(tmp, self.dir / name)
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            tmp.unlink()
+
+    def _agree_on_settings(self, settings: dict) -> None:
+        if self._create("settings.json", json.dumps(settings, indent=1).encode()):
+            return
+        begun = read_json(self.dir / "settings.json")
+        differ = [f"{k}: {begun.get(k)!r} then, {v!r} now" for k, v in settings.items() if begun.get(k) != v]
+        if differ:
+            raise UserError(f"{self.dir.parent} was begun with other settings ({'; '.join(differ)}); "
+                            "use the same ones or another --output_dir")  # fmt: skip
+
+    def _plan(self, files: list[str]) -> None:
+        wanted = list(files)
+        planned: set[str] = set()
+        number = 0
+        while True:
+            path = self.dir / f"plan_{number:03d}.bin"
+            if not path.exists():
+                new = [f for f in wanted if f not in planned]
+                if not new:
+                    return
+                self._create(path.name, b"\0".join(os.fsencode(f) for f in new))
+            listed = [os.fsdecode(b) for b in path.read_bytes().split(b"\0")]
+            self.units += [listed[i : i + self.unit_size] for i in range(0, len(listed), self.unit_size)]
+            planned.update(listed)
+            number += 1
+
+    # -- claims --
+
+    def _owner_alive(self, claim: Path) -> bool:
+        try:
+            owner = json.loads(claim.read_text())
+            age = time.time() - claim.stat().st_mtime
+        except (OSError, ValueError):
+            return claim.exists() and time.time() - claim.stat().st_mtime < STALE_S
+        if owner["host"] == socket.gethostname():
+            return process_start_time(owner["pid"]) == owner["start"]
+        return age < STALE_S
+
+    def _heartbeat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            held = self.held
+            if held is not None:
+                try:
+                    os.utime(held)
+                except OSError as e:
+                    print(f"warning: claim {held.name} could not be refreshed: {e}", flush=True)
+
+    def result_path(self, unit: int) -> Path:
+        return self.dir / f"unit_{unit:06d}.json"
+
+    def claim(self, unit: int) -> bool:
+        """True when the unit is ours to do now; False when it is done or a live process works on it."""
+        if self.result_path(unit).exists():
+            return False
+        generations = sorted(self.dir.glob(f"unit_{unit:06d}.*.claim"))
+        if generations and self._owner_alive(generations[-1]):
+            return False
+        number = int(generations[-1].name.split(".")[1]) + 1 if generations else 0
+        name = f"unit_{unit:06d}.{number:04d}.claim"
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start_time(os.getpid())}
+        if not self._create(name, json.dumps(me).encode()):
+            return False
+        if self.result_path(unit).exists():  # its owner committed between our two looks
+            return False
+        self.held = self.dir / name
+        return True
+
+    def still_ours(self) -> bool:
+        """False when this process slept so long that another took the unit over: then its output must not land."""
+        stem, number, _ = self.held.name.split(".")
+        return not (self.dir / f"{stem}.{int(number) + 1:04d}.claim").exists()
+
+    def commit(self, unit: int, result: dict) -> None:
+        write_json(self.result_path(unit), result)
+        self.held = None
+
+    def release(self) -> None:
+        """Give the current unit back unfinished (a stop was asked for)."""
+        if self.held is not None:
+            self.held.unlink(missing_ok=True)
+            self.held = None
+
+    def results(self) -> list[dict] | None:
+        """Results of all units in order, or None while some are not done."""
+        paths = [self.result_path(u) for u in range(len(self.units))]
+        if not all(p.exists() for p in paths):
+            return None
+        return [read_json(p) for p in paths]
+
+    def unfinished(self) -> int:
+        return sum(not self.result_path(u).exists() for u in range(len(self.units)))
+
+    def close(self) -> None:
+        self._stop.set()
+
+
+def write_jsonl(path: str | Path, rows) -> None:
+    with atomic_file(path, "w", encoding="utf-8") as f:
+        for row in rows:
+            f.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
