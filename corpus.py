@@ -40,7 +40,7 @@ class AudioError(Exception):
 
 
 def find_audio(root: str | Path) -> list[str]:
-    """Relative POSIX paths of all audio files below `root`, sorted (a listing's order is the file system's whim).
+    """Relative POSIX paths of all audio files below `root`, sorted (listings come unordered).
 
     Raises UserError when the folder is missing or holds no audio.
     """
@@ -108,7 +108,7 @@ def target_names(files: list[str]) -> dict[str, str]:
 def wav_layout(f) -> tuple[int, int, int, int, int]:
     """(format tag, channels, rate, data offset, data bytes) of an open RIFF WAVE file.
 
-    Raises AudioError when the header claims more data than the file holds: libsndfile would shorten it silently.
+    Raises AudioError when the header claims more data than the file holds (libsndfile shortens it silently).
     Streaming writers that never came back to fill in the length (0, 0x7FFFFFFF.., 0xFFFFFFFF) are accepted.
     """
     size = f.seek(0, os.SEEK_END)
@@ -185,7 +185,7 @@ def read_audio(path: str | Path):
 
 
 def resample(x, rate: int, new_rate: int):
-    """Band-limited (soxr VHQ, linear phase, no delay): float32 [n] -> [round(n * new_rate / rate)] exactly."""
+    """Band-limited (soxr VHQ, linear phase, no delay): float32 [n] -> [round(n * new_rate / rate)]."""
     import numpy as np
     import soxr
 
@@ -210,7 +210,7 @@ STALE_S = 300.0  # a claim of another machine without a heartbeat this long is t
 
 
 def process_start_time(pid: int) -> int | None:
-    """Kernel start time of a live process in clock ticks (PIDs are reused, this pair is not); None if dead."""
+    """Kernel start time of a live process in clock ticks (a PID is reused, the pair is not); None if dead."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -324,7 +324,7 @@ class SharedWork:
         return True
 
     def still_ours(self) -> bool:
-        """False when this process slept so long that another took the unit over: then its output must not land."""
+        """False when we slept so long that another took the unit over: then our output must not land."""
         stem, number, _ = self.held.name.split(".")
         return not (self.dir / f"{stem}.{int(number) + 1:04d}.claim").exists()
 

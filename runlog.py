@@ -1,4 +1,4 @@
-"""What the programs of this project agree on: run directory, log line, metrics file, atomic files, exit codes.
+"""What the programs agree on: run directory, log line, metrics file, atomic files, checkpoints, exit codes.
 
 Imported by every script (torch only inside the functions that need it, so that --help stays fast).
 """
@@ -138,7 +138,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
             torch.save(state, f)
     except OSError as e:
         raise UserError(f"checkpoint {path} could not be written: {e.strerror}; free some space or choose "
-                        "another --output_dir, then --resume from the previous checkpoint") from e  # fmt: skip
+                        "another --output_dir, then --resume the previous checkpoint") from e  # fmt: skip
     except RuntimeError as e:  # torch's zip writer reports a full disk this way
         if "write" not in str(e) and "PytorchStreamWriter" not in str(e):
             raise
