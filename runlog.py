@@ -271,3 +271,23 @@ def step_line(step: int, total: int, epoch: int, epochs: int, phase: str, values
             value = f"{value:.2e}" if key.startswith("lr") else f"{value:.4g}"
         parts.append(f"{key} {value}")
     return f"step {step}/{total} epoch {epoch}/{epochs} {phase} " + " ".join(parts)
+
+
+# ---- devices ----
+
+
+def pick_device(name: str):
+    """`cpu`, a GPU number (`0`), or `cuda:0` -> torch.device. Raises UserError when that GPU isn't there."""
+    import torch
+
+    name = str(name).lower()
+    if name == "cpu":
+        return torch.device("cpu")
+    number = name.removeprefix("cuda:") if name != "cuda" else "0"
+    if not number.isdigit():
+        raise UserError(f"--device {name}: say cpu, or a GPU number such as 0")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number) >= count:
+        raise UserError(f"GPU {number} isn't there: torch sees {count} GPU(s) here; use --device cpu"
+                        + (f" or a number below {count}" if count else ""))  # fmt: skip
+    return torch.device(f"cuda:{number}")
