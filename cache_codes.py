@@ -163,7 +163,8 @@ def geometry_of(model, name: str) -> Geometry:
 
 
 def fold_weight_norm(module):
-    """Replace weight-norm parametrizations by plain weights: same function, no renormalising at every call."""
+    """Replace weight-norm parametrizations by plain weights: same function, no renormalising at every
+    call."""
     import torch.nn.utils.parametrize as P
 
     for m in module.modules():
@@ -176,7 +177,8 @@ def fold_weight_norm(module):
 
 
 def align_samples(model) -> int:
-    """SNAC pads to, and chunks are cut at, multiples of this: hop x lcm(coarsest stride, attention window)."""
+    """SNAC pads to, and chunks are cut at, multiples of this: hop x lcm(coarsest stride, attention
+    window)."""
     return int(model.hop_length) * math.lcm(int(model.vq_strides[0]), model.attn_window_size or 1)
 
 
@@ -264,7 +266,8 @@ class Reader:
                 yield ahead.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError("a decoding process died (out of memory, or a file that crashes the decoder) "
-                            f"near {job[1]}; move that file away or lower --num_workers") from None  # fmt: skip
+                            f"near {job[1]}; move that file away or lower "
+                            "--num_workers") from None  # fmt: skip
 
     def close(self):
         if self.pool is not None:
@@ -391,7 +394,8 @@ def main(argv=None) -> int:
     log = RunLog(args.output_dir, "cache.log")
     total = sum(len(u) for u in work.units)
     log.say(f"cache: {total} files in {len(work.units)} units, {work.unfinished()} to do; {device}, "
-            f"{geometry.sampling_rate} Hz, hop {geometry.hop_length}, strides {geometry.vq_strides}")  # fmt: skip
+            f"{geometry.sampling_rate} Hz, hop {geometry.hop_length}, strides "
+            f"{geometry.vq_strides}")  # fmt: skip
     log.metric(event="start", kind="cache", total_steps=total, phase="cache", worker=tag)
 
     progress = sys.stdout.isatty()
@@ -445,7 +449,8 @@ def main(argv=None) -> int:
         finish(work, log, args.output_dir, geometry, args.data_dir)
     log.metric(event="end", reason=reason, kind="cache", worker=tag)
     if reason == "bad input":
-        raise UserError(f"{bad} bad files of {total} are more than --max_bad_fraction {args.max_bad_fraction:g}: "
+        raise UserError(f"{bad} bad files of {total} are more than --max_bad_fraction "
+                        f"{args.max_bad_fraction:g}: "
                         f"{first_bad(work)}; mend them, or run again with a higher --max_bad_fraction",
                         EXIT_BAD_INPUT)  # fmt: skip
     if reason == "stopped":

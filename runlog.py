@@ -36,20 +36,24 @@ class UserError(Exception):
         self.code = code
 
 
-def main_guard(main) -> None:
-    """Run `main()`; a UserError becomes one line on stderr, anything unforeseen keeps its traceback."""
+def guarded(function, *args):
+    """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen keeps its
+    traceback."""
     try:
-        code = main()
+        return function(*args)
     except UserError as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
-        code = e.code
+        sys.exit(e.code)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
-        code = EXIT_STOPPED
+        sys.exit(EXIT_STOPPED)
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = EXIT_OK
-    sys.exit(code or EXIT_OK)
+        sys.exit(EXIT_OK)
+
+
+def main_guard(main, *args) -> None:
+    sys.exit(guarded(main, *args) or EXIT_OK)
 
 
 class StopFlag:
