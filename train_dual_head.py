@@ -258,7 +258,7 @@ def curriculum(args) -> list[tuple[float, int]]:
         factors = [float(v) for v in args.batch_multiplier.split(",")]
         ranges = [tuple(int(n) for n in (r.split("-") * 2)[:2]) for r in args.epoch_ranges.split(",")]
     except ValueError:
-        raise UserError('--segment_schedule "1.0,2.0", --batch_multiplier "2.0,1.0" and --epoch_ranges "1-2,3-4" '
+        raise UserError('--segment_schedule "1.0,2.0", --batch_multiplier "2.0,1.0" and --epoch_ranges "1-2" '
                         "must be comma-separated lists") from None  # fmt: skip
     if not len(segments) == len(factors) == len(ranges):
         raise UserError(f"--segment_schedule has {len(segments)} entries, --batch_multiplier {len(factors)}, "
@@ -399,8 +399,8 @@ class Trainer:
     def open_data(self, cache_dir, audio_48k_dir, audio_24k_dir, limit, fixed):
         a = self.args
         data = CachedCodesDataset(
-            cache_dir, audio_48k_dir, a.val_segment, limit, audio_24k_dir=audio_24k_dir, seed=a.seed, fixed=fixed,
-            include_unfaithful=a.include_unfaithful, max_bad_fraction=a.max_bad_fraction,
+            cache_dir, audio_48k_dir, a.val_segment, limit, audio_24k_dir=audio_24k_dir, seed=a.seed,
+            fixed=fixed, include_unfaithful=a.include_unfaithful, max_bad_fraction=a.max_bad_fraction,
         )  # fmt: skip
         differs = self.geometry.difference(data.index.geometry)
         if differs:
@@ -489,8 +489,8 @@ class Trainer:
         if a.ema > 0:
             if self.ema is None:
                 self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
-            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for _, p in self.model.named_parameters()],
-                                 1 - a.ema)  # fmt: skip
+            current = [p.detach() for _, p in self.model.named_parameters()]
+            torch._foreach_lerp_(list(self.ema.values()), current, 1 - a.ema)
         return sums, value
 
     def note_bad(self, bad) -> None:
@@ -647,9 +647,10 @@ class Trainer:
         a, log, total = self.args, self.log, self.plan[-1].first_step + self.plan[-1].steps
         self.announce(total)
         last_save = time.time()
-        if self.step == 0 and self.validated < 0:
-            if not self.validate_and_keep(0):
-                return self.stop_with_checkpoint(self.plan[0])
+        if self.validated < 0 and not self.validate_and_keep(
+            0
+        ):  # the start, so that "improved by" has a base
+            return self.stop_with_checkpoint(self.plan[0])
         for epoch in self.plan:
             end = epoch.first_step + epoch.steps
             if self.step >= end and self.validated >= epoch.number:
@@ -665,9 +666,11 @@ class Trainer:
                 else []
             )
             feed = iter(self.loader(self.data, lists)) if lists else None
-            bar = tqdm(total=epoch.steps, initial=self.step - epoch.first_step, disable=None if self.rank == 0 else True,
-                       desc=f"epoch {epoch.number}/{a.epochs} {epoch.phase} {epoch.segment:g} "
-                            "s", leave=False)  # fmt: skip
+            title = f"epoch {epoch.number}/{a.epochs} {epoch.phase} {epoch.segment:g} s"
+            hide = None if self.rank == 0 else True  # None: shown on a terminal only
+            bar = tqdm(
+                total=epoch.steps, initial=self.step - epoch.first_step, desc=title, disable=hide, leave=False
+            )
             window, items, seconds, since = {}, {}, 0.0, time.time()
             while self.step < end:
                 if self.stop_asked():
@@ -718,8 +721,9 @@ class Trainer:
         a, log = self.args, self.log
         if self.rank == 0:
             write_json(Path(a.output_dir) / "args.json",
-                       {"args": vars(a), "git": git_sha(), "versions": versions(), "geometry": asdict(self.geometry),
-                        "model_config": self.config, "plan": [asdict(e) for e in self.plan], "world": self.world})  # fmt: skip
+                       {"args": vars(a), "git": git_sha(), "versions": versions(), "world": self.world,
+                        "geometry": asdict(self.geometry), "model_config": self.config,
+                        "plan": [asdict(e) for e in self.plan]})  # fmt: skip
         event = "resume" if self.step else "start"
         log.say(f"{event}: recipe {a.recipe}, {len(self.data)} rows ({len(self.val)} validation), {total} "
                 "steps, "
@@ -730,8 +734,8 @@ class Trainer:
                 log.say(f"  left out of {which}: {n} rows, {reason}")
         for e in self.plan:
             log.say(f"  epoch {e.number}: {e.phase}, {e.segment:g} s, batch {e.batch}, {e.steps} steps")
-        log.metric(event=event, kind="train", recipe=a.recipe, step=self.step, total_steps=total, epochs=a.epochs,
-                   rows=len(self.data), val_rows=len(self.val), git=git_sha())  # fmt: skip
+        log.metric(event=event, kind="train", recipe=a.recipe, step=self.step, total_steps=total,
+                   epochs=a.epochs, rows=len(self.data), val_rows=len(self.val), git=git_sha())  # fmt: skip
         self.began, self.began_step = time.time(), self.step
 
     def report(self, epoch, total, means, norm, speed) -> None:
@@ -744,7 +748,8 @@ class Trainer:
         shown = {"loss": means.get("loss"), "24k": means.get("loss_24k"), "48k": means.get("loss_48k")}
         self.log.say(step_line(self.step, total, epoch.number, self.args.epochs, epoch.phase,
                                {k: v for k, v in shown.items() if v is not None}
-                               | {"lr": rates["head_48k"], "norm": norm, "audio-s/s": speed, "eta": human_time(eta)}))  # fmt: skip
+                               | {"lr": rates["head_48k"], "norm": norm, "audio-s/s": speed,
+                                  "eta": human_time(eta)}))  # fmt: skip
         self.log.metric(step=self.step, total_steps=total, epoch=epoch.number, epochs=self.args.epochs,
                         phase=epoch.phase, segment_length=epoch.segment, batch_size=epoch.batch, **means,
                         lr=rates["head_48k"], **{f"lr_{k}": v for k, v in rates.items()}, grad_norm=norm,
