@@ -156,10 +156,11 @@ def check_audio(x, rel: str = "") -> None:
         raise AudioError(f"{int((~np.isfinite(x)).sum())} NaN or infinite samples")
 
 
-def read_audio(path: str | Path):
-    """Decode a file to mono float32: (samples [n], rate in Hz). Channels are averaged.
+def audio_blocks(path: str | Path, block_seconds: float = 60.0):
+    """Decode a file piece by piece: yields (mono float32 samples [n], rate in Hz). Channels are averaged.
 
-    Raises AudioError (never anything else) for whatever is wrong with the file.
+    The pieces joined are what `read_audio` returns; memory stays that of one piece. Raises AudioError (never
+    anything else) for whatever is wrong with the file, perhaps only after some pieces.
     """
     import soundfile as sf
 
@@ -168,21 +169,34 @@ def read_audio(path: str | Path):
             with open(path, "rb") as f:
                 wav_layout(f)
         with sf.SoundFile(path) as f:
-            expected, rate = f.frames, f.samplerate
-            x = f.read(dtype="float32", always_2d=True)
-    except AudioError:
-        raise
+            expected, rate, done = f.frames, f.samplerate, 0
+            while len(x := f.read(max(1, int(block_seconds * rate)), dtype="float32", always_2d=True)):
+                done += len(x)
+                x = x[:, 0] if x.shape[1] == 1 else x.mean(axis=1)
+                check_audio(x)
+                yield x, rate
     except FileNotFoundError:
         raise AudioError("file not found") from None
     except (sf.LibsndfileError, OSError, RuntimeError, ValueError, MemoryError) as e:
         raise AudioError(
             f"unreadable: {getattr(e, 'error_string', None) or getattr(e, 'strerror', None) or e}"
         ) from None
-    if 0 < expected < 2**62 and len(x) < expected * 0.999 - 4096:  # mp3 and ogg only estimate their length
-        raise AudioError(f"truncated: {len(x)} of {expected} frames decoded")
-    x = x[:, 0] if x.shape[1] == 1 else x.mean(axis=1)
-    check_audio(x)
-    return x, rate
+    if done == 0:
+        raise AudioError("0 samples")
+    if 0 < expected < 2**62 and done < expected * 0.999 - 4096:  # mp3 and ogg only estimate their length
+        raise AudioError(f"truncated: {done} of {expected} frames decoded")
+
+
+def read_audio(path: str | Path):
+    """Decode a file to mono float32: (samples [n], rate in Hz). Channels are averaged.
+
+    Raises AudioError (never anything else) for whatever is wrong with the file.
+    """
+    import numpy as np
+
+    blocks = list(audio_blocks(path))
+    rate = blocks[0][1]
+    return (blocks[0][0] if len(blocks) == 1 else np.concatenate([x for x, _ in blocks])), rate
 
 
 def resample(x, rate: int, new_rate: int):
