@@ -471,7 +471,7 @@ class Pager:
             self.counted = size
             data = self.read(self.top, self.BLOCK * 2)
         lines = data.split(b"\n")
-        if data.endswith(b"\n"):
+        if not lines[-1]:
             lines.pop()
         return [
             clean(next((p for p in reversed(x.split(b"\r")) if p), b"").decode("utf-8", "replace"))
@@ -1050,7 +1050,10 @@ def plot(title: list, curves: list, width: int, height: int, span=(0, 1), log=Fa
         why = (
             "no positive value for a log axis" if log and any(len(c[0]) for c in curves) else "no points yet"
         )
-        return [title, *[[("" if i != h // 2 else f"{'':8}{why}", "dim")] for i in range(h + 1)]]
+        return [
+            fit(title, width),
+            *[[("" if i != h // 2 else f"{'':8}{why}"[:width], "dim")] for i in range(h + 1)],
+        ]
     values.sort()
     cut = len(values) // 50 if clip else 0
     y0, y1 = values[cut], values[-1 - cut]
@@ -1653,8 +1656,6 @@ def draw(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
             (" no alarms ", "green"),
             (f" {sum(r.status == 'RUNNING' for r in fleet.runs.values())} running", ""),
         ]
-    if ui.message:
-        alarm = [(f" {clean(ui.message)} ", "bold yellow reverse")]
     footer, x = [], 0
     for action in FOOTER[ui.view]:
         keys = next(k for k, a, _ in KEYS if a == action)
@@ -1667,6 +1668,8 @@ def draw(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
             footer.append((text, style))
             zones.append((height - 1, x, x + len(text), action, None))
             x += len(text)
+    if ui.message:
+        footer = [(f" {clean(ui.message)} ", "bold yellow reverse")]
     ui.zones = zones
     body = [*body[: ui.height], *[[]] * (ui.height - len(body))]
     return [fit(line, width) for line in (tabs, alarm, *body, footer)]
@@ -1764,9 +1767,9 @@ def make_app(fleet: Fleet, ui: Ui, launcher: Path, refresh_s: float = 1.0, bell:
 
         def render_line(self, y: int) -> Strip:
             if y >= len(self.lines):
-                return Strip.blank(self.size.width)
+                return Strip.blank(self.size.width, Style.null())
             strip = Strip([Segment(t, Style.parse(s)) for t, s in self.lines[y]])
-            return strip.adjust_cell_length(self.size.width)
+            return strip.adjust_cell_length(self.size.width, Style.null())
 
         def on_click(self, event) -> None:
             for y, a, b, action, arg in self.app.ui.zones:
@@ -1801,7 +1804,7 @@ def make_app(fleet: Fleet, ui: Ui, launcher: Path, refresh_s: float = 1.0, bell:
             with Vertical(id="box"):
                 yield Static(self.question, markup=False)
                 if self.edit is not None:
-                    yield Input(self.edit)
+                    yield Input(self.edit, select_on_focus=False)
                 yes_no = "[@click=screen.answer(True)]y  yes[/]      [@click=screen.answer(False)]n  no[/]"
                 yield Static(yes_no if self.edit is None else "Enter goes on · Esc leaves")
 
@@ -1817,8 +1820,8 @@ def make_app(fleet: Fleet, ui: Ui, launcher: Path, refresh_s: float = 1.0, bell:
         BINDINGS = [Binding(k, f"do('{action}')", text, show=False) for k, action, text in KEYS]  # noqa: RUF012
 
         def __init__(self):
-            super().__init__()
-            self.theme = "ansi-dark"  # the terminal's own 16 colours
+            super().__init__(ansi_color=True)  # the terminal's own 16 colours, none under NO_COLOR
+            self.theme = "ansi-dark"
             self.fleet, self.ui, self.pane = fleet, ui, Pane()
             self.stopping, self.heard = threading.Event(), set()
 
@@ -1843,6 +1846,7 @@ def make_app(fleet: Fleet, ui: Ui, launcher: Path, refresh_s: float = 1.0, bell:
                         self.stopping.wait(0.02)
                 except Exception as e:  # a file in a shape nobody thought of: say so, keep the window
                     ui.message = f"reading failed: {type(e).__name__}: {e}"
+                    self.post_message(Polled())
                 self.stopping.wait(max(0.05, refresh_s - (time.monotonic() - start)))
 
         def on_polled(self) -> None:
