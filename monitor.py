@@ -35,7 +35,8 @@ from runlog import UserError, finite_json, human_time, main_guard
 
 TAIL_BYTES = 1 << 18  # read before the first paint; what lies before comes in afterwards, backwards
 CHUNK = 1 << 19  # bytes of history read in one go
-HISTORY_BYTES = 1 << 28  # older history than this is left unread (1 M metrics lines)
+HISTORY_BYTES = 1 << 28  # older metrics than this are left unread (1 M lines)
+HISTORY_LOG_BYTES = 1 << 26  # the same for logs without metrics (1 M lines)
 POINTS = 1 << 18  # points kept per curve; beyond, groups of 8 keep their lowest and highest
 LONGEST = 1 << 20  # a longer line is skipped
 
@@ -75,7 +76,7 @@ def number(value) -> float | None:
 
 def counted(value) -> int | None:
     """A step or epoch: an int that fits the curves' 32-bit x axis, else None."""
-    value = number(value)
+    value = value if type(value) is int else number(value)
     return int(value) if value is not None and 0 <= value < 2**32 else None
 
 
@@ -91,9 +92,10 @@ def parse_line(line: str) -> dict | None:
             return None
         if not isinstance(record, dict):
             return None
-        for k, v in record.items():
-            if isinstance(v, str) and v in ("NaN", "Infinity", "-Infinity"):
-                record[k] = float(v)
+        if '"NaN"' in line or 'Infinity"' in line:
+            for k, v in record.items():
+                if isinstance(v, str) and v in ("NaN", "Infinity", "-Infinity"):
+                    record[k] = float(v)
         return record
     if m := STEP_LINE.search(line):
         step, total, epoch, epochs, phase, rest = m.groups()
@@ -142,12 +144,6 @@ class Series:
     def __init__(self):
         self.xs, self.ys = array("I"), array("f")
 
-    def add(self, x: int, y: float) -> None:
-        self.xs.append(x)
-        self.ys.append(y)
-        if len(self.xs) > POINTS:
-            self.thin()
-
     def cut(self, x: int) -> None:
         i = bisect_left(self.xs, x)
         del self.xs[i:], self.ys[i:]
@@ -166,14 +162,15 @@ class Series:
 class RunState:
     """What the records of one run add up to. Steps that come again (resume, restart) replace the old ones."""
 
-    LATEST = ("epoch", "epochs", "total_steps", "phase", "segment_length", "loss", "loss_24k", "loss_48k",
+    LATEST = ("epoch", "epochs", "total_steps", "segment_length", "loss", "loss_24k", "loss_48k",
               "lr", "eta_s", "audio_s_per_s", "ppl", "bits_per_s", "skipped")  # fmt: skip
 
     def __init__(self):
-        self.latest: dict = {}
+        self.raw: dict = {}  # the latest value of every key, as it came
         self.series: dict[str, Series] = {}
         self.vals: list[dict] = []
         self.marks: list[tuple] = []  # (step, phase, segment_length) where these changed
+        self.stretch: tuple | None = None  # phase and segment length as last seen
         self.bad = array("I")  # steps whose loss was not finite
         self.skips, self.skip_reason = 0, None
         self.recent: deque = deque(maxlen=50)  # per step line "", "nan" or "skip"
@@ -181,9 +178,7 @@ class RunState:
         self.window: deque = deque(maxlen=20)  # losses, for the divergence alarm
         self.lowest: dict = {}  # (phase, segment_length) -> lowest median of 20 losses
         self.step: int | None = None
-        self.floor: int | None = (
-            None  # lowest step ever (re)started from: older history at or past it is void
-        )
+        self.floor: int | None = None  # lowest step (re)started from: older history past it is void
         self.end: dict | None = None
         self.checkpoint: dict | None = None
         self.records = 0
@@ -191,20 +186,13 @@ class RunState:
     def feed(self, r: dict) -> None:
         self.records += 1
         event, step = r.get("event"), counted(r.get("step"))
-        for key in self.LATEST:
-            value = r.get(key)
-            if value is not None and event is None:
-                if key == "phase":
-                    self.latest[key] = clean(str(value))[:24]
-                elif (value := number(value)) is not None:
-                    self.latest[key] = value
         if event in ("start", "resume"):
             self.end, self.window = None, deque(maxlen=20)
             self.recent.clear()
             self.pace.clear()
             for key in ("epochs", "total_steps"):
                 if counted(r.get(key)) is not None:
-                    self.latest[key] = counted(r[key])
+                    self.raw[key] = counted(r[key])
             if event == "resume" and step is not None:
                 self.rewind(step + 1)
         elif event == "end":
@@ -222,39 +210,55 @@ class RunState:
             values = {k: n for k, v in r.items() if k not in NOT_CURVES and (n := number(v)) is not None}
             self.vals.append({"step": x, "epoch": counted(r.get("epoch")), **values})
         elif event == "epoch":  # `[Train]` summary of older logs: a point only where there are no step lines
-            if self.step is None or self.latest.get("by_epoch"):
-                self.latest["by_epoch"] = True
-                self.point(counted(r.get("epoch")) or 0, r)
-                self.latest |= {k: v for k in self.LATEST if (v := number(r.get(k))) is not None}
-        elif event is None and step is not None:
-            self.point(step, r)
+            if self.step is None or "by_epoch" in self.raw:
+                self.raw |= {**r, "by_epoch": True}
+                self.point(counted(r.get("epoch")) or 0, {k: v for k, v in r.items() if k != "event"})
+        elif event is None:
+            self.raw.update(r if None not in r.values() else {k: v for k, v in r.items() if v is not None})
+            if step is not None:
+                self.point(step, r)
+
+    @property
+    def latest(self) -> dict:
+        """The latest values that are shown: numbers, and the phase's name."""
+        found = {k: n for k in self.LATEST if (n := number(self.raw.get(k))) is not None}
+        if self.raw.get("phase") is not None:
+            found["phase"] = clean(str(self.raw["phase"]))[:24]
+        return found
 
     def point(self, step: int, r: dict) -> None:
         if self.step is not None and step < self.step:
             self.rewind(step)
         self.floor = step if self.floor is None else min(self.floor, step)
         self.step, self.end = step, None
-        mark = (self.latest.get("phase"), self.latest.get("segment_length"))
-        if not self.marks or self.marks[-1][1:] != mark:
-            self.marks.append((step, *mark))
-            self.window.clear()
-        bad = False
-        for key, value in r.items():
-            if key in NOT_CURVES or isinstance(value, (str, list, dict)) or (y := number(value)) is None:
+        mark = (self.raw.get("phase"), self.raw.get("segment_length"))
+        if mark != self.stretch or not self.marks:
+            self.stretch, mark = mark, (clean(str(mark[0] or ""))[:24], number(mark[1]))
+            if not self.marks or self.marks[-1][1:] != mark:
+                self.marks.append((step, *mark))
+                self.window.clear()
+        bad, series = False, self.series
+        for key, y in r.items():  # runs for every line of a long history: kept lean
+            if (type(y) is not float and type(y) is not int) or key in NOT_CURVES:
                 continue
-            if not math.isfinite(y) or abs(y) > 3e38:
+            if not -3e38 < y < 3e38:
                 bad |= "loss" in key
-            elif key in self.series or len(self.series) < 16:
-                self.series.setdefault(key, Series()).add(step, y)
+            elif key in series or len(series) < 16:
+                s = series.get(key) or series.setdefault(key, Series())
+                s.xs.append(step)
+                s.ys.append(y)
+                if len(s.xs) > POINTS:
+                    s.thin()
         self.recent.append("nan" if bad else "")
         if bad:
             self.bad.append(step)
             del self.bad[:-5000]
-        loss = number(next((r[k] for k in ("loss", "loss_48k", "loss_24k") if k in r), None))
-        if loss is not None and math.isfinite(loss):
+        loss = next((r[k] for k in ("loss", "loss_48k", "loss_24k") if k in r), None)
+        if isinstance(loss, (float, int)) and math.isfinite(loss):
             self.window.append(loss)
-            if len(self.window) == 20:
-                self.lowest[mark] = min(self.lowest.get(mark, math.inf), sorted(self.window)[10])
+            if self.records % 5 == 0 and len(self.window) == 20:
+                key = self.marks[-1][1:]
+                self.lowest[key] = min(self.lowest.get(key, math.inf), sorted(self.window)[10])
         if (t := number(r.get("t"))) is not None:
             self.pace.append((t, step))
 
@@ -263,7 +267,7 @@ class RunState:
         for s in self.series.values():
             s.cut(step)
         self.vals = [v for v in self.vals if v["step"] < step]
-        self.marks = [m for m in self.marks if m[0] < step]
+        self.marks, self.stretch = [m for m in self.marks if m[0] < step], None
         self.bad = array("I", [b for b in self.bad if b < step])
         self.floor = step if self.floor is None else min(self.floor, step)
         if self.step is not None and self.step >= step:
@@ -288,7 +292,7 @@ class RunState:
         self.skips += older.skips
         for key, low in older.lowest.items():
             self.lowest[key] = min(low, self.lowest.get(key, math.inf))
-        self.latest = older.latest | self.latest
+        self.raw = older.raw | self.raw
         self.checkpoint = self.checkpoint or older.checkpoint
         self.step = older.step if self.step is None else self.step
         if older.floor is not None:
@@ -332,7 +336,7 @@ def whole_lines_before(path: Path, end: int, size: int) -> tuple[list[bytes], in
     if start:
         cut = data.find(b"\n") + 1
         data, start = data[cut:] if cut else b"", start + cut
-    return re.split(rb"[\r\n]+", data), start
+    return data.replace(b"\r", b"\n").split(b"\n"), start
 
 
 class Tailer:
@@ -739,10 +743,40 @@ class Run:
             if self.status is None and self.info:
                 self.status = "DEAD"
 
+    def history_cut(self) -> bool:
+        """True once as much history has been read as ever will be."""
+        tail = self.metrics or self.text
+        return tail.first - tail.before > (HISTORY_BYTES if self.metrics else HISTORY_LOG_BYTES)
+
+    def load_events(self) -> None:
+        """For a single look: of the history only validations, starts, resumes; found by their bytes."""
+        tail, needle = self.metrics or self.text, b'"event"' if self.metrics else b"[Val]"
+        while tail and tail.before and not self.history_cut():
+            try:
+                with open(tail.path, "rb") as f:
+                    start = max(0, tail.before - (CHUNK << 3))
+                    f.seek(start)
+                    data = f.read(tail.before - start)
+            except OSError:
+                return
+            if start:
+                cut = data.find(b"\n") + 1
+                start, data = start + cut, data[cut:]
+            older, at = RunState(), data.find(needle)
+            while at >= 0:
+                a, end = data.rfind(b"\n", 0, at) + 1, data.find(b"\n", at)
+                following = data.find(b"\n", end + 1)  # the step line that tells where this start began
+                for line in (data[a:end], data[end + 1 : following] if b'"start"' in data[a:end] else b""):
+                    if len(line) < LONGEST and (record := parse_line(line.decode("utf-8", "replace"))):
+                        older.feed(record)
+                at = data.find(needle, end) if end >= 0 else -1
+            self.state.prepend(older)
+            tail.before = start
+
     def load_older(self) -> bool:
         """Read one more piece of history, backwards; False when there is none left."""
         tail = self.metrics or self.text
-        if not tail or tail.before <= 0 or tail.first - tail.before > HISTORY_BYTES:
+        if not tail or not tail.before or self.history_cut():
             return False
         try:
             lines, tail.before = whole_lines_before(tail.path, tail.before, CHUNK)
@@ -1475,7 +1509,9 @@ def run_view(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
     notes += ["log y"] * ui.log + ["clipped y"] * ui.clip + [f"zoom {2**ui.zoom}x"] * (ui.zoom > 0)
     if tail and tail.before:
         part = 100 - 100 * tail.before // max(1, tail.pos)
-        notes.append("latest 256 MB only" if tail.first - tail.before > HISTORY_BYTES else f"reading {part}%")
+        notes.append(
+            f"latest {human_size(tail.first - tail.before)} only" if run.history_cut() else f"reading {part}%"
+        )
     notes += [f"× {len(s.bad)} not finite"] * (len(s.bad) > 0)
     lines = details(fleet, run, width)
     lines.append([("★ best  • validation  ┊ new phase or segment  ", "dim"), (" · ".join(notes), "cyan")])
@@ -1511,7 +1547,7 @@ def overlay(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
         curves.append((xs, ys, style, metric.startswith("val "), letter))
         low = min(range(len(ys)), key=ys.__getitem__)
         legend.append([(letter, style + " bold reverse"), (f" {run.name:<20.20} ", style),
-                       (f"now {short(ys[-1]):>7}  lowest {short(ys[low]):>7} at step {xs[low]}", "")])  # fmt: skip
+                       (f"now {short(ys[-1])}  lowest {short(ys[low])} at step {xs[low]}", "")])  # fmt: skip
     if not curves:
         return [[(f"No chosen run has {metric}; m for the next metric.", "")]]
     shown = legend[: max(1, height // 3)]
@@ -1558,7 +1594,7 @@ def system(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
         [("CPU  ", "bold"), *bar(None if cpu is None else cpu / 100, b),
          (f" {percent(cpu):>5} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", "")],
         [("RAM  ", "bold"), *bar(used / total if total else None, b),
-         (f" {percent(100 * used / total if total else None):>5} {human_size(used)} of {human_size(total)}", "")],
+         (f" {percent(total and 100 * used / total):>5} {human_size(used)} of {human_size(total)}", "")],
     ]  # fmt: skip
     disks = {}
     for r in fleet.listed():
@@ -1962,7 +1998,11 @@ def main() -> int:
     start = time.monotonic()
     fleet.poll()
     if a.once or a.json or a.export:
-        fleet.load_older(0.1 if a.once or a.json else 60)
+        if a.export:
+            fleet.load_older(60)
+        for run in fleet.runs.values():
+            run.load_events()
+            run.judge(fleet.mono(), fleet.limits)
         time.sleep(max(0.0, 0.05 - (time.monotonic() - start)))  # the CPU meter needs two looks
         fleet.cpu_percent = fleet.cpu.percent() if fleet.cpu_percent is None else fleet.cpu_percent
     if a.json:

@@ -1,4 +1,4 @@
-"""Run directories, logs, a /proc and an NVML as launch.sh and the trainers leave them; for tests and benchmarks.
+"""Run directories, logs, a /proc and an NVML as launch.sh and the trainers leave them.
 
 python tests/fake_runs.py DIR            a fleet of every kind of run in DIR/logs, with real processes, and
                                          live writers: then `python monitor.py --log_dir DIR/logs`
@@ -34,18 +34,41 @@ def train_record(
     l48 = 0.45 + 1.6 * math.exp(-6 * x) * (1 + 0.02 * seed) + 0.05 * rng.random()
     l24 = 0.40 + 0.5 * math.exp(-4 * x) + 0.04 * rng.random()
     lr = 2e-4 if epoch == 1 else 5e-5 * (0.04 + 0.96 * math.sin(math.pi * min(1, x)) ** 2)
-    return {"t": (NOW - 2 * (total - step)) if t is None else t, "step": step, "total_steps": total, "epoch": epoch,
-            "epochs": epochs, "phase": "warmup" if epoch == 1 else "main", "segment_length": segment,
-            "loss": 0.3 * l24 + l48, "loss_24k": l24, "loss_48k": l48, "lr": lr, "audio_s_per_s": 812.5,
-            "eta_s": 2.0 * (total - step)}  # fmt: skip
+    return {
+        "t": (NOW - 2 * (total - step)) if t is None else t,
+        "step": step,
+        "total_steps": total,
+        "epoch": epoch,
+        "epochs": epochs,
+        "phase": "warmup" if epoch == 1 else "main",
+        "segment_length": segment,
+        "loss": 0.3 * l24 + l48,
+        "loss_24k": l24,
+        "loss_48k": l48,
+        "lr": lr,
+        "audio_s_per_s": 812.5,
+        "eta_s": 2.0 * (total - step),
+    }
 
 
 def val_record(step: int, epoch: int, seed: int = 0) -> dict:
     r = train_record(step, seed=seed)
     bump = 0.03 * abs(epoch - 6)  # best at epoch 6
-    return {"t": r["t"], "event": "val", "step": step, "epoch": epoch, "loss": 0.7 + bump, "loss_24k": 0.42 + bump,
-            "loss_48k": 0.47 + bump, "l1_24k": 0.02, "stft_24k": 0.4, "l1_48k": 0.02, "stft_48k": 0.45,
-            "lsd_48k": 0.9 + bump, "lsd_12_24k": 1.2 + bump}  # fmt: skip
+    return {
+        "t": r["t"],
+        "event": "val",
+        "step": step,
+        "epoch": epoch,
+        "loss": 0.7 + bump,
+        "loss_24k": 0.42 + bump,
+        "loss_48k": 0.47 + bump,
+        "l1_24k": 0.02,
+        "stft_24k": 0.4,
+        "l1_48k": 0.02,
+        "stft_48k": 0.45,
+        "lsd_48k": 0.9 + bump,
+        "lsd_12_24k": 1.2 + bump,
+    }
 
 
 def dump(records) -> str:
@@ -123,8 +146,18 @@ def add_run(
     logs, run_dir = root / "logs", root / "runs" / name
     logs.mkdir(parents=True, exist_ok=True)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (logs / f"{name}.json").write_text(json.dumps({"name": name, "kind": kind, "gpus": gpus, "command": ["python"],
-                                                   "run_dir": str(run_dir), "started": NOW - 7000}))  # fmt: skip
+    (logs / f"{name}.json").write_text(
+        json.dumps(
+            {
+                "name": name,
+                "kind": kind,
+                "gpus": gpus,
+                "command": ["python"],
+                "run_dir": str(run_dir),
+                "started": NOW - 7000,
+            }
+        )
+    )
     if pid:
         (logs / f"{name}.pid").write_text(f"{pid} {ticks} python {kind}.py\n")
     (logs / f"{name}.log").write_text(log)
@@ -145,14 +178,38 @@ def human(records) -> str:
 
 
 def file_records(phase: str, n: int = 400, total: int = 1000) -> list[dict]:
-    return [{"t": NOW - (n - i), "step": i, "total_steps": total, "phase": phase, "audio_s_per_s": 5000 + i % 50,
-             "eta_s": float(total - i), "skipped": i // 150} for i in range(1, n)]  # fmt: skip
+    return [
+        {
+            "t": NOW - (n - i),
+            "step": i,
+            "total_steps": total,
+            "phase": phase,
+            "audio_s_per_s": 5000 + i % 50,
+            "eta_s": float(total - i),
+            "skipped": i // 150,
+        }
+        for i in range(1, n)
+    ]
 
 
 def rvq_records(n: int = 1438) -> list[dict]:
-    return [{"t": NOW - 1.5 * (n - i), "step": i, "total_steps": 4 * n, "epoch": 1 + i // 400, "epochs": 350,
-             "phase": "train", "loss": 2 + 6 * math.exp(-i / 300), "ppl": math.exp(2 + 6 * math.exp(-i / 300)),
-             "bits_per_s": 900 - i / 10, "ce": [2.0, 3.0], "lr": 2e-4, "eta_s": 9000.0} for i in range(1, n, 10)]  # fmt: skip
+    return [
+        {
+            "t": NOW - 1.5 * (n - i),
+            "step": i,
+            "total_steps": 4 * n,
+            "epoch": 1 + i // 400,
+            "epochs": 350,
+            "phase": "train",
+            "loss": 2 + 6 * math.exp(-i / 300),
+            "ppl": math.exp(2 + 6 * math.exp(-i / 300)),
+            "bits_per_s": 900 - i / 10,
+            "ce": [2.0, 3.0],
+            "lr": 2e-4,
+            "eta_s": 9000.0,
+        }
+        for i in range(1, n, 10)
+    ]
 
 
 def fleet_of_every_kind(root: Path) -> FakeProc:
@@ -176,10 +233,12 @@ def fleet_of_every_kind(root: Path) -> FakeProc:
     add_run(root, "precompute_gpu1", "precompute", [1], 111, records=file_records("precompute"))
     add_run(root, "rvq_gpu0", "rvq", [0], 112, records=rvq_records())
     old = "".join(
-        f"\rEpoch 4/10:  {i // 10}%|###   | {i}/1000 [00:10<00:30,  5.4it/s, loss={1 - i / 2000:.4f}, 24k=0.61, "
-        f"48k=0.50, lr=5.00e-05]" for i in range(0, 1001, 50)
-    )  # fmt: skip
-    old += "\nEpoch 4 [Train]: Loss=0.6100, 24kHz=0.6000, 48kHz=0.5000\nEpoch 4 [Val]: Loss=0.6500, 24kHz=0.6300, 48kHz=0.5200\n"  # fmt: skip
+        f"\rEpoch 4/10:  {i // 10}%|###   | {i}/1000 [00:10<00:30,  loss={1 - i / 2000:.4f}, 24k=0.61, "
+        f"48k=0.50, lr=5.00e-05]"
+        for i in range(0, 1001, 50)
+    )
+    old += "\nEpoch 4 [Train]: Loss=0.6100, 24kHz=0.6000, 48kHz=0.5000\n"
+    old += "Epoch 4 [Val]: Loss=0.6500, 24kHz=0.6300, 48kHz=0.5200\n"
     (root / "logs" / "phase10_old.log").write_text(old)
     return proc
 
