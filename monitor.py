@@ -559,6 +559,9 @@ class GpuSampler:
                 return []
             self.retry_at = self.now() + 30
             if self.nvml is None:
+                if not any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg"))):
+                    self.error = "no NVIDIA driver"  # importing NVML would cost a tenth of a second
+                    return []
                 try:
                     import pynvml
                 except ImportError:
@@ -1959,9 +1962,11 @@ def export(fleet: Fleet, folder: Path, sizes=((80, 24), (120, 40))) -> list[Path
                 app.do(view)
                 await pilot.pause()
                 base = folder / f"monitor_{view}_{width}x{height}"
-                base.with_suffix(".svg").write_text(
-                    app.export_screenshot(title="monitor.py"), encoding="utf-8"
-                )
+                svg = re.sub(r"@font-face \{.*?\}", "", app.export_screenshot(title="monitor.py"), flags=re.S)
+                svg = svg.replace(
+                    "Fira Code", "DejaVu Sans Mono"
+                )  # one that is there: an image loads no font
+                base.with_suffix(".svg").write_text(svg, encoding="utf-8")
                 text = "\n".join("".join(t for t, _ in line).rstrip() for line in app.pane.lines)
                 base.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
                 written.extend([base.with_suffix(".svg"), base.with_suffix(".txt")])

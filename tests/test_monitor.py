@@ -95,7 +95,7 @@ def alarms(run) -> str:
     [
         ('{"t": 1, "step": 3, "loss": "NaN", "loss_48k": "Infinity"}', {"step": 3, "loss_48k": math.inf}),
         (
-            "2026-01-02 03:04:05 step 120/3000 epoch 2/15 main loss 1.234 24k 0.61 48k 0.5 lr 5e-05 eta 1:02:03",
+            "2026-01-02 03:04 step 120/3000 epoch 2/15 main loss 1.234 24k 0.61 48k 0.5 lr 5e-05 eta 1:02:03",
             {
                 "step": 120,
                 "total_steps": 3000,
@@ -111,7 +111,7 @@ def alarms(run) -> str:
         ),
         ("step 1/2 epoch 1/1 main loss nan 48k inf", {"step": 1, "loss_48k": math.inf}),
         (
-            "Epoch 4:  45%|####5  | 450/1000 [01:23<02:34, 5.4it/s, loss=0.5123, 24k=0.61, 48k=0.5, lr=5e-05]",
+            "Epoch 4:  45%|####5  | 450/1000 [01:23<02:34, 5it/s, loss=0.5123, 24k=0.61, 48k=0.5, lr=5e-05]",
             {
                 "step": 3450,
                 "total_steps": None,
@@ -583,6 +583,9 @@ def test_one_broken_value_leaves_the_others():
 
 def test_no_nvml(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    sampler = m.GpuSampler()
+    assert sampler.sample() == [] and sampler.error
+    monkeypatch.setattr(m.os.path, "exists", lambda p: True)  # a driver, but no Python package
     sampler = m.GpuSampler()
     assert sampler.sample() == [] and "not installed" in sampler.error
     fleet, _ = one(tmp_path, fake.train_records(10))
