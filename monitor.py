@@ -13,6 +13,7 @@ Reads files and /proc, never the jobs themselves: closing it, or its crash, can'
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import math
 import os
@@ -1948,6 +1949,26 @@ def make_app(fleet: Fleet, ui: Ui, launcher: Path, refresh_s: float = 1.0, bell:
     return Monitor()
 
 
+def drawn_dots(svg: str) -> str:
+    """Braille as small squares, and no font from the net: the picture looks the same everywhere."""
+    text = re.compile(
+        r'<text class="([^"]+)" x="([\d.]+)" y="([\d.]+)"([^>]*)>([^<]*[\u2801-\u28ff][^<]*)</text>'
+    )
+
+    def squares(m):
+        x, y, path = float(m[2]), float(m[3]), []
+        for i, c in enumerate(html.unescape(m[5])):
+            for r, c2 in ((r, c2) for r in range(4) for c2 in range(2) if "\u2800" < c <= "\u28ff"):
+                if ord(c) & DOTS[r][c2]:
+                    path.append(f"M{x + 12.2 * i + 1.6 + 6.1 * c2:.1f} {y - 17.5 + 6.15 * r:.1f}h3v3h-3z")
+        kept = re.sub("[\u2800-\u28ff]", "&#160;", m[5])
+        d = "".join(path)
+        return f'<path class="{m[1]}" d="{d}"/><text class="{m[1]}" x="{m[2]}" y="{m[3]}"{m[4]}>{kept}</text>'
+
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S).replace("Fira Code", "DejaVu Sans Mono")
+    return text.sub(squares, svg)
+
+
 def export(fleet: Fleet, folder: Path, sizes=((80, 24), (120, 40))) -> list[Path]:
     """A picture (SVG) and a text of every view at each size, drawn by the app itself without a terminal."""
     import asyncio
@@ -1962,10 +1983,7 @@ def export(fleet: Fleet, folder: Path, sizes=((80, 24), (120, 40))) -> list[Path
                 app.do(view)
                 await pilot.pause()
                 base = folder / f"monitor_{view}_{width}x{height}"
-                svg = re.sub(r"@font-face \{.*?\}", "", app.export_screenshot(title="monitor.py"), flags=re.S)
-                svg = svg.replace(
-                    "Fira Code", "DejaVu Sans Mono"
-                )  # one that is there: an image loads no font
+                svg = drawn_dots(app.export_screenshot(title="monitor.py"))
                 base.with_suffix(".svg").write_text(svg, encoding="utf-8")
                 text = "\n".join("".join(t for t, _ in line).rstrip() for line in app.pane.lines)
                 base.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")

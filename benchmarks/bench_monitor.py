@@ -260,9 +260,7 @@ def main() -> None:
     print("| what | measured | wanted |\n|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
-    print(
-        f"\n{os.cpu_count()} cores; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end."
-    )
+    print(f"\n{os.cpu_count()} cores; load average {load:.1f} then {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

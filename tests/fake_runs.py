@@ -111,6 +111,7 @@ class FakeNvml:
 
     def __init__(self, processes=(), dies_at: int = 10**9, broken=()):
         self.processes, self.dies_at, self.broken, self.calls = processes, dies_at, broken, 0
+        self.up = False
 
     def __getattr__(self, name):
         if not name.startswith("nvml"):
@@ -119,7 +120,11 @@ class FakeNvml:
         def call(*args):
             self.calls += 1
             if self.calls >= self.dies_at or name in self.broken:
+                self.up &= self.calls < self.dies_at
                 raise self.NVMLError("GPU is lost")
+            self.up |= name == "nvmlInit"
+            if not self.up:
+                raise self.NVMLError("Uninitialized")
             i = args[0] if args else 0
             return {
                 "nvmlInit": None,

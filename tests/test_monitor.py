@@ -187,6 +187,8 @@ def test_resume_replaces_overlapping_steps():
     assert s.series["loss_48k"].ys[-1] == pytest.approx(fake.train_record(400, seed=9)["loss_48k"])
     assert [v["step"] for v in s.vals] == [200]  # the one at 400 belongs to steps that were trained again
     assert s.end is None
+    s = state_of([*records, again[0]])  # before its first step line
+    assert s.step == 300 and s.series["loss"].xs[-1] == 300
 
 
 def test_a_fresh_start_in_the_same_directory_forgets_the_old_run():
@@ -972,4 +974,10 @@ def test_sixteen_colours_and_no_colour(steady, monkeypatch):
 def test_export_writes_every_view(steady, tmp_path):
     written = m.export(steady, tmp_path / "pictures")
     assert len(written) == 24
-    assert "train_gpu3" in (tmp_path / "pictures" / "monitor_overview_80x24.svg").read_text()
+    svg = (tmp_path / "pictures" / "monitor_run_80x24.svg").read_text()
+    assert "train_gpu3" in svg or "train_gpu0" in svg
+    assert (
+        "<path" in svg
+        and "http" not in svg.split("<style>")[1]
+        and not any("\u2800" < c < "\u2900" for c in svg)
+    )
