@@ -53,7 +53,14 @@ ERROR = re.compile(
     r"No space left|Bus error"
 )
 KEYS_SEEN_AS = {"24k": "loss_24k", "24khz": "loss_24k", "48k": "loss_48k", "48khz": "loss_48k",
-                "eta": "eta_s", "segment": "segment_length", "audio_s/s": "audio_s_per_s"}  # fmt: skip
+                "eta": "eta_s", "segment": "segment_length", "audio_s/s": "audio_s_per_s",
+                "audio-s/s": "audio_s_per_s", "bits/s": "bits_per_s"}  # fmt: skip
+END_REASONS = {
+    0: "finished",
+    3: "stopped",
+    4: "diverged",
+    5: "bad input",
+}  # by exit code, where none is given
 NOT_CURVES = {"t", "step", "total_steps", "epoch", "epochs", "segment_length", "eta_s"}
 CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "·") | {9: " "}  # a log must not drive the terminal
 ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)")
@@ -97,6 +104,8 @@ def parse_line(line: str) -> dict | None:
             for k, v in record.items():
                 if isinstance(v, str) and v in ("NaN", "Infinity", "-Infinity"):
                     record[k] = float(v)
+        if "files" in record:  # precompute's name for it
+            record.setdefault("total_steps", record["files"])
         return record
     if m := STEP_LINE.search(line):
         step, total, epoch, epochs, phase, rest = m.groups()
@@ -191,13 +200,13 @@ class RunState:
             self.end, self.window = None, deque(maxlen=20)
             self.recent.clear()
             self.pace.clear()
-            for key in ("epochs", "total_steps"):
-                if counted(r.get(key)) is not None:
-                    self.raw[key] = counted(r[key])
-            if event == "resume" and step is not None:
-                self.rewind(step + 1)
+            self.raw |= {k: r[k] for k in ("epochs", "total_steps", "recipe") if r.get(k) is not None}
+            if step is not None:
+                self.rewind(step + (event == "resume"))
         elif event == "end":
-            self.end = r
+            self.end = r | {
+                "reason": r.get("reason") or END_REASONS.get(r.get("code"), f"exit code {r.get('code')}")
+            }
         elif event == "checkpoint":
             self.checkpoint = r
         elif event == "skip":
@@ -208,6 +217,7 @@ class RunState:
             if x is None:
                 x = counted(r.get("epoch")) or 0
             self.vals = [v for v in self.vals if v["step"] < x]  # validated again after a resume
+            r = {"loss": r.get("val_loss"), **r}  # rvq's name for it
             values = {k: n for k, v in r.items() if k not in NOT_CURVES and (n := number(v)) is not None}
             self.vals.append({"step": x, "epoch": counted(r.get("epoch")), **values})
         elif event == "epoch":  # `[Train]` summary of older logs: a point only where there are no step lines
@@ -679,7 +689,17 @@ class Run:
 
     @property
     def recipe(self) -> str | None:
-        return clean(str((self.args or {}).get("recipe") or "")) or None
+        args = self.args or {}
+        args = args["args"] if isinstance(args.get("args"), dict) else args
+        return clean(str(self.state.raw.get("recipe") or args.get("recipe") or ""))[:24] or None
+
+    def mine(self, record: dict) -> bool:
+        """Several cache or precompute processes write into one metrics file: is this record of this one?"""
+        if not self.folder or self.name.endswith("_cpu"):
+            return True
+        if "worker" in record:
+            return self.name.endswith(f"_{record['worker']}")
+        return "proc" not in record or str(record["proc"]).rsplit("-", 1)[-1] == str(self.pid)
 
     def metrics_path(self) -> Path | None:
         if self.info.get("metrics"):
@@ -704,6 +724,10 @@ class Run:
 
     def poll(self, now: float, mono: float, proc: Path) -> None:
         self.read_info()
+        if self.folder:
+            self.status, self.pid = job_status(self.folder / f"{self.name}.pid", proc)
+            if self.status is None and self.info:
+                self.status = "DEAD"
         path = self.metrics_path()
         if self.metrics is None and path and path.is_file():
             self.metrics = Tailer(path)
@@ -722,7 +746,7 @@ class Run:
         if self.metrics:
             for line in self.metrics.poll():
                 grew = True
-                if record := parse_line(line):
+                if (record := parse_line(line)) and self.mine(record):
                     self.state.feed(record)
         if self.text:
             for line in self.text.poll():
@@ -742,10 +766,6 @@ class Run:
             self.grown = mono - max(0.0, now - max(stamps)) if stamps else mono
         elif grew:
             self.grown = mono
-        if self.folder:
-            self.status, self.pid = job_status(self.folder / f"{self.name}.pid", proc)
-            if self.status is None and self.info:
-                self.status = "DEAD"
 
     def history_cut(self) -> bool:
         """True once as much history has been read as ever will be."""
@@ -769,10 +789,8 @@ class Run:
             older, at = RunState(), data.find(needle)
             while at >= 0:
                 a, end = data.rfind(b"\n", 0, at) + 1, data.find(b"\n", at)
-                following = data.find(b"\n", end + 1)  # the step line that tells where this start began
-                for line in (data[a:end], data[end + 1 : following] if b'"start"' in data[a:end] else b""):
-                    if len(line) < LONGEST and (record := parse_line(line.decode("utf-8", "replace"))):
-                        older.feed(record)
+                if end - a < LONGEST and (record := parse_line(data[a:end].decode("utf-8", "replace"))):
+                    older.feed(record)
                 at = data.find(needle, end) if end >= 0 else -1
             self.state.prepend(older)
             tail.before = start
@@ -791,7 +809,7 @@ class Run:
         for line in lines:
             if (line.startswith(b"{") or tail is self.text) and len(line) < LONGEST:
                 record = parse_line(line.decode("utf-8", "replace"))
-                if record:
+                if record and self.mine(record):
                     older.feed(record)
         self.state.prepend(older)
         return tail.before > 0
@@ -812,9 +830,8 @@ class Run:
 
     def why_dead(self) -> str:
         if self.end:
-            code = self.end.get("exit_code")
-            why = [clean(str(self.end.get("reason"))), self.error or "", f"exit {code}" if code else ""]
-            return ": ".join(w for w in why if w)
+            code = f" (exit code {clean(str(self.end['code']))})" if self.end.get("code") else ""
+            return ": ".join(w for w in (clean(str(self.end["reason"])), self.error) if w) + code
         if self.error:
             return self.error
         last = clean(self.last_line or "").strip()[:120]
@@ -1397,7 +1414,7 @@ def details(fleet: Fleet, run: Run, width: int) -> list:
         f"{label} {short(latest[key])}"
         for key, label in (("loss", "loss"), ("loss_24k", "24k"), ("loss_48k", "48k"), ("ppl", "ppl"),
                            ("bits_per_s", "bits/s"), ("lr", "lr"), ("audio_s_per_s", "audio s/s"),
-                           ("skipped", "skipped files"))
+                           ("skipped", "skipped"))
         if key in latest
     )  # fmt: skip
     third = f"GPU {gpu_text(fleet, run)}"
@@ -1448,7 +1465,7 @@ PANELS = {  # kind -> panels; a panel: title, training curves, validation curves
               ("lr", ("lr",), ()), ("LSD val", (), ("lsd_48k", "lsd_12_24k"))),
     "rvq": (("loss", ("loss",), ("loss",)), ("ppl", ("ppl",), ("ppl",)), ("lr", ("lr",), ()),
             ("bits/s", ("bits_per_s",), ("bits_per_s",))),
-    "cache": (("audio s/s", ("audio_s_per_s",), ()), ("skipped files", ("skipped",), ())),
+    "cache": (("audio s/s", ("audio_s_per_s",), ()), ("skipped", ("skipped",), ())),
 }  # fmt: skip
 
 
@@ -2000,7 +2017,10 @@ def export(fleet: Fleet, folder: Path, sizes=((80, 24), (120, 40))) -> list[Path
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", nargs="*", help="log files or run directories to watch besides --log_dir")
-    log_dir = os.environ.get("LOG_DIR") or "logs"
+    beside = Path(__file__).resolve().with_name("logs")  # where launch.sh writes from wherever it is called
+    log_dir = os.environ.get("LOG_DIR") or (
+        "logs" if Path("logs").is_dir() or not beside.is_dir() else beside
+    )
     p.add_argument("--log_dir", default=log_dir, help="where launch.sh keeps NAME.{log,pid,json}")
     p.add_argument("--once", action="store_true", help="print the overview as text and leave")
     p.add_argument("--json", action="store_true", help="print everything as one JSON object and leave")

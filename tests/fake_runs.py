@@ -76,7 +76,7 @@ def dump(records) -> str:
 
 
 def train_records(upto: int, total: int = 3000, seed: int = 0, every: int = 5) -> list[dict]:
-    out = [{"t": NOW - 2 * total - 5, "event": "start", "total_steps": total, "epochs": 15}]
+    out = [{"t": NOW - 2 * total - 5, "event": "start", "step": 0, "total_steps": total, "epochs": 15}]
     for step in range(1, upto + 1):
         if step % every == 0 or step == 1:
             out.append(train_record(step, total, seed=seed))

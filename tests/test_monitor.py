@@ -236,7 +236,9 @@ def test_a_long_history_comes_in_pieces(tmp_path):
     assert len(run.state.vals) == 15 and run.row()["best_epoch"] == 6
 
 
-def test_a_single_look_knows_the_best_of_a_long_run(tmp_path):
+@pytest.mark.parametrize("chunk", [m.CHUNK, 200])  # 200: every validation straddles an edge sooner or later
+def test_a_single_look_knows_the_best_of_a_long_run(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(m, "CHUNK", chunk)
     first = [*fake.train_records(9000, total=12000, every=1), {"event": "end", "reason": "diverged"}]
     for v in first:
         if v.get("event") == "val":
@@ -457,8 +459,8 @@ def test_finished_stopped_died_and_reused(tmp_path):
     assert run.shown_state == "FINISHED" and run.alarms == [] and run.row()["eta_s"] is None
     _, run = one(tmp_path / "b", [*r, end | {"reason": "stopped", "signal": "SIGTERM"}], state=None)
     assert run.shown_state == "DEAD" and alarms(run) == "STOPPED at step 100 by SIGTERM: resume continues it"
-    _, run = one(tmp_path / "c", [*r, end | {"reason": "diverged", "exit_code": 4}], state=None)
-    assert alarms(run) == "!DEAD at step 100: diverged: exit 4"
+    _, run = one(tmp_path / "c", [*r, end | {"reason": "diverged", "code": 4}], state=None)
+    assert alarms(run) == "!DEAD at step 100: diverged (exit code 4)"
     _, run = one(tmp_path / "d", r, state=None, log="step 100/3000 epoch 1/15 main loss 1\n")
     assert alarms(run).startswith("!DEAD at step 100: vanished without a word") and "epoch 1/15" in alarms(
         run
@@ -469,6 +471,47 @@ def test_finished_stopped_died_and_reused(tmp_path):
     assert run.shown_state == "DEAD" and "RuntimeError: CUDA error" in alarms(run)
     _, run = one(tmp_path / "g", [*r, end | {"reason": "finished", "t": fake.NOW - 90000}], state=None)
     assert run.shown_state == "DEAD"  # that end was an earlier attempt's
+
+
+def test_processes_that_share_a_metrics_file_are_told_apart(tmp_path):
+    """cache_gpu0 and cache_gpu1 write into one output folder; gpu0 ends first, gpu1 is killed."""
+    proc = fake.FakeProc(tmp_path / "proc")
+    proc.folder.mkdir(parents=True)
+    shared = [
+        {"event": "start", "total_steps": 90, "worker": "gpu0"},
+        {"step": 30, "total_steps": 90, "phase": "cache", "audio_s_per_s": 5.0, "worker": "gpu0"},
+        {"step": 20, "total_steps": 90, "phase": "cache", "audio_s_per_s": 6.0, "worker": "gpu1"},
+        {"event": "end", "reason": "finished", "worker": "gpu0"},
+        {"step": 40, "total_steps": 90, "phase": "cache", "audio_s_per_s": 7.0, "worker": "gpu1"},
+    ]
+    for i in (0, 1):
+        run_dir = fake.add_run(tmp_path, f"cache_gpu{i}", "cache", str(i), 50 + i)
+        (run_dir / "metrics.jsonl").write_text(fake.dump({"t": fake.NOW, **r} for r in shared))
+    fleet = fleet_at(tmp_path, proc)
+    fleet.poll()
+    a, b = fleet.runs["cache_gpu0"], fleet.runs["cache_gpu1"]
+    assert (a.shown_state, a.state.step, a.alarms) == ("FINISHED", 30, [])
+    assert (b.shown_state, b.state.step) == ("DEAD", 40) and "vanished" in alarms(b)
+
+
+def test_precompute_and_rvq_as_they_write(tmp_path):
+    lines = [
+        {"event": "start", "kind": "precompute", "files": 63, "proc": "vm-7"},
+        {"step": 21, "files": 63, "skipped": 1, "audio_s_per_s": 144.9, "proc": "vm-7"},
+        {"step": 99, "files": 63, "proc": "vm-8"},
+        {"event": "end", "code": 0, "proc": "vm-7", "files": 63},
+    ]
+    _, run = one(tmp_path / "a", [{"t": fake.NOW, **r} for r in lines], state=None)
+    assert (run.shown_state, run.state.step, m.done(run)) == ("FINISHED", 21, "33%")
+    lines[-1]["code"] = 3
+    _, run = one(tmp_path / "b", [{"t": fake.NOW, **r} for r in lines], state=None)
+    assert alarms(run) == "STOPPED at step 21: resume continues it"
+    lines = [
+        *fake.rvq_records(),
+        {"event": "val", "step": 1431, "epoch": 4, "val_loss": 2.77, "ppl": 16.0, "ce": [1]},
+    ]
+    _, run = one(tmp_path / "c", lines)
+    assert m.best_text(run) == "2.77@4" and run.row()["best_epoch"] == 4
 
 
 # ---- alarms ----
@@ -976,8 +1019,5 @@ def test_export_writes_every_view(steady, tmp_path):
     assert len(written) == 24
     svg = (tmp_path / "pictures" / "monitor_run_80x24.svg").read_text()
     assert "train_gpu3" in svg or "train_gpu0" in svg
-    assert (
-        "<path" in svg
-        and "http" not in svg.split("<style>")[1]
-        and not any("\u2800" < c < "\u2900" for c in svg)
-    )
+    assert "h3v3h-3z" in svg and "http" not in svg.split("<style>")[1]
+    assert not any("\u2800" < c < "\u2900" for c in svg)
