@@ -200,7 +200,7 @@ class RunState:
             self.end, self.window = None, deque(maxlen=20)
             self.recent.clear()
             self.pace.clear()
-            self.raw |= {k: r[k] for k in ("epochs", "total_steps", "recipe") if r.get(k) is not None}
+            self.raw |= {k: r[k] for k in ("epochs", "total_steps", "recipe", "kind") if r.get(k) is not None}
             if step is not None:
                 self.rewind(step + (event == "resume"))
         elif event == "end":
@@ -680,12 +680,10 @@ class Run:
 
     @property
     def kind(self) -> str | None:
-        kind = self.info.get("kind") or re.split(r"[_\d]", self.name)[0]
-        return (
-            kind
-            if kind in ("train", "cache", "precompute", "rvq")
-            else ("train" if self.state.vals else None)
-        )
+        raw, known = self.state.raw, ("train", "cache", "precompute", "rvq")
+        guesses = (self.info.get("kind"), raw.get("kind"), re.split(r"[_\d]", self.name)[0], raw.get("phase"))
+        kind = next((k for k in guesses if k in known), None)
+        return kind or ("rvq" if "ppl" in raw else "train" if self.state.vals else None)
 
     @property
     def recipe(self) -> str | None:
@@ -1495,7 +1493,7 @@ def panel(run: Run, ui: Ui, width: int, height: int, spec: tuple) -> list:
             head += [(f" {'val' if train else key.removeprefix('lsd_')} {short(ys[-1])}", style),
                      (f" best {short(ys[low])}@{short(epoch)}", "bold yellow")]  # fmt: skip
             best = best or (xs[low], ys[low])
-    edges = [x for c in s.series.values() if c.xs for x in (c.xs[0], c.xs[-1])]
+    edges = [v["step"] for v in s.vals] + [x for c in s.series.values() if c.xs for x in (c.xs[0], c.xs[-1])]
     span = visible(ui, max(edges, default=1), min(edges, default=0))
     smooth = SMOOTH[ui.smooth] if "lr" not in train else 0
     bad = s.bad if any("loss" in k for k in train) else ()

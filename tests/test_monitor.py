@@ -512,6 +512,11 @@ def test_precompute_and_rvq_as_they_write(tmp_path):
     ]
     _, run = one(tmp_path / "c", lines)
     assert m.best_text(run) == "2.77@4" and run.row()["best_epoch"] == 4
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "somewhere" / "metrics.jsonl").write_text(fake.dump(lines))
+    fleet = m.Fleet(tmp_path / "none", [tmp_path / "somewhere"])
+    fleet.poll()
+    assert fleet.runs["somewhere"].kind == "rvq"
 
 
 # ---- alarms ----
