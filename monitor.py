@@ -681,9 +681,10 @@ class Run:
     @property
     def kind(self) -> str | None:
         raw, known = self.state.raw, ("train", "cache", "precompute", "rvq")
-        guesses = (self.info.get("kind"), raw.get("kind"), re.split(r"[_\d]", self.name)[0], raw.get("phase"))
+        guesses = (self.info.get("kind"), raw.get("kind"), re.split(r"[_\d]", self.name)[0])
         kind = next((k for k in guesses if k in known), None)
-        return kind or ("rvq" if "ppl" in raw else "train" if self.state.vals else None)
+        kind = kind or ("rvq" if "ppl" in raw else raw.get("phase") if raw.get("phase") in known else None)
+        return kind or ("train" if self.state.vals else None)
 
     @property
     def recipe(self) -> str | None:
