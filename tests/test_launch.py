@@ -117,9 +117,9 @@ def test_preflight_and_bad_arguments(launch, tmp_path):
 
 def test_a_hangup_of_the_terminal_leaves_the_job_alive(launch):
     """The terminal's session gets SIGHUP; the job has a session of its own."""
-    shell = subprocess.Popen(["bash", "-c", f"source "
-                                            f"'{ROOT}/launch.sh'\n{sleeper(launch, 'train_gpu0')}\nsleep 60"],
-                             env=launch.env, start_new_session=True, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    snippet = f"source '{ROOT}/launch.sh'; " + sleeper(launch, "train_gpu0") + "; sleep 60"
+    shell = subprocess.Popen(["bash", "-c", snippet], env=launch.env, start_new_session=True,
+                             stdout=subprocess.PIPE, text=True)  # fmt: skip
     while "stop it" not in (line := shell.stdout.readline()):
         assert line, "the job did not start"
     os.killpg(shell.pid, 1)
