@@ -2,7 +2,7 @@
 
     python assets/make_codec.py --data_dir klettres/usr/share/klettres
         fillets/usr/share/games/fillets-ng/sound \\ --exclude assets/codec/held_out.txt --output_dir
-assets/codec --ae_steps 1300 --decoder_steps 1900
+assets/codec --ae_steps 1200 --decoder_steps 2000
 
 (the packages klettres-data, fillets-ng-data-cs and fillets-ng-data-nl, unpacked with `dpkg -x`). How:
 
@@ -268,8 +268,12 @@ def save(model, folder: Path) -> None:
 # ---- main ----
 
 
-def optimise(parameters, lr: float):
-    return torch.optim.AdamW(parameters, lr, betas=(0.8, 0.99), weight_decay=0)
+def optimise(module) -> torch.optim.Optimizer:
+    """AdamW; Snake's alpha at a tenth of the rate: 1/alpha explodes when a large step takes it near 0."""
+    alphas = [p for name, p in module.named_parameters() if name.endswith("alpha")]
+    others = [p for name, p in module.named_parameters() if not name.endswith("alpha")]
+    groups = [{"params": others, "share": 1.0}, {"params": alphas, "share": 0.1}]
+    return torch.optim.AdamW(groups, betas=(0.8, 0.99), weight_decay=0)
 
 
 def parse_args():
@@ -279,12 +283,12 @@ def parse_args():
         "--exclude", required=True, help="list of paths inside a data_dir: never trained on, measured on"
     )
     p.add_argument("--output_dir", required=True, help="gets config.json, pytorch_model.bin, report.json")
-    p.add_argument("--ae_steps", type=int, default=1300, help="steps without codebooks")
+    p.add_argument("--ae_steps", type=int, default=1200, help="steps without codebooks")
     p.add_argument(
-        "--decoder_steps", type=int, default=1900, help="steps of the decoder on quantized latents"
+        "--decoder_steps", type=int, default=2000, help="steps of the decoder on quantized latents"
     )
     p.add_argument("--batch_size", type=int, default=6, help="crops of 0.68 s a step")
-    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--lr", type=float, default=1.5e-3)
     p.add_argument("--kmeans_minutes", type=float, default=70, help="audio for the codebooks")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
     p.add_argument("--seed", type=int, default=42)
@@ -319,7 +323,7 @@ def main() -> int:
 
     def step(optimizer, parameters, lr, quantize, name, n, total):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (n + 1) / 100)
+            group["lr"] = lr * group["share"] * min(1, (n + 1) / 100)
         x = batch()
         loss = audio_loss(decoder(quantize(x)), x)
         optimizer.zero_grad()
@@ -332,21 +336,22 @@ def main() -> int:
             )
 
     parameters = list(model.parameters())
-    optimizer, sphere = optimise(parameters, args.lr), False
+    optimizer, sphere = optimise(model), False
     for n in range(args.ae_steps):
         done = n / args.ae_steps
         if not sphere and done > 0.55:
             whiten(model, latents_of(2.2))
-            optimizer, sphere = optimise(parameters, args.lr), True
+            optimizer, sphere = optimise(model), True
         lr = args.lr * (1 if done < 0.7 else 1 - 0.8 * (done - 0.7) / 0.3)
         continuous = lambda x, on=sphere: bottleneck(model, encoder(x), on)[0]  # noqa: E731
         step(optimizer, parameters, lr, continuous, "autoencoder", n, args.ae_steps)
     whiten(model, latents_of(2.2))
     make_codebooks(model, latents_of(args.kmeans_minutes))
+    save(model, Path(args.output_dir))
     model.requires_grad_(False)
     model.decoder.requires_grad_(True)
     parameters = list(model.decoder.parameters())
-    optimizer = optimise(parameters, args.lr)
+    optimizer = optimise(model.decoder)
 
     def quantized(x):
         with torch.no_grad():
