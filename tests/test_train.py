@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -502,3 +503,21 @@ def test_a_target_that_was_scaled_to_fit_16_bits_comes_back_at_its_level(cache_d
     a, b = (CachedCodesDataset(cache_dir, d, 0.5)[0] for d in (targets_dir, tmp_path / "t"))
     assert torch.allclose(a["audio_48k"], b["audio_48k"], atol=1e-4)
     assert torch.allclose(a["audio_24k"], b["audio_24k"], atol=1e-4) and a["audio_24k"].abs().max() > 0.05
+
+
+def test_two_processes_train_as_one(cache_dir, targets_dir, snac_dir, tmp_path, unbroken):
+    """torchrun with two processes (gloo): the same global batches, so the same losses as the single process."""
+    argv = tiny_args(cache_dir, targets_dir, snac_dir, tmp_path / "two", "--ema", 0.9)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(ROOT / "train_dual_head.py"), *argv], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = lambda d: [json.loads(line) for line in open(d / "metrics.jsonl")]  # noqa: E731
+    one, two = (
+        {r["step"]: r["loss_48k"] for r in lines(d) if "event" not in r} for d in (unbroken, tmp_path / "two")
+    )
+    assert one.keys() == two.keys() and all(math.isclose(one[s], two[s], rel_tol=1e-4) for s in one)
+    val = [
+        [r["lsd_12_24k"] for r in lines(d) if r.get("event") == "val"] for d in (unbroken, tmp_path / "two")
+    ]
+    assert np.allclose(*val, rtol=1e-3)
