@@ -506,7 +506,7 @@ def test_a_target_that_was_scaled_to_fit_16_bits_comes_back_at_its_level(cache_d
 
 
 def test_two_processes_train_as_one(cache_dir, targets_dir, snac_dir, tmp_path, unbroken):
-    """torchrun with two processes (gloo): the same global batches, so the same losses as the single process."""
+    """torchrun with two processes (gloo): the same batches, so the same losses as one process."""
     argv = tiny_args(cache_dir, targets_dir, snac_dir, tmp_path / "two", "--ema", 0.9)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*command, str(ROOT / "train_dual_head.py"), *argv], capture_output=True, text=True,
