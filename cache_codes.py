@@ -43,6 +43,7 @@ from runlog import (
     UserError,
     atomic_file,
     human_time,
+    ignore_stop_signals,
     main_guard,
     pick_device,
     write_json,
@@ -251,7 +252,9 @@ class Reader:
         self.root, self.rate, self.allowed = root, rate, link_roots(root)
         self.workers = num_workers
         context = multiprocessing.get_context("forkserver")  # not fork: CUDA is already up in the parent
-        self.pool = concurrent.futures.ProcessPoolExecutor(num_workers, context) if num_workers else None
+        self.pool = None
+        if num_workers:
+            self.pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, ignore_stop_signals)
 
     def __call__(self, files):
         jobs = ((self.root, rel, self.allowed, self.rate) for rel in files)

@@ -81,6 +81,12 @@ class StopFlag:
         return self.signal is not None
 
 
+def ignore_stop_signals(*_) -> None:
+    """For workers: `launch.sh stop` signals the whole process group, but the main process decides."""
+    for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(sig, signal.SIG_IGN)
+
+
 # ---- atomic files ----
 
 

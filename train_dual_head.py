@@ -41,6 +41,7 @@ from runlog import (
     git_sha,
     guarded,
     human_time,
+    ignore_stop_signals,
     load_checkpoint,
     main_guard,
     pick_device,
@@ -604,6 +605,7 @@ class Trainer:
     def loader(self, data, index_lists):
         return torch.utils.data.DataLoader(
             data, batch_sampler=index_lists, collate_fn=collate, num_workers=self.args.num_workers,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=self.device.type == "cuda", prefetch_factor=4 if self.args.num_workers else None,
         )  # fmt: skip
 

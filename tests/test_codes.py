@@ -264,3 +264,17 @@ def test_target_names_never_collide():
 def test_another_model_has_another_hash(tmp_path):
     assert geometry_of(make_snac(1), "").weights_sha256 != geometry_of(make_snac(2), "").weights_sha256
     save_snac(make_snac(1), tmp_path)
+
+
+def test_a_signal_to_the_whole_group_stops_and_the_same_command_goes_on(audio_dir, snac_dir, tmp_path):
+    args = ("--data_dir", audio_dir, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir,
+            "--device", "cpu", "--rows_per_file", 1, "--num_workers", 1)  # fmt: skip
+    command = list(map(str, [sys.executable, ROOT / "cache_codes.py", *args]))
+    job = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list((tmp_path / "c").glob("*.parquet")) and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(timeout=30) in (0, 3)  # 0: it was done before the signal came
+    run("cache_codes.py", *args)
+    assert len(rows_of(tmp_path / "c")) == 14

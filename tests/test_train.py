@@ -4,8 +4,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -521,3 +523,21 @@ def test_two_processes_train_as_one(cache_dir, targets_dir, snac_dir, tmp_path, 
         [r["lsd_12_24k"] for r in lines(d) if r.get("event") == "val"] for d in (unbroken, tmp_path / "two")
     ]
     assert np.allclose(*val, rtol=1e-3)
+
+
+def test_a_signal_to_the_whole_group_stops_with_a_checkpoint(cache_dir, targets_dir, snac_dir, tmp_path):
+    """launch.sh stop signals the process group, data loader workers included."""
+    out = tmp_path / "run"
+    argv = tiny_args(cache_dir, targets_dir, snac_dir, out, "--num_workers", 1, "--epochs", 100,
+                     "--epoch_ranges", "1-1,2-100")  # fmt: skip
+    job = subprocess.Popen([sys.executable, str(ROOT / "train_dual_head.py"), *argv], start_new_session=True,
+                           stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    deadline = time.time() + 120
+    metrics = out / "metrics.jsonl"
+    while time.time() < deadline and not (metrics.exists() and '"step": 4' in metrics.read_text()):
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(timeout=30) == 3
+    last = json.loads(open(out / "metrics.jsonl").readlines()[-1])
+    assert (last["event"], last["reason"]) == ("end", "stopped")
+    assert load_checkpoint(T.find_resume("auto", str(out)))["global_step"] == last["step"] >= 4
