@@ -536,9 +536,9 @@ def main() -> int:
             for path in args.files:
                 try:
                     n = open_npq(path, "both")
-                    seconds = n.frames / n.fps
-                    print(f"{path}: {n.kind}, {n.frames} frames x {len(n.vocab)} at {n.fps:.2f}/s = "
-                          f"{seconds:.1f} s, vocabulary {sorted(set(n.vocab))}, {n.kbps:.2f} kbps")  # fmt: skip
+                    what = f"{n.kind}, {n.frames} frames x {len(n.vocab)} at {n.fps:.2f}/s"
+                    print(f"{path}: {what} = {n.frames / n.fps:.1f} s, "
+                          f"vocabulary {sorted(set(n.vocab))}, {n.kbps:.2f} kbps")  # fmt: skip
                 except NpqError as e:
                     failed += 1
                     print(f"{path}: refused: {e}")
