@@ -21,15 +21,15 @@ from __future__ import annotations
 import argparse
 import glob
 import itertools
-import json
 import math
 import os
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from runlog import UserError, atomic_file, main_guard, read_json
+from runlog import UserError, atomic_file, main_guard
 
 DTYPES = {0: "<u1", 1: "<u2", 2: "<u4"}
 MAX_K = 512
@@ -174,7 +174,7 @@ def parse_header(head: bytes, size: int, legacy: str = "") -> tuple:
     if legacy and max(vocab) > 1 << 16:
         raise NpqError(f"vocabulary size {max(vocab)} does not fit u16 tokens")
     if T < 1:
-        raise NpqError(f"{T} frames")
+        raise NpqError(f"T is {T}: no frames")
     if size < at + T * K * width:
         raise NpqError(f"truncated: {T} x {K} tokens need {at + T * K * width} bytes, the file has {size}")
     return kind, fps, kbps, T, vocab, dtype, at, k_mid
@@ -259,152 +259,54 @@ def write_npq2(path, mid, side, vocab: list[int], fps: float, kbps: float = 0.0,
 # ---- our SNAC cache ----
 
 
-def cache_shards(folder: str | Path) -> list[str]:
-    return sorted(glob.glob(os.path.join(glob.escape(str(folder)), "codes_batch_gpu*.parquet")))
+def is_cache(folder: str) -> bool:
+    return bool(glob.glob(os.path.join(glob.escape(folder), "codes_batch_gpu*.parquet")))
 
 
-def read_snac_metadata(path: str | Path) -> dict:
-    """The `snac` JSON of a shard's schema. Raises NpqError."""
-    import pyarrow.parquet as pq
-
-    try:
-        meta = json.loads((pq.read_schema(path).metadata or {})[b"snac"])
-        meta["vq_strides"] = [int(s) for s in meta["vq_strides"]]
-        for key in ("sampling_rate", "hop_length", "codebook_size"):
-            meta[key] = int(meta[key])
-            if meta[key] < 1:
-                raise ValueError(f"{key} is {meta[key]}")
-    except KeyError as e:
-        raise NpqError(f"no {e} in its schema metadata: not a cache of cache_codes.py") from None
-    except (OSError, ValueError, TypeError) as e:  # pyarrow's own errors are ValueError and OSError too
-        raise NpqError(str(e).splitlines()[0]) from None
-    return meta
+def slot_order(vq_strides: list[int]) -> np.ndarray:
+    """Columns of a CodeIndex row block (scale by scale) in frame order; 4, 2, 1 -> 0 1 3 4 2 5 6."""
+    counts = [len(c) for c in slot_columns(vq_strides)]
+    first = np.cumsum([0, *counts])
+    return np.array([first[k] + i for k, i in frame_slots(vq_strides)])
 
 
-def snac_fps(meta: dict) -> float:
+def snac_source(geometry) -> dict:
+    """What a checkpoint keeps of a cache's geometry: what made the tokens, hence what can speak them."""
+    return {"kind": "snac", **asdict(geometry), "vq_strides": list(geometry.vq_strides)}
+
+
+def snac_fps(source: dict) -> float:
     """Coarse frames a second: 24000 / (512 * 4) = 11.72 for snac_24khz."""
-    return meta["sampling_rate"] / (meta["hop_length"] * meta["vq_strides"][0])
+    return source["sampling_rate"] / (source["hop_length"] * source["vq_strides"][0])
 
 
-def read_shard(path: str | Path, meta: dict):
-    """(paths, lengths [rows], frames int16 [sum, K], bad [(path, reason)]) of one shard. Raises NpqError."""
+def read_shard(path: str | Path):
+    """One parquet file of a cache -> (source, [frames int16 [T, K] of each good row]). Raises NpqError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = slot_columns(meta["vq_strides"])
-    names = [f"codes_scale_{k}" for k in range(len(columns))]
+    from cache_codes import Geometry
+    from dataset import shard_arrays
+
     try:
-        table = pq.read_table(path, columns=["file_path", *names]).combine_chunks()
-    except (OSError, ValueError, KeyError, pa.ArrowException) as e:
-        raise NpqError(str(e).splitlines()[0]) from None
-    paths = table["file_path"].to_pylist()
-    values, offsets = [], []
-    for name in names:
-        column = table[name].chunk(0) if table.num_rows else pa.array([], table[name].type)
-        if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) or column.null_count:
-            raise NpqError(f"column {name} is not a list column without nulls")
-        flat = column.values.to_numpy(zero_copy_only=False)
-        if flat.dtype.kind not in "iu":
-            raise NpqError(f"column {name} holds {flat.dtype}, not integers")
-        values.append(flat)
-        offsets.append(column.offsets.to_numpy().astype(np.int64))
-    coarse = np.diff(offsets[0]) // len(columns[0])
-    reason = np.full(len(paths), "", dtype=object)
-    reason[coarse < 1] = "no codes"
-    for k, cols in enumerate(columns):
-        have = np.diff(offsets[k])
-        reason[(have != coarse * len(cols)) & (reason == "")] = f"scale {k} is not {len(cols)} codes a frame"
-        wrong = np.concatenate([[0], np.cumsum((values[k] < 0) | (values[k] >= meta["codebook_size"]))])
-        outside = wrong[offsets[k][1:]] > wrong[offsets[k][:-1]]
-        reason[outside & (reason == "")] = f"scale {k} has a code outside 0..{meta['codebook_size'] - 1}"
-    good = reason == ""
-    frames = np.empty((int(coarse[good].sum()), sum(map(len, columns))), dtype=np.int16)
-    for k, cols in enumerate(columns):
-        keep = np.repeat(good, np.diff(offsets[k]))
-        flat = values[k][offsets[k][0] : offsets[k][-1]][keep]
-        frames[:, cols] = flat.reshape(len(frames), len(cols))
-    bad = [(paths[i], reason[i]) for i in np.flatnonzero(~good)]
-    return [p for p, g in zip(paths, good) if g], coarse[good], frames, bad
+        table = pq.read_table(path)
+        geometry = Geometry.from_json(table.schema.metadata[b"snac"].decode())
+        block, coarse, _, _, _ = shard_arrays(table, geometry, set())
+    except (KeyError, TypeError, ValueError, OSError, pa.ArrowException) as e:
+        raise NpqError(f"not a parquet file of cache_codes.py: {str(e).splitlines()[0]}") from None
+    frames = block[:, slot_order(geometry.vq_strides)]
+    return snac_source(geometry), np.split(frames, np.cumsum(coarse)[:-1])
 
 
-def index_cache(folder: str | Path) -> dict:
-    """Build (once, atomically) or reuse `rvq_index/` beside the shards; returns its key.
+def write_cache(path: str | Path, rows: dict[str, np.ndarray], source: dict) -> None:
+    """A shard of cache_codes.py's schema from {file_path: frames [T, K]}, atomically."""
+    from cache_codes import Geometry, write_shard
 
-    `frames_*.bin` int16 [sum T, K] as in the shards; `files_*.npy` int64 [files, 2] (start, T), in the order
-    of file_path so that the split does not depend on how many processes wrote the cache.
-    """
-    folder = Path(folder)
-    shards = cache_shards(folder)
-    if not shards:
-        raise UserError(f"no codes_batch_gpu*.parquet in {folder}; make the cache with cache_codes.py")
-    stats = [[os.path.basename(s), os.path.getsize(s), os.stat(s).st_mtime_ns] for s in shards]
-    where = folder / "rvq_index"
-    if (where / "index.json").is_file():
-        key = read_json(where / "index.json")
-        files = [where / key.get("frames_file", "?"), where / key.get("files_file", "?")]
-        whole = all(f.is_file() for f in files) and files[0].stat().st_size == 2 * key["frames"] * key["K"]
-        if key.get("shards") == stats and whole:
-            return key
-    try:
-        meta = read_snac_metadata(shards[0])
-    except NpqError as e:
-        raise UserError(f"{shards[0]}: {e}; delete the shard and run cache_codes.py again") from None
-    K, bad, all_paths, lengths = len(frame_slots(meta["vq_strides"])), [], [], []
-    if meta["codebook_size"] > 1 << 15:
-        raise UserError(f"{folder}: codebook_size {meta['codebook_size']} does not fit int16 codes")
-    stamp = f"{os.getpid()}_{os.stat(shards[-1]).st_mtime_ns}"
-    try:
-        where.mkdir(exist_ok=True)
-        with atomic_file(where / f"frames_{stamp}.bin") as f:
-            for shard in shards:
-                try:
-                    other = read_snac_metadata(shard)
-                    if other != meta:
-                        differ = [k for k in meta | other if meta.get(k) != other.get(k)]
-                        raise UserError(f"{shard} comes from another model than {shards[0]}: {differ} "
-                                        "differ; make one cache with one model")  # fmt: skip
-                    paths, n, frames, wrong = read_shard(shard, meta)
-                except NpqError as e:
-                    bad.append([os.path.basename(shard), str(e), 1000])
-                    continue
-                bad += [[p, r, 1] for p, r in wrong]
-                all_paths += paths
-                lengths.append(n)
-                f.write(frames.tobytes())
-        n = np.concatenate([*lengths, np.zeros(0, np.int64)])
-        starts = np.concatenate([[0], np.cumsum(n)[:-1]]) if len(n) else n
-        order = sorted(range(len(all_paths)), key=all_paths.__getitem__)
-        with atomic_file(where / f"files_{stamp}.npy") as f:
-            np.save(f, np.stack([starts, n], axis=1)[order].astype(np.int64).reshape(-1, 2))
-        key = {"shards": stats, "snac": meta, "K": K, "frames": int(n.sum()), "bad": bad,
-               "frames_file": f"frames_{stamp}.bin", "files_file": f"files_{stamp}.npy"}  # fmt: skip
-        with atomic_file(where / "index.json", "w", encoding="utf-8") as f:
-            json.dump(key, f)
-    except OSError as e:
-        raise UserError(f"the index {where} cannot be written: {e.strerror}; make {folder} writable "
-                        "or copy it to a folder that is") from e  # fmt: skip
-    for old in where.glob("f*_*"):  # of an earlier state of the cache; open maps keep their inode
-        if old.name not in (key["frames_file"], key["files_file"]):
-            old.unlink(missing_ok=True)
-    return key
-
-
-def write_cache(path: str | Path, rows: list[tuple[str, np.ndarray]], meta: dict) -> None:
-    """A parquet shard of cache_codes.py's schema from [(file_path, frames [T, K])], atomically."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    scales = len(meta["vq_strides"])
-    samples = meta["vq_strides"][0] * meta["hop_length"]
-    codes = [codes_from_frames(np.asarray(frames, dtype=np.int16), meta["vq_strides"]) for _, frames in rows]
-    columns = {
-        "file_path": pa.array([name for name, _ in rows], pa.string()),
-        "audio_length": pa.array([len(frames) * samples for _, frames in rows], pa.int64()),
-    }
-    for k in range(scales):
-        columns[f"codes_scale_{k}"] = pa.array([c[k] for c in codes], pa.list_(pa.int16()))
-    with atomic_file(path) as f:
-        pq.write_table(pa.table(columns).replace_schema_metadata({"snac": json.dumps(meta)}), f)
+    strides = source["vq_strides"]
+    geometry = Geometry(**{k: v for k, v in source.items() if k != "kind"} | {"vq_strides": tuple(strides)})
+    samples = geometry.coarse_samples
+    codes = {name: codes_from_frames(np.asarray(f, dtype=np.int16), strides) for name, f in rows.items()}
+    write_shard(path, {name: (len(c[0]) * samples, c) for name, c in codes.items()}, geometry, "")
 
 
 # ---- one corpus, whatever the files ----
@@ -418,16 +320,18 @@ class Corpus:
 
     def __init__(self, data: str, npq2: str = "mid"):
         self.bad: list[tuple[str, str]] = []
-        if os.path.isdir(data) and cache_shards(data):
-            key = index_cache(data)
-            meta, where = key["snac"], Path(data) / "rvq_index"
-            self.files = np.load(where / key["files_file"], mmap_mode=None)
-            self.maps = [Mapped(where / key["frames_file"], "<i2", 0, (key["frames"], key["K"]), key["K"])]
-            self.vocab = [meta["codebook_size"]] * key["K"]
-            self.fps, self.source = snac_fps(meta), {"kind": "snac", **meta}
-            self.bad = [(name, reason) for name, reason, _ in key["bad"]]
-            bad_rows = sum(n for _, _, n in key["bad"])
-            self.lengths = self.files[:, 1]
+        self.index = None
+        if os.path.isdir(data) and is_cache(data):
+            from dataset import CodeIndex
+
+            self.index = CodeIndex(data)
+            self.source = snac_source(self.index.geometry)
+            self.order = slot_order(self.source["vq_strides"])
+            self.vocab = [self.source["codebook_size"]] * len(self.order)
+            self.fps = snac_fps(self.source)
+            self.lengths = np.diff(self.index.offsets)
+            self.bad = [(data, f"{n} rows: {reason}") for reason, n in self.index.bad.items()]
+            bad_rows = sum(self.index.bad.values())
         else:
             pattern = os.path.join(glob.escape(data), "*.npq") if os.path.isdir(data) else data
             paths = sorted(glob.glob(pattern, recursive=True))
@@ -435,7 +339,7 @@ class Corpus:
                 raise UserError(
                     f"--data {data}: no such .npq files and no cache folder with codes_batch_gpu*.parquet"
                 )
-            self.files, self.maps, lengths, first = None, [], [], None
+            self.maps, lengths, first = [], [], None
             for path in paths:
                 try:
                     one = open_npq(path, npq2)
@@ -464,9 +368,9 @@ class Corpus:
     def read(self, i: int, start: int = 0, n: int | None = None) -> np.ndarray:
         """A copy of frames start .. start + n of file i: [n, K]."""
         n = int(self.lengths[i]) - start if n is None else n
-        if self.files is not None:
-            start += int(self.files[i, 0])
-            return np.array(self.maps[0].array()[start : start + n])
+        if self.index is not None:
+            start += int(self.index.offsets[i])
+            return self.index.codes[start : start + n][:, self.order]
         frames = np.array(self.maps[i].array()[start : start + n])
         self.maps[i].map = None
         return frames
@@ -486,31 +390,21 @@ def npq_from_dac(codes, path, fps: float = 44100 / 512, codebook_size: int = 102
 
 def npq_from_cache(cache_dir, output_dir) -> int:
     """Every row of a cache -> `<output_dir>/<file_path without suffix>.npq`; the number written."""
-    import pyarrow.parquet as pq
+    from corpus import resolve_inside, target_names
 
-    from corpus import AudioError, resolve_inside, target_names
-
-    shards = cache_shards(cache_dir)
-    if not shards:
-        raise UserError(f"no codes_batch_gpu*.parquet in {cache_dir}")
-    names = target_names([p for s in shards for p in pq.read_table(s, columns=["file_path"])[0].to_pylist()])
+    corpus = Corpus(str(cache_dir))
+    if corpus.index is None:
+        raise UserError(f"{cache_dir} is not a cache folder of cache_codes.py")
+    for name, reason in corpus.bad:
+        print(f"skipped {name}: {reason}")
+    paths = [corpus.index.path(i) for i in range(len(corpus.lengths))]
+    names = target_names(paths)
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    written = 0
-    for shard in shards:
-        meta = read_snac_metadata(shard)
-        paths, lengths, frames, bad = read_shard(shard, meta)
-        for name, reason in bad:
-            print(f"skipped {name}: {reason}")
-        for name, end, n in zip(paths, np.cumsum(lengths), lengths):
-            try:
-                out = resolve_inside(output_dir, names[name].removesuffix(".wav") + ".npq")
-            except AudioError as e:
-                print(f"skipped {name}: {e}")
-                continue
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_npq(out, frames[end - n : end], [meta["codebook_size"]] * frames.shape[1], snac_fps(meta))
-            written += 1
-    return written
+    for i, name in enumerate(paths):
+        out = resolve_inside(output_dir, names[name].removesuffix(".wav") + ".npq")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_npq(out, corpus.read(i), corpus.vocab, corpus.fps)
+    return len(paths)
 
 
 # ---- command line ----

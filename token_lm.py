@@ -1,4 +1,4 @@
-"""The token language model: four ways to factor a frame of K tokens, and sampling with cached keys and values.
+"""The token language model: four ways to factor a frame of K tokens, and cached sampling.
 
 train_rvq.py trains and samples it, doctor.py probes it. Tokens are frames [B, T, K]; -1 means "no token".
 """
@@ -108,10 +108,10 @@ class TokenLM(nn.Module):
     def positions(self, T: int) -> int:
         return {"delay": T + self.K - 1, "flatten": T * self.K}.get(self.pattern, T)
 
-    def rows(self, codes, ks=slice(None)):
-        """Embedding rows of codes [..., K] (or codebooks ks): -1 becomes that codebook's "no token"."""
+    def rows(self, codes):
+        """Embedding rows of codes [..., K]: -1 becomes that codebook's "no token"."""
         empty = sum(self.vocab) + torch.arange(self.K, device=codes.device)
-        return torch.where(codes >= 0, codes + self.offsets[ks], empty[ks])
+        return torch.where(codes >= 0, codes + self.offsets, empty)
 
     def inputs(self, codes, first: int, last: int):
         """codes [B, T, K] -> what positions first .. last hold: [B, last - first, d]."""
@@ -143,11 +143,11 @@ class TokenLM(nn.Module):
             h = h[:, :, None].expand(B, T, K, -1)
         return self.mask(torch.einsum("btkd,kvd->btkv", h, self.out).float())
 
-    def mask(self, logits, ks=slice(None)):
+    def mask(self, logits):
         """-inf beyond a codebook's own vocabulary (files whose codebooks differ in size)."""
         if not self.ragged:
             return logits
-        beyond = torch.arange(logits.shape[-1], device=logits.device) >= self.sizes[ks, None]
+        beyond = torch.arange(logits.shape[-1], device=logits.device) >= self.sizes[:, None]
         return logits.masked_fill(beyond, float("-inf"))
 
     def flops_per_frame(self, T: int) -> float:

@@ -16,7 +16,8 @@ how the K tokens of a frame depend on each other:
     delay     codebook k comes k frames later and sees codebooks 0..k-1 of its own frame: T + K - 1 positions
     flatten   one token a position: exact, T * K positions
 
-Edit here: the model is token_lm.py.  Don't touch: the keys in `save()` (the resume contract; doctor.py reads them too).
+Edit here: the model is token_lm.py.
+Don't touch: the keys in `save()`, the resume contract; doctor.py reads them too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from npq import (
     codes_from_frames,
     open_npq,
     read_shard,
-    read_snac_metadata,
     write_cache,
     write_npq,
 )
@@ -52,6 +52,7 @@ from runlog import (
     human_time,
     load_checkpoint,
     main_guard,
+    pick_device,
     save_checkpoint,
     step_line,
     versions,
@@ -75,7 +76,8 @@ def training_parser() -> argparse.ArgumentParser:
         if default is not None and default != "" and not isinstance(default, bool):
             help += f" (default {default})"
         if "choices" not in kw:
-            kw |= {"action": "store_true"} if default is False else {"type": str if default is None else type(default)}
+            kind = str if default is None else type(default)
+            kw |= {"action": "store_true"} if default is False else {"type": kind}
         p.add_argument(name, default=default, help=help, **kw)
 
     flag("--config", help="JSON of flags (names with underscores, // comments); flags given here win")
@@ -99,10 +101,10 @@ def training_parser() -> argparse.ArgumentParser:
     flag("--weight-decay", 0.02, "of tensors with 2 dimensions or more")
     flag("--ema", 0.999, "decay of the averaged weights; 0 = off")
     flag("--grad-clip", 1.0, "gradient norm limit; 0 = off")
-    flag("--outlier-skip-factor", 5.0, "skip a step whose loss is this many times the running loss and at least "
-         "1 nat above it; 0 = off; non-finite steps are always skipped")
+    flag("--outlier-skip-factor", 5.0, "skip a step whose loss is this many times the running loss and at "
+         "least 1 nat above it; 0 = off; non-finite steps are always skipped")
     flag("--label-smoothing", 0.05, "in training only; validation is plain")
-    flag("--cb-weights", "auto", "loss weights: auto = 1 + alpha k / (K - 1) for codebook k, uniform, or w0,w1,…")
+    flag("--cb-weights", "auto", "loss weights: auto = 1 + alpha k / (K - 1), uniform, or w0,w1,…")
     flag("--cb-weights-auto-alpha", 0.5)
     flag("--seed", 42)
     # model
@@ -114,7 +116,7 @@ def training_parser() -> argparse.ArgumentParser:
     flag("--depth_d_model", 0, "its width; 0 = half as many heads of the same size")
     flag("--dropout", 0.1)
     # machine
-    flag("--device", help="cuda, cuda:1, cpu; without it cuda where there is one")
+    flag("--device", help="cpu or a GPU number; without it the first GPU where there is one")
     flag("--amp", False, "bf16 autocast")
     flag("--fused-optim", False, "fused AdamW")
     flag("--compile", False, "torch.compile of the model")
@@ -127,8 +129,8 @@ def training_parser() -> argparse.ArgumentParser:
     flag("--eval-top-p", 0.0, "0 = off")
     flag("--eval-outdir", "rvq_eval")
     flag("--eval-on-cpu", False, "decode samples on the CPU")
-    flag("--eval-decoder", "auto", "what speaks the samples: a dual-head checkpoint (SNAC; auto: assets/codec), "
-         f"a folder or hub id[@revision] of a DacModel (DAC; auto: {DAC_REPO}); none = tokens only")
+    flag("--eval-decoder", "auto", "what speaks the samples: a dual-head checkpoint (SNAC; auto: "
+         f"assets/codec), a folder or hub id[@revision] of a DacModel (DAC; auto: {DAC_REPO}); none = tokens")
     # files
     flag("--save_dir", "rvq_ckpts", "checkpoints, metrics.jsonl, training.log; one run a folder")
     flag("--tag", "", "in the checkpoints' names: rvq_{K}cb_{tag}_latest.pt")
@@ -137,8 +139,8 @@ def training_parser() -> argparse.ArgumentParser:
     flag("--save-every-steps", 1000, "0 = only after epochs")
     flag("--log-lr-steps", 50, "steps from log line to log line")
     flag("--quiet", False, "no line per step on stdout and in the log; metrics.jsonl has them all the same")
-    flag("--resume", help="continue from this checkpoint; without a name: from the latest, and fail where there "
-         "is none. Without the flag: from the latest where there is one", nargs="?", const="auto")
+    flag("--resume", help="continue from this checkpoint; without a name: from the latest, and fail "
+         "where there is none. Without the flag: from the latest where there is one", nargs="?", const="auto")
     flag("--no-resume", False, "start anew even where a latest checkpoint exists")
     flag("--ignore-arch", False, "build what the flags say, not what the checkpoint holds; take over the "
          "tensors that fit and start at step 0")
@@ -160,7 +162,7 @@ def generate_parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=same("eval_top_p"), help="0 = off")
     p.add_argument("--seed", type=int, default=same("seed"))
     p.add_argument("--device")
-    p.add_argument("--decoder", default=same("eval_decoder"), help="as --eval-decoder of training; for out.wav")
+    p.add_argument("--decoder", default=same("eval_decoder"), help="as --eval-decoder; for out.wav")
     return p
 
 # fmt: on
@@ -417,7 +419,10 @@ def load_decoder(source: dict, name: str, device):
         if source["kind"] == "snac":
             from infer import load_dual_head
 
-            decoder = load_dual_head(str(OUR_CODEC) if name == "auto" else name)
+            decoder = load_dual_head(str(OUR_CODEC) if name == "auto" else name, device)
+            if decoder.geometry.weights_sha256 != source["weights_sha256"]:
+                raise UserError(f"the decoder {name} speaks the codes of another codec, not of these "
+                                "tokens'; give its own")  # fmt: skip
 
             def speak(frames):
                 codes = [
@@ -484,15 +489,6 @@ def prune(folder: Path, pattern: str, keep: int) -> None:
 # ---- training ----
 
 
-def pick_device(name: str | None):
-    if name and name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch {torch.__version__} sees no CUDA device; use --device cpu")
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is not a device; cuda, cuda:1 or cpu") from None
-
-
 def peak_flops(device) -> float | None:
     """Dense bf16 peak of the GPU by its name (vendors' data sheets); None where unknown."""
     table = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
@@ -513,7 +509,7 @@ def architecture(args, corpus: Corpus) -> dict:
 
 def train(args) -> int:
     stop = StopFlag()
-    device = pick_device(args.device)
+    device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     corpus = Corpus(args.data, args.npq2)
@@ -603,8 +599,8 @@ def train(args) -> int:
                parameters=params, windows=len(train_set), val_windows=len(val_set),
                skipped=len(corpus.bad))  # fmt: skip
     log.say(f"{'start' if fresh else f'resume at step {step}'}: {params / 1e6:.1f} M parameters, K {K}, "
-            f"{corpus.fps:.2f} frames/s, {arch['pattern']} on {device}; {len(own)} files, {len(train_set)} windows, "
-            f"{per_epoch} steps an epoch; held out {len(val)} files, {len(val_set)} windows")  # fmt: skip
+            f"{corpus.fps:.2f} frames/s, {arch['pattern']} on {device}; {len(own)} files, {len(train_set)} "
+            f"windows, {per_epoch} steps an epoch; held out {len(val)} and {len(val_set)}")  # fmt: skip
 
     val_loss = train_loss = None
     pace, peak = None, peak_flops(device)
@@ -754,16 +750,11 @@ def read_prompt(args, source: dict, vocab: list[int]):
     """--prompt FILE -> codes int64 [1, P, K]. Raises UserError when its tokens are not the model's."""
     try:
         if args.prompt.endswith(".parquet"):
-            meta = read_snac_metadata(args.prompt)
-            _, lengths, frames, _ = read_shard(args.prompt, meta)
-            if not 0 <= args.prompt_row < len(lengths):
-                raise NpqError(f"row {args.prompt_row} of {len(lengths)}")
-            end = int(lengths[: args.prompt_row + 1].sum())
-            tokens, sizes = (
-                frames[end - int(lengths[args.prompt_row]) : end],
-                [meta["codebook_size"]] * len(frames[0]),
-            )
-            if source.get("weights_sha256") != meta.get("weights_sha256"):
+            made_by, rows = read_shard(args.prompt)
+            if not 0 <= args.prompt_row < len(rows):
+                raise NpqError(f"row {args.prompt_row} of {len(rows)}")
+            tokens, sizes = rows[args.prompt_row], [made_by["codebook_size"]] * rows[0].shape[1]
+            if source.get("weights_sha256") != made_by["weights_sha256"]:
                 raise NpqError("it was encoded with another model than this checkpoint's tokens")
         else:
             one = open_npq(args.prompt, "both" if len(vocab) != len(open_npq(args.prompt).vocab) else "mid")
@@ -782,7 +773,7 @@ def generate(args) -> int:
     if args.frames < 1:
         raise UserError("--frames must be at least 1")
     state = load_checkpoint(args.checkpoint)
-    device = pick_device(args.device)
+    device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build(state, "ema", device)
     source, vocab = dict(state["source"]), model.vocab
     fps = source.pop("fps")
@@ -801,9 +792,7 @@ def generate(args) -> int:
     if out.suffix == ".npq":
         write_npq(out, frames, vocab, fps)
     elif out.suffix == ".parquet":
-        write_cache(
-            out, [(out.with_suffix(".wav").name, frames)], {k: v for k, v in source.items() if k != "kind"}
-        )
+        write_cache(out, {out.with_suffix(".wav").name: frames}, source)
     else:
         write_wav(out, *speak(frames))
     print(f"{out}: {len(frames)} frames = {len(frames) / fps:.2f} s; {args.frames / fps / spent:.2f} x real "
