@@ -327,7 +327,7 @@ class CachedCodesDataset:
         originals = self.force_24k or (kinds[self.rows] != KINDS.index("copied")).any()
         if originals and not Path(self.audio_24k_dir).is_dir():
             raise UserError(f"originals folder {self.audio_24k_dir or '(not recorded in the cache)'} does "
-                            "not exist: the 24 kHz target comes from there; give --audio_24k_dir")  # fmt: skip
+                            "not exist: the 24 kHz target lies there; give --audio_24k_dir")  # fmt: skip
         self.set_segment_length(segment_length)
 
     def set_segment_length(self, seconds: float) -> None:

@@ -191,6 +191,28 @@ def convert(name: str, value, where: str):
         raise UserError(f"{where} must be {kind.__name__}, not {value!r}") from None
 
 
+def find_resume(value: str, output_dir: str) -> Path | None:
+    """--resume as a file: itself; a folder or auto: the newest checkpoint_*.pt whose content verifies."""
+    if value != "auto" and not Path(value).is_dir():
+        if not Path(value).is_file():
+            raise UserError(f"--resume {value} does not exist")
+        return Path(value)
+    folder = Path(output_dir if value == "auto" else value)
+    found = sorted(folder.glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for path in found:
+        reason = check_zip(path)
+        if reason is None:
+            return path
+        print(
+            f"warning: {path} is damaged ({reason}); falling back to the one before",
+            file=sys.stderr,
+            flush=True,
+        )
+    if value != "auto":
+        raise UserError(f"--resume {value}: no usable checkpoint_*.pt in that folder")
+    return None
+
+
 def parse_args(argv=None) -> tuple[argparse.Namespace, dict]:
     """(resolved options, origin of each value: default | recipe | config | checkpoint | flag)."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -430,7 +452,7 @@ class Trainer:
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         if self.args.compile:
             self.wrapped = torch.compile(self.wrapped)
-        self.norm, self.in_a_row = None, 0
+        self.norm = None  # the running gradient norm of another set of parameters
 
     # -- one step --
 
@@ -801,28 +823,6 @@ class Trainer:
 
 
 # ---- checkpoints: what fits what ----
-
-
-def find_resume(value: str, output_dir: str) -> Path | None:
-    """--resume as a file: itself; a folder or auto: the newest checkpoint_*.pt whose content verifies."""
-    if value != "auto" and not Path(value).is_dir():
-        if not Path(value).is_file():
-            raise UserError(f"--resume {value} does not exist")
-        return Path(value)
-    folder = Path(output_dir if value == "auto" else value)
-    found = sorted(folder.glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for path in found:
-        reason = check_zip(path)
-        if reason is None:
-            return path
-        print(
-            f"warning: {path} is damaged ({reason}); falling back to the one before",
-            file=sys.stderr,
-            flush=True,
-        )
-    if value != "auto":
-        raise UserError(f"--resume {value}: no usable checkpoint_*.pt in that folder")
-    return None
 
 
 def check_fits(saved: dict, path, geometry: Geometry) -> None:
