@@ -60,7 +60,6 @@ from runlog import (
 )
 
 DAC_REPO = "descript/dac_44khz@c1bc521685adf9cfe247bc39a5ca58917eda1ac4"
-OUR_CODEC = Path(__file__).resolve().parent / "assets" / "codec"
 SKIPS_IN_A_ROW = 20  # then the run is declared diverged
 
 
@@ -129,8 +128,8 @@ def training_parser() -> argparse.ArgumentParser:
     flag("--eval-top-p", 0.0, "0 = off")
     flag("--eval-outdir", "rvq_eval")
     flag("--eval-on-cpu", False, "decode samples on the CPU")
-    flag("--eval-decoder", "auto", "what speaks the samples: a dual-head checkpoint (SNAC; auto: "
-         f"assets/codec), a folder or hub id[@revision] of a DacModel (DAC; auto: {DAC_REPO}); none = tokens")
+    flag("--eval-decoder", "auto", "what speaks the samples: a checkpoint of train_dual_head.py (SNAC; auto: "
+         "none), a folder or hub id@revision of a DacModel (DAC; auto: descript/dac_44khz); none = tokens")
     # files
     flag("--save_dir", "rvq_ckpts", "checkpoints, metrics.jsonl, training.log; one run a folder")
     flag("--tag", "", "in the checkpoints' names: rvq_{K}cb_{tag}_latest.pt")
@@ -410,16 +409,17 @@ def summary(ce: list[float], fps: float) -> dict:
 def load_decoder(source: dict, name: str, device):
     """A function frames int64 [T, K] -> (samples float32 [n], rate), or None for `none`.
 
-    SNAC: the 48 kHz head of our dual-head decoder; DAC: transformers' DacModel, folder or hub id@revision.
+    SNAC: the 48 kHz head of the dual-head checkpoint `name`; DAC: transformers' DacModel, a folder or hub
+    id@revision.
     Raises UserError with the reason when it cannot be loaded.
     """
-    if name == "none" or (name == "auto" and source["kind"] == "snac" and not OUR_CODEC.exists()):
+    if name == "none" or (name == "auto" and source["kind"] == "snac"):
         return None
     try:
         if source["kind"] == "snac":
             from infer import load_dual_head
 
-            decoder = load_dual_head(str(OUR_CODEC) if name == "auto" else name, device)
+            decoder = load_dual_head(name, device)
             if decoder.geometry.weights_sha256 != source["weights_sha256"]:
                 raise UserError(f"the decoder {name} speaks the codes of another codec, not of these "
                                 "tokens'; give its own")  # fmt: skip
@@ -783,7 +783,7 @@ def generate(args) -> int:
         )
     speak = load_decoder(source, args.decoder, device) if out.suffix == ".wav" else None
     if out.suffix == ".wav" and speak is None:
-        raise UserError("--output .wav needs --decoder")
+        raise UserError("--output .wav of SNAC tokens needs --decoder, a checkpoint of train_dual_head.py")
     prompt = read_prompt(args, source, vocab) if args.prompt else None
     began = time.time()
     codes = sample(model, args.frames, prompt, 1, args.temperature, args.top_k, args.top_p, args.seed)

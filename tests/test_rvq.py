@@ -622,7 +622,8 @@ def test_kill_9_and_resume_is_bit_identical(tmp_path):
 def test_workers_amp_compile_free_flags_run(tmp_path):
     data = make_npqs(tmp_path / "npq")
     flags = ["--epochs", "2", "--amp", "--num_workers", "2", "--persistent-workers", "--prefetch", "2",
-             "--quiet", "--pattern", "delay", "--cb-weights", "uniform", "--ema", "0", "--eval-audio-every", "2",
+             "--quiet", "--pattern", "delay", "--cb-weights", "uniform", "--ema", "0",
+             "--eval-audio-every", "2",
              "--eval-frames", "20", "--eval-top-k", "5"]  # fmt: skip
     assert run_here(command(tmp_path, data, *flags)) == 0
     sample = npq.open_npq(next((tmp_path / "eval").glob("*.npq")))
@@ -644,7 +645,8 @@ def test_help_is_fast_and_flags_are_the_specified_ones():
     assert time.time() - began < 4  # two of them, on a loaded machine; torch alone takes 2 s
     d = vars(train_rvq.parse_training([]))
     want = {"data": "npq_out/*.npq", "ctx": 1280, "step": 640, "batch": 4, "accum": 6, "epochs": 350,
-            "amp": False, "d_model": 768, "layers": 16, "heads": 12, "dropout": 0.1, "lr": 2e-4, "weight_decay": 0.02,
+            "amp": False, "d_model": 768, "layers": 16, "heads": 12, "dropout": 0.1, "lr": 2e-4,
+            "weight_decay": 0.02,
             "ema": 0.999, "label_smoothing": 0.05, "cb_weights": "auto", "cb_weights_auto_alpha": 0.5,
             "warmup_ratio": 0.01, "eta_min_ratio": 0.05, "grad_clip": 1.0, "outlier_skip_factor": 5,
             "val_every": 1, "eval_audio_every": 5, "eval_frames": 1290, "eval_temperature": 1.1,
@@ -784,3 +786,37 @@ def test_dac_samples_are_spoken_by_dacmodel(tmp_path):
     # a decoder that is not there is said, tokens are kept, the run goes on
     assert run_here(command(tmp_path, data, *flags, "--eval-decoder", str(tmp_path / "none"), run="b")) == 0
     assert "not decoded" in (tmp_path / "b/training.log").read_text()
+
+
+def test_the_circle_closes(cache_dir, snac_dir, tmp_path):
+    """Real codes of cache_codes.py -> model -> sampled codes -> infer.py -> 48 kHz, by both ways the same."""
+    from dataclasses import asdict
+
+    import soundfile
+    from conftest import run
+
+    from cache_codes import geometry_of, load_snac
+    from dual_head import DualHeadDecoder, initialise_48k, model_config
+
+    snac = load_snac(str(snac_dir))
+    model = DualHeadDecoder(snac)
+    with torch.no_grad():
+        initialise_48k(model, "first")
+    geometry = asdict(geometry_of(snac, str(snac_dir)))
+    geometry["vq_strides"] = list(geometry["vq_strides"])
+    state = {"model": model.state_dict(), "model_config": model_config(snac), "geometry": geometry}
+    torch.save(state, tmp_path / "dual.pt")
+    assert run_here(command(tmp_path, str(cache_dir), "--epochs", "1")) == 0
+    assert generate(tmp_path, "out.wav", "--decoder", str(tmp_path / "dual.pt")) == 0
+    (tmp_path / "gen").mkdir()
+    assert generate(tmp_path, "gen/codes_batch_gpu0_0.parquet") == 0
+    run("infer.py", "--checkpoint", tmp_path / "dual.pt", "--input", tmp_path / "gen",
+        "--output", tmp_path / "wavs", "--device", "cpu")  # fmt: skip
+    ours, rate = soundfile.read(tmp_path / "out.wav")
+    theirs, _ = soundfile.read(next((tmp_path / "wavs").rglob("*.wav")))
+    assert rate == 48000 and len(ours) == len(theirs) == 20 * 2048 * 2
+    assert np.abs(ours).max() > 1e-3 and np.abs(ours - theirs).max() < 1e-3
+    state["geometry"]["weights_sha256"] = "f" * 64
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="another codec"):
+        generate(tmp_path, "out.wav", "--decoder", str(tmp_path / "other.pt"))
