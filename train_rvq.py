@@ -307,12 +307,8 @@ class StepGuard:
         why = None
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             why = "non-finite"
-        elif (
-            self.factor
-            and self.running is not None
-            and loss > max(self.factor * self.running, self.running + 1)
-        ):
-            why = "outlier"
+        elif self.running is not None and self.factor:
+            why = "outlier" if loss > max(self.factor * self.running, self.running + 1) else None
         if why:
             self.skipped += 1
             self.in_a_row += 1
@@ -381,12 +377,13 @@ def objective(model, codes, weights, smoothing: float, frames: int):
 
 
 @torch.no_grad()
-def plain_ce(model, dataset: Windows, batch: int, device, amp: bool) -> list[float]:
+def plain_ce(model, dataset: Windows, batch: int, device, amp: bool, poll=lambda: None) -> list[float]:
     """Mean cross-entropy of each codebook in nats, no smoothing, no weights, no dropout."""
     model.eval()
     total, frames = torch.zeros(model.K, dtype=torch.float64), 0
     order = np.argsort(-dataset.table[:, 2], kind="stable")
     for i in range(0, len(order), batch):
+        poll()
         codes = pad_batch([dataset[j] for j in order[i : i + batch]]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(codes)
@@ -507,6 +504,10 @@ def architecture(args, corpus: Corpus) -> dict:
             "dropout": args.dropout, "ctx": args.ctx}  # fmt: skip
 
 
+class Stopped(Exception):
+    """A signal came during validation or sampling; the checkpoint's `closed` says that they are still due."""
+
+
 def train(args) -> int:
     stop = StopFlag()
     device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -543,7 +544,8 @@ def train(args) -> int:
                                          **(ahead if args.num_workers else {}))  # fmt: skip
 
     # model, optimiser, where to begin
-    arch, step, best = architecture(args, corpus), 0, None
+    arch, best = architecture(args, corpus), None
+    step = closed = 0  # optimiser steps done; epochs validated and archived
     plan = [len(train_set), len(val_set), args.batch, args.accum, args.ctx, args.step, args.seed]
     guard = StepGuard(args.outlier_skip_factor)
     state = find_resume(args, stem, log.say)
@@ -583,11 +585,11 @@ def train(args) -> int:
         optimizer.load_state_dict(state["optimizer"])
         for group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
             group["weight_decay"], group["fused"] = decay, args.fused_optim or None
-        step, best = state["global_step"], state["best"]
+        step, closed, best = state["global_step"], state["closed"], state["best"]
         guard.running, guard.skipped = state["guard"]["running"], state["guard"]["skipped"]
         if state["plan"] != plan:
             epoch = state["epoch"] if state["global_step"] % state["per_epoch"] else state["epoch"] + 1
-            step = (epoch - 1) * per_epoch
+            step, closed = (epoch - 1) * per_epoch, epoch - 1
             log.say(f"warning: windows, batch, accum, ctx, step or seed changed ({state['plan']} -> {plan}): "
                     f"continuing at the start of epoch {epoch}")  # fmt: skip
     run_model = torch.compile(model) if args.compile else model
@@ -612,17 +614,22 @@ def train(args) -> int:
         save_checkpoint(folder / name, {
             "kind": "rvq", "model": model.state_dict(), "ema": ema.state_dict() if ema else None,
             "optimizer": optimizer.state_dict(), "epoch": epoch, "global_step": step,
-            "per_epoch": per_epoch, "lr": optimizer.param_groups[0]["lr"], "best": best, "val_loss": val_loss,
-            "train_loss": train_loss, "guard": {"running": guard.running, "skipped": guard.skipped},
+            "per_epoch": per_epoch, "closed": closed, "lr": optimizer.param_groups[0]["lr"],
+            "best": best, "val_loss": val_loss, "train_loss": train_loss,
+            "guard": {"running": guard.running, "skipped": guard.skipped},
             "arch": arch, "plan": plan,
             "source": {**corpus.source, "fps": corpus.fps}, "args": vars(args), "versions": versions(),
         })  # fmt: skip
         spent = round(time.time() - began, 3)
         log.metric(event="checkpoint", step=step, epoch=epoch, path=name, seconds=spent)
 
+    def poll(*_) -> None:
+        if stop:
+            raise Stopped
+
     def validate(epoch: int) -> None:
         nonlocal val_loss, best
-        ce = plain_ce(ema or model, val_set, args.batch, device, args.amp)
+        ce = plain_ce(ema or model, val_set, args.batch, device, args.amp, poll)
         val_loss = sum(ce) / K
         stamp = time.strftime("%Y%m%d_%H%M%S")
         better = math.isfinite(val_loss) and (best is None or val_loss < best)
@@ -642,7 +649,7 @@ def train(args) -> int:
         out = Path(args.eval_outdir)
         out.mkdir(parents=True, exist_ok=True)
         frames = sample(ema or model, args.eval_frames, None, 1, args.eval_temperature, args.eval_top_k,
-                        args.eval_top_p, args.seed)[0].cpu().numpy()  # fmt: skip
+                        args.eval_top_p, args.seed, poll)[0].cpu().numpy()  # fmt: skip
         name = out / f"{stem}_e{epoch:04d}"
         write_npq(f"{name}.npq", frames, corpus.vocab, corpus.fps)
         try:
@@ -653,11 +660,31 @@ def train(args) -> int:
         except UserError as e:
             log.say(f"warning: sample {name}.npq not decoded: {e}")
 
+    def close(epoch: int) -> None:
+        """What follows an epoch's last step; repeated whole when a stop or a kill came in between."""
+        if epoch % args.val_every == 0 or epoch == args.epochs:
+            validate(epoch)
+        if args.eval_audio_every and epoch % args.eval_audio_every == 0:
+            listen(epoch)
+        if args.archive_every and epoch % args.archive_every == 0:
+            save(f"{stem}_epoch_e{epoch:04d}__{time.strftime('%Y%m%d_%H%M%S')}.pt", epoch)
+            prune(folder, f"{stem}_epoch_e*__*.pt", args.keep_archived)
+
     # ---- the loop ----
 
     reason = "finished"
-    while step < total:
-        epoch = step // per_epoch + 1
+    while True:
+        epoch = step // per_epoch
+        if step % per_epoch == 0 and closed < epoch:
+            try:
+                close(epoch)
+                closed = epoch
+            except Stopped:
+                reason = "stopped"
+            save(f"{stem}_latest.pt", epoch)
+        if step >= total or reason == "stopped":
+            break
+        epoch += 1
         batches.epoch, batches.first = epoch, step % per_epoch
         feed = iter(loader)
         clock, tokens = time.time(), 0
@@ -715,23 +742,15 @@ def train(args) -> int:
             elif sys.stderr.isatty():
                 sys.stderr.write(f"\r{s + 1}/{per_epoch} loss {train_loss:.3f} ")
                 sys.stderr.flush()
-            if reason == "diverged" or (stop and s + 1 < per_epoch):
+            if stop and reason != "diverged":
+                reason = "stopped"
+            if reason != "finished":
+                save(f"{stem}_latest.pt", epoch)
                 break
             if args.save_every_steps and step % args.save_every_steps == 0 and s + 1 < per_epoch:
                 save(f"{stem}_latest.pt", epoch)
-        else:  # the epoch is complete
-            if epoch % args.val_every == 0 or epoch == args.epochs:
-                validate(epoch)
-            if args.eval_audio_every and epoch % args.eval_audio_every == 0:
-                listen(epoch)
-            if args.archive_every and epoch % args.archive_every == 0:
-                save(f"{stem}_epoch_e{epoch:04d}__{time.strftime('%Y%m%d_%H%M%S')}.pt", epoch)
-                prune(folder, f"{stem}_epoch_e*__*.pt", args.keep_archived)
-        save(f"{stem}_latest.pt", epoch)
-        if reason == "diverged" or (stop and step < total):
+        if reason == "diverged":
             break
-    if stop and step < total and reason != "diverged":
-        reason = "stopped"
     log.metric(
         event="end", reason=reason, step=step, total_steps=total, val_loss=val_loss, best_val_loss=best
     )

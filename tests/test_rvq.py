@@ -337,6 +337,8 @@ def test_padding_changes_nothing_and_costs_nothing(pattern):
     both = torch.full((2, 9, 4), -1)
     both[0, :5], both[1] = a[0], b[0]
     assert torch.allclose(model(both)[0, :5], model(a)[0], atol=1e-5)
+    none = model.rows(torch.full((1, 1, 4), -1))  # "no token" is a row of its own, never a real code
+    assert (none >= sum(model.vocab)).all() and len(none.unique()) == 4
     loss, ce = train_rvq.objective(model, both, torch.ones(4), 0.0, 14)
     parts = [token_lm.token_losses(model(c), c, model.sizes)[0].sum().item() for c in (a, b)]
     assert loss.item() == pytest.approx(sum(parts) / 14 / 4, rel=1e-5)
@@ -613,13 +615,37 @@ def test_kill_9_and_resume_is_bit_identical(tmp_path):
     assert metrics(tmp_path / "run")[-1]["reason"] == "stopped" and steps == sorted(steps)
     assert run_here(command(tmp_path, data, *flags)) == 0
     a, b = (load_checkpoint(tmp_path / run / "rvq_3cb_latest.pt") for run in ("whole", "run"))
-    for key in ("model", "ema", "optimizer", "global_step", "epoch", "best", "guard", "val_loss"):
+    for key in ("model", "ema", "optimizer", "global_step", "closed", "best", "guard", "val_loss"):
         assert same(a[key], b[key]), key
     resumed = [m for m in metrics(tmp_path / "run") if m.get("event") == "resume"]
     assert len(resumed) == 3 and any(m["step"] % a["per_epoch"] for m in resumed)  # in mid-epoch, too
 
 
-def test_workers_amp_compile_free_flags_run(tmp_path):
+def test_a_stop_during_validation_loses_nothing(tmp_path, monkeypatch):
+    data, real, calls = make_npqs(tmp_path / "npq"), train_rvq.plain_ce, [0]
+    assert run_here(command(tmp_path, data, run="whole")) == 0
+
+    def interrupted(*args):
+        calls[0] += 1
+        if calls[0] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(train_rvq, "plain_ce", interrupted)
+    assert run_here(command(tmp_path, data)) == 3
+    state = load_checkpoint(tmp_path / "run/rvq_3cb_latest.pt")
+    assert state["global_step"] == 2 * state["per_epoch"] and state["closed"] == 1
+    assert run_here(command(tmp_path, data)) == 0
+    epochs = [
+        [m["epoch"] for m in metrics(tmp_path / r) if m.get("event") == "val"] for r in ("whole", "run")
+    ]
+    assert epochs == [[1, 2, 3], [1, 2, 3]]
+    a, b = (load_checkpoint(tmp_path / run / "rvq_3cb_latest.pt") for run in ("whole", "run"))
+    for key in ("model", "ema", "optimizer", "global_step", "closed", "best", "val_loss"):
+        assert same(a[key], b[key]), key
+
+
+def test_workers_amp_and_other_flags_run(tmp_path):
     data = make_npqs(tmp_path / "npq")
     flags = ["--epochs", "2", "--amp", "--num_workers", "2", "--persistent-workers", "--prefetch", "2",
              "--quiet", "--pattern", "delay", "--cb-weights", "uniform", "--ema", "0",
