@@ -222,7 +222,8 @@ KINDS = ("missing", "copied", "sidon", "sinc", "unfaithful")
 
 
 class Targets:
-    """Which 48 kHz file belongs to each row of an index: kind uint8 [rows] (index into KINDS) and its path.
+    """Which 48 kHz file belongs to each row of an index: kind uint8 [rows] (index into KINDS), path, and level
+    float32 [rows]: what the stored wav was scaled by to fit 16 bits, undone on reading.
 
     From the folder's manifest.jsonl (precompute_48k.py), read once and kept beside the index; a folder
     without a manifest holds real 48 kHz recordings and is listed at every start.
@@ -244,20 +245,20 @@ class Targets:
             present = set(find_audio(folder))
             rows = [index.path(r) for r in range(len(index))]
             names, copied = target_names(rows), KINDS.index("copied")
-            found = {r: (n, copied) for r in rows for n in (r, names[r]) if n in present}
+            found = {r: (n, copied, 1.0) for r in rows for n in (r, names[r]) if n in present}
             table = None
         data = np.load(table) if table else self._table(index, found)
-        self.kinds, self.blob, self.ends = data["kinds"], data["blob"], data["ends"]
+        self.kinds, self.levels, self.blob, self.ends = (data[k] for k in ("kinds", "levels", "blob", "ends"))
 
     @staticmethod
-    def _read_manifest(manifest: Path) -> dict[str, tuple[str, int]]:
+    def _read_manifest(manifest: Path) -> dict[str, tuple[str, int, float]]:
         found = {}
         with open(manifest, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 try:
                     row = json.loads(line)
                     kind = row["kind"] if row.get("faithful", True) else "unfaithful"
-                    found[row["path"]] = (row["target"], KINDS.index(kind))
+                    found[row["path"]] = (row["target"], KINDS.index(kind), float(row.get("level", 1.0)))
                 except (ValueError, KeyError, TypeError) as e:
                     raise UserError(f"{manifest} line {number} is not a manifest row ({e}); run "
                                     "precompute_48k.py "
@@ -266,10 +267,11 @@ class Targets:
 
     @staticmethod
     def _table(index: CodeIndex, found: dict) -> dict:
-        pairs = [found.get(index.path(r), ("", 0)) for r in range(len(index))]
-        blobs = [name.encode() for name, _ in pairs]
+        table = [found.get(index.path(r), ("", 0, 1.0)) for r in range(len(index))]
+        blobs = [name.encode() for name, _, _ in table]
         return {
-            "kinds": np.array([kind for _, kind in pairs], np.uint8),
+            "kinds": np.array([kind for _, kind, _ in table], np.uint8),
+            "levels": np.array([level for _, _, level in table], np.float32),
             "blob": np.frombuffer(b"".join(blobs), np.uint8),
             "ends": np.concatenate([[0], np.cumsum([len(b) for b in blobs], dtype=np.int64)]),
         }
@@ -382,11 +384,13 @@ class CachedCodesDataset:
     def _audio(self, row: int, item: dict, at: dict):
         target = resolve_inside(self.targets.folder, self.targets.path(row), self.allowed_48k)
         rate = self.index.geometry.sampling_rate
-        audio_48k = read_audio_span(target, at["start_sample_48k"], at["samples_48k"], 2 * rate)
-        source = target
+        level = self.targets.levels[row]
+        audio_48k = read_audio_span(target, at["start_sample_48k"], at["samples_48k"], 2 * rate) / level
+        source, source_level = target, level
         if item["kind"] != "copied" or self.force_24k:
-            source = resolve_inside(self.audio_24k_dir, item["file_path"], self.allowed_24k)
-        return read_audio_span(source, at["start_sample_24k"], at["samples_24k"], rate), audio_48k
+            source, source_level = resolve_inside(self.audio_24k_dir, item["file_path"], self.allowed_24k), 1
+        audio_24k = read_audio_span(source, at["start_sample_24k"], at["samples_24k"], rate) / source_level
+        return audio_24k, audio_48k
 
 
 def collate(items: list[dict]) -> dict:

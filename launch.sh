@@ -7,7 +7,7 @@
 #   ./launch.sh precompute GPUS [args]  48 kHz targets           (precompute_48k.py, one process a GPU)
 #   ./launch.sh cache      GPUS [args]  codes of an audio folder (cache_codes.py, one process a GPU)
 #   ./launch.sh train      GPUS [args]  dual-head training       (train_dual_head.py, several GPUs: torchrun)
-#   ./launch.sh status                  every job: RUNNING, FINISHED, DEAD or STALE_PID
+#   ./launch.sh status                  every job: RUNNING, FINISHED, STOPPED, DEAD(exit code) or STALE_PID
 #   ./launch.sh stop NAME               TERM to that job's process group, KILL after STOP_GRACE (60) seconds
 #   ./launch.sh resume NAME             start a stopped or dead job again, from its newest checkpoint
 #   ./launch.sh logs NAME               follow its log
@@ -99,18 +99,19 @@ alive() { # is the job that NAME.pid describes alive? Sets PID.
 }
 
 state_of() {
-  local name=$1 run_dir
+  local name=$1 code
   if alive "$name"; then
     echo RUNNING
   elif [ -s "$LOG_DIR/$name.pid" ] && start_time "$(cut -d' ' -f1 "$LOG_DIR/$name.pid")" >/dev/null; then
     echo STALE_PID # the number lives on in another process, which is none of ours
   else
-    run_dir=$(sed -n 's/^ *"run_dir": "\(.*\)",\{0,1\}$/\1/p' "$LOG_DIR/$name.json" 2>/dev/null || true)
-    if [ -n "$run_dir" ] && tail -n 1 "$run_dir/metrics.jsonl" 2>/dev/null | grep -q '"event": "end", "reason": "finished"'; then
-      echo FINISHED
-    else
-      echo DEAD
-    fi
+    code=$(cat "$LOG_DIR/$name.exit" 2>/dev/null) || code=
+    case $code in
+      0) echo FINISHED ;;
+      3) echo STOPPED ;;
+      '') echo DEAD ;;
+      *) echo "DEAD($code)" ;;
+    esac
   fi
 }
 
@@ -154,7 +155,7 @@ preflight() { # KIND GPUS ARGS...
 }
 
 start_job() { # NAME KIND GPUS RUN_DIR COMMAND...
-  local name=$1 kind=$2 gpus=$3 run_dir=$4 log tmp launched code=0 tries
+  local name=$1 kind=$2 gpus=$3 run_dir=$4 log tmp launched code tries
   shift 4
   mkdir -p "$LOG_DIR"
   log=$LOG_DIR/$name.log
@@ -163,9 +164,10 @@ start_job() { # NAME KIND GPUS RUN_DIR COMMAND...
   alive "$name" && abort "$name already runs (pid $PID); ./launch.sh stop $name first"
   printf '=== %s %s\n' "$(date '+%F %T')" "$*" >>"$log"
   tmp=$LOG_DIR/.$name.pid.$$
+  rm -f "$LOG_DIR/$name.exit"
   # setsid: a session and process group of its own, so that it outlives the terminal and `stop` meets nothing else
   # shellcheck disable=SC2016
-  setsid nohup bash -c 'echo $$ >"$1.new" && mv "$1.new" "$1"; shift; exec "$@"' _ "$tmp" "$@" \
+  JOB_EXIT_FILE=$LOG_DIR/$name.exit setsid nohup bash -c 'echo $$ >"$1.new" && mv "$1.new" "$1"; shift; exec "$@"' _ "$tmp" "$@" \
     </dev/null >>"$log" 2>&1 9>&- &
   launched=$!
   for tries in $(seq 100); do
@@ -188,6 +190,7 @@ PY
   exec 9>&-
   for tries in $(seq $((${START_WATCH:-4} * 5))); do # most mistakes show in the first seconds
     if ! alive "$name"; then
+      code=0
       wait "$launched" 2>/dev/null || code=$?
       if [ "$code" -eq 0 ]; then
         echo "$name has already finished:"

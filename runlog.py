@@ -43,17 +43,25 @@ def guarded(function, *args):
         return function(*args)
     except UserError as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
-        sys.exit(e.code)
+        leave(e.code)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
-        sys.exit(EXIT_STOPPED)
+        leave(EXIT_STOPPED)
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(EXIT_OK)
+        leave(EXIT_OK)
+
+
+def leave(code: int) -> None:
+    """Exit; under launch.sh the code is left in $JOB_EXIT_FILE, by which status tells FINISHED from DEAD."""
+    path = os.environ.get("JOB_EXIT_FILE")
+    if path and os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(f"{code}\n")
+    sys.exit(code)
 
 
 def main_guard(main, *args) -> None:
-    sys.exit(guarded(main, *args) or EXIT_OK)
+    leave(guarded(main, *args) or EXIT_OK)
 
 
 class StopFlag:

@@ -485,3 +485,17 @@ def test_the_recorded_model_config_rebuilds_the_model(snac):
     assert {k: v.shape for k, v in SNAC(**model_config(snac)).state_dict().items()} == {
         k: v.shape for k, v in snac.state_dict().items()
     }
+
+
+def test_a_target_that_was_scaled_to_fit_16_bits_comes_back_at_its_level(cache_dir, targets_dir, tmp_path):
+    import soundfile as sf
+
+    shutil.copytree(targets_dir, tmp_path / "t")
+    rows = [json.loads(line) for line in open(targets_dir / "manifest.jsonl")]
+    x, _ = sf.read(tmp_path / "t" / rows[0]["target"])
+    sf.write(tmp_path / "t" / rows[0]["target"], x * 0.5, 48000, subtype="PCM_16")
+    rows[0]["level"] = 0.5
+    (tmp_path / "t" / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    a, b = (CachedCodesDataset(cache_dir, d, 0.5)[0] for d in (targets_dir, tmp_path / "t"))
+    assert torch.allclose(a["audio_48k"], b["audio_48k"], atol=1e-4)
+    assert torch.allclose(a["audio_24k"], b["audio_24k"], atol=1e-4) and a["audio_24k"].abs().max() > 0.05
