@@ -1,10 +1,10 @@
 """Does the token model learn real speech? The patterns at equal CPU time against the unigram entropy.
 
-    python benchmarks/bench_rvq.py CACHE_DIR --cpu_seconds 240 --patterns depth,parallel
+    python benchmarks/bench_rvq.py CACHE_DIR --cpu_seconds 420 --patterns depth,parallel
 
 CACHE_DIR: SNAC codes of recordings (cache_codes.py). Whole files are held out by the split of train_rvq.py;
 the loss is its plain validation cross-entropy (EMA weights, best epoch). One thread. Each pattern first runs
-two epochs to learn what one costs, then as many as fit the time, so that the rate decays to its end. Held-out
+an epoch to learn what one costs, then as many as fit the time, so that the rate decays to its end. Held-out
 files whose tokens equal those of a training file (copies in the corpus) are counted and said.
 """
 
@@ -45,9 +45,10 @@ def train(args, pattern: str, epochs: int, folder: Path) -> tuple[float, list[di
     argv = ["--data", args.cache, "--save_dir", str(folder), "--pattern", pattern, "--epochs", str(epochs),
             "--device", "cpu", "--num_workers", "0", "--ctx", str(args.ctx), "--batch", str(args.batch),
             "--accum", "1", "--d_model", str(args.d_model), "--layers", str(args.layers), "--heads", "4",
-            "--depth_layers", "2", "--lr", str(args.lr), "--dropout", "0.2", "--ema", "0.99",
-            "--warmup-ratio", "0.05", "--cb-weights", "uniform", "--eval-audio-every", "0",
-            "--archive-every", "0", "--keep-archived", "1", "--fused-optim", "--quiet"]  # fmt: skip
+            "--depth_layers", "2", "--depth_d_model", str(args.d_model), "--lr", str(args.lr),
+            "--dropout", "0.2", "--ema", "0.99", "--warmup-ratio", "0.05", "--cb-weights", "uniform",
+            "--eval-audio-every", "0", "--archive-every", "0", "--keep-archived", "1", "--fused-optim",
+            "--quiet"]  # fmt: skip
     began = time.process_time()
     train_rvq.train(train_rvq.parse_training(argv))
     return time.process_time() - began, [json.loads(x) for x in open(folder / "metrics.jsonl")]
@@ -56,13 +57,13 @@ def train(args, pattern: str, epochs: int, folder: Path) -> tuple[float, list[di
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("cache", help="cache folder of cache_codes.py")
-    p.add_argument("--cpu_seconds", type=float, default=240, help="for each pattern")
+    p.add_argument("--cpu_seconds", type=float, default=420, help="for each pattern")
     p.add_argument("--patterns", default="depth,parallel")
     p.add_argument("--ctx", type=int, default=64, help="coarse frames")
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--d_model", type=int, default=96)
     p.add_argument("--layers", type=int, default=3)
-    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--lr", type=float, default=2e-3)
     args = p.parse_args()
     torch.set_num_threads(1)
     corpus = Corpus(args.cache)
@@ -80,8 +81,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         for pattern in args.patterns.split(","):
-            spent, _ = train(args, pattern, 2, Path(tmp) / f"{pattern}_probe")
-            epochs = max(2, int(args.cpu_seconds / (spent / 2)))
+            spent, _ = train(args, pattern, 1, Path(tmp) / f"{pattern}_probe")
+            epochs = max(2, round(args.cpu_seconds / spent))
             spent, lines = train(args, pattern, epochs, Path(tmp) / pattern)
             best = min((m for m in lines if m.get("event") == "val"), key=lambda m: m["val_loss"])
             rows.append((pattern, lines[0]["parameters"] / 1e6, epochs, spent, best))
