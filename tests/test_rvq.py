@@ -621,6 +621,22 @@ def test_kill_9_and_resume_is_bit_identical(tmp_path):
     assert len(resumed) == 3 and any(m["step"] % a["per_epoch"] for m in resumed)  # in mid-epoch, too
 
 
+def test_held_out_files_of_their_own_and_too_few_files(tmp_path):
+    data, other = make_npqs(tmp_path / "npq", files=3), make_npqs(tmp_path / "held", files=2)
+    assert run_here(command(tmp_path, data, "--val-data", other, "--epochs", "1")) == 0
+    first = metrics(tmp_path / "run")[0]
+    assert (first["windows"], first["val_windows"]) == (3, 2)
+    with pytest.raises(UserError, match="--val-data"):
+        run_here(command(tmp_path, make_npqs(tmp_path / "one", files=1), run="b"))
+    with pytest.raises(UserError, match="other tokens"):
+        run_here(command(tmp_path, data, "--val-data", make_npqs(tmp_path / "v", files=2, V=9), run="c"))
+    (tmp_path / "npq" / "bad.npq").write_bytes(b"NPQ1")
+    with pytest.raises(UserError, match=r"bad\.npq") as e:
+        run_here(command(tmp_path, data, run="d"))
+    assert e.value.code == 5
+    assert run_here(command(tmp_path, data, "--max_bad_fraction", "0.5", "--epochs", "1", run="e")) == 0
+
+
 def test_a_stop_during_validation_loses_nothing(tmp_path, monkeypatch):
     data, real, calls = make_npqs(tmp_path / "npq"), train_rvq.plain_ce, [0]
     assert run_here(command(tmp_path, data, run="whole")) == 0
