@@ -175,6 +175,8 @@ def fold_weight_norm(module):
 
 # ---- encoding ----
 
+MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
+
 
 def align_samples(model) -> int:
     """SNAC pads to, and chunks are cut at, multiples of this: hop x lcm(coarsest stride, attention
@@ -315,7 +317,8 @@ def encode_unit(model, reader, files, args, device, stop):
         padded = math.ceil(len(samples) / align) * align
         buckets[padded].append((rel, samples))
         held += padded
-        if len(buckets[padded]) >= args.batch_size:
+        full = min(args.batch_size, max(1, MAX_BATCH_SECONDS * rate // padded))
+        if len(buckets[padded]) >= full:
             held -= flush(padded)
         while held > budget:
             held -= flush(max(buckets, key=lambda n: n * len(buckets[n])))

@@ -222,7 +222,7 @@ KINDS = ("missing", "copied", "sidon", "sinc", "unfaithful")
 
 
 class Targets:
-    """Which 48 kHz file belongs to each row of an index: kind uint8 [rows] (index into KINDS), path, and level
+    """Which 48 kHz file belongs to each index row: kind uint8 [rows] (index into KINDS), path, and level
     float32 [rows]: what the stored wav was scaled by to fit 16 bits, undone on reading.
 
     From the folder's manifest.jsonl (precompute_48k.py), read once and kept beside the index; a folder

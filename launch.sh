@@ -41,7 +41,7 @@ find_python() {
   abort "no Python 3.11 to 3.13 found; install one, or name it: PYTHON=/path/to/python ./launch.sh setup"
 }
 
-ready() { [ -x "$VENV/bin/python" ] && cmp -s "$ROOT/requirements.txt" "$VENV/.installed"; }
+ready() { [ -x "$VENV/bin/python" ] && cat "$ROOT"/requirements*.txt | cmp -s - "$VENV/.installed"; }
 
 setup() {
   if ready; then
@@ -65,7 +65,7 @@ setup() {
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
       -r "$ROOT/requirements-nodeps.txt" || abort "pip could not install requirements-nodeps.txt (see above)"
   fi
-  cp "$ROOT/requirements.txt" "$VENV/.installed"
+  cat "$ROOT"/requirements*.txt >"$VENV/.installed"
   echo "setup: done; torch $("$VENV/bin/python" -c 'import torch; print(torch.__version__, "with CUDA" if torch.cuda.is_available() else "on CPU")')"
 }
 
@@ -337,7 +337,7 @@ demo() {
   cd "$ROOT"
   say() { printf '\n[%3d s] %s\n' $((SECONDS - began)) "$*"; }
   say "1/5 prepare: split the embedded speech into training and held-out speakers"
-  "$py" prepare_dataset.py --input_dir assets/speech --output_dir "$d/data" --train_ratio 0.8 --group_by parent --seed 42
+  "$py" prepare_dataset.py --input_dir assets/speech --output_dir "$d/data" --train_ratio 0.7 --group_by parent --seed 11
   say "2/5 targets: 48 kHz wavs of the recordings (44.1 kHz and more are kept, nothing is restored)"
   for split in train valid; do
     "$py" precompute_48k.py --input_dir "$d/data/$split/audio" --output_dir "$d/targets/$split" \

@@ -68,10 +68,12 @@ def voice(seconds: float, rate: int, seed: int):
     return (0.08 * syllables * (buzz + rng.standard_normal(len(t)))).astype(np.float32)
 
 
-def run(script: str, *args, code=0, **kwargs):
-    """Run one of our scripts; returns the completed process after checking its exit code."""
+def run(script: str, *args, code=0, text_ok=True, **kwargs):
+    """Run one of our scripts; returns the completed process after checking its exit code. text_ok: not
+    raw PCM."""
     env = dict(os.environ, PYTHONPATH=str(ROOT), **kwargs.pop("env", {}))
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=text_ok,
                           env=env, timeout=300, **kwargs)  # fmt: skip
     assert done.returncode == code, f"exit {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
     return done

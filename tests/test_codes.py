@@ -107,8 +107,8 @@ def test_long_files_are_encoded_in_chunks_with_the_same_codes(snac):
 def test_restart_skips_what_is_done_and_new_files_are_added(audio_dir, snac_dir, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(audio_dir / "a", data)
-    args = ("--data_dir", data, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir, "--device", "cpu",
-            "--num_workers", 0)  # fmt: skip
+    args = ("--data_dir", data, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir,
+            "--device", "cpu", "--num_workers", 0)  # fmt: skip
     run("cache_codes.py", *args)
     first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "c").glob("*.parquet")}
     shutil.copy(audio_dir / "b c" / "utt07.wav", data / "new.wav")
@@ -121,8 +121,9 @@ def test_restart_skips_what_is_done_and_new_files_are_added(audio_dir, snac_dir,
 
 
 def test_processes_share_a_folder_and_a_killed_one_is_replaced(audio_dir, snac_dir, cache_dir, tmp_path):
-    command = [sys.executable, ROOT / "cache_codes.py", "--data_dir", audio_dir, "--output_dir", tmp_path / "c",
-               "--pretrained_model", snac_dir, "--device", "cpu", "--rows_per_file", 2, "--num_workers", 0]  # fmt: skip
+    args = ("--data_dir", audio_dir, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir,
+            "--device", "cpu", "--rows_per_file", 2, "--num_workers", 0)  # fmt: skip
+    command = [sys.executable, ROOT / "cache_codes.py", *args]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     jobs = [subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
     deadline = time.time() + 60
@@ -131,7 +132,7 @@ def test_processes_share_a_folder_and_a_killed_one_is_replaced(audio_dir, snac_d
     jobs[0].send_signal(signal.SIGKILL)
     jobs[0].wait()
     assert jobs[1].wait(timeout=120) == 0
-    run("cache_codes.py", *command[2:])  # takes over what the dead one held, if it held anything
+    run("cache_codes.py", *args)  # takes over what the dead one held, if it held anything
     rows = rows_of(tmp_path / "c")
     key = lambda r: r["file_path"]  # noqa: E731
     assert sorted(rows, key=key) == sorted(rows_of(cache_dir), key=key)
@@ -147,8 +148,8 @@ def test_bad_files_are_skipped_by_name_and_reason(audio_dir, snac_dir, tmp_path)
     (data / "empty.wav").write_bytes(b"")
     sf.write(data / "nan.wav", np.full(30000, np.nan, np.float32), 24000, subtype="FLOAT")
     sf.write(data / "zero.wav", np.zeros(0, np.float32), 24000)
-    args = ("--data_dir", data, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir, "--device", "cpu",
-            "--num_workers", 0)  # fmt: skip
+    args = ("--data_dir", data, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir,
+            "--device", "cpu", "--num_workers", 0)  # fmt: skip
     done = run("cache_codes.py", *args, code=5)
     assert "5 bad files of 13" in one_sentence(done)
     run("cache_codes.py", *args, "--max_bad_fraction", 0.5)

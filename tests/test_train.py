@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,8 @@ def tiny_args(cache_dir, targets_dir, snac_dir, out, *more):
             "--val_audio_48k_dir", targets_dir, "--pretrained_model", snac_dir, "--output_dir", out,
             "--device", "cpu", "--epochs", 3, "--epoch_ranges", "1-1,2-3", "--segment_schedule", "0.3,0.5",
             "--batch_multiplier", "2.0,1.0", "--batch_size", 4, "--val_segment", 0.5, "--val_limit", 4,
-            "--num_workers", 0, "--log_every", 1, "--main_lr", 1e-3, "--lr_24k_final_conv", 2e-4, *more]  # fmt: skip
+            "--num_workers", 0, "--log_every", 1, "--main_lr", 1e-3,
+            "--lr_24k_final_conv", 2e-4, *more]  # fmt: skip
     return [str(a) for a in argv]
 
 
@@ -315,8 +317,8 @@ def test_a_short_utterance_is_masked_not_padded_with_a_real_code(cache_dir, targ
 
 def test_a_48k_folder_that_lacks_files_says_how_many_and_which_first(cache_dir, targets_dir, tmp_path):
     rows = [json.loads(line) for line in open(targets_dir / "manifest.jsonl")]
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows if "utt00" not in r["path"]
-                                                     and "utt03" not in r["path"]))  # fmt: skip
+    kept = [r for r in rows if "utt00" not in r["path"] and "utt03" not in r["path"]]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
     with pytest.raises(UserError, match=r"lacks 2 of 14 files, first a/utt00.wav"):
         CachedCodesDataset(cache_dir, tmp_path, 1.0)
     data = CachedCodesDataset(cache_dir, tmp_path, 1.0, max_bad_fraction=0.5)
@@ -378,8 +380,10 @@ def test_a_run_trains_in_two_phases_and_writes_what_it_promises(cache_dir, targe
     names = {p.name for p in (tmp_path / "run").glob("*.pt")}
     assert {"best_model.pt", "best_model_24k.pt", "best_model_48k.pt", "checkpoint_epoch3.pt"} <= names
     state = load_checkpoint(tmp_path / "run" / "checkpoint_epoch3.pt")
-    assert {"model", "optimizer", "scheduler", "epoch", "global_step", "phase", "segment_length", "args", "geometry",
-            "rng", "best", "versions"} <= set(state)  # fmt: skip
+    promised = (
+        "model optimizer scheduler epoch global_step phase segment_length args geometry rng best versions"
+    )
+    assert set(promised.split()) <= set(state)
     best = min(v["loss"] for v in vals)
     assert math.isclose(load_checkpoint(tmp_path / "run" / "best_model.pt")["best"]["loss"], best)
 
@@ -418,8 +422,8 @@ def test_resume_continues_as_if_never_stopped(
     )  # flags come from the checkpoint
     assert again.step == stop_at and again.train() == 0
     same_state(out / "checkpoint_epoch3.pt", unbroken / "checkpoint_epoch3.pt")
-    losses = [{r["step"]: r["loss_48k"] for r in map(json.loads, open(d / "metrics.jsonl")) if "event" not in r}
-              for d in (out, unbroken)]  # fmt: skip
+    lines = lambda d: [json.loads(line) for line in open(d / "metrics.jsonl")]  # noqa: E731
+    losses = [{r["step"]: r["loss_48k"] for r in lines(d) if "event" not in r} for d in (out, unbroken)]
     assert losses[0] == losses[1]
 
 
@@ -499,3 +503,21 @@ def test_a_target_that_was_scaled_to_fit_16_bits_comes_back_at_its_level(cache_d
     a, b = (CachedCodesDataset(cache_dir, d, 0.5)[0] for d in (targets_dir, tmp_path / "t"))
     assert torch.allclose(a["audio_48k"], b["audio_48k"], atol=1e-4)
     assert torch.allclose(a["audio_24k"], b["audio_24k"], atol=1e-4) and a["audio_24k"].abs().max() > 0.05
+
+
+def test_two_processes_train_as_one(cache_dir, targets_dir, snac_dir, tmp_path, unbroken):
+    """torchrun with two processes (gloo): the same batches, so the same losses as one process."""
+    argv = tiny_args(cache_dir, targets_dir, snac_dir, tmp_path / "two", "--ema", 0.9)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(ROOT / "train_dual_head.py"), *argv], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = lambda d: [json.loads(line) for line in open(d / "metrics.jsonl")]  # noqa: E731
+    one, two = (
+        {r["step"]: r["loss_48k"] for r in lines(d) if "event" not in r} for d in (unbroken, tmp_path / "two")
+    )
+    assert one.keys() == two.keys() and all(math.isclose(one[s], two[s], rel_tol=1e-4) for s in one)
+    val = [
+        [r["lsd_12_24k"] for r in lines(d) if r.get("event") == "val"] for d in (unbroken, tmp_path / "two")
+    ]
+    assert np.allclose(*val, rtol=1e-3)
