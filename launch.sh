@@ -7,6 +7,7 @@
 #   ./launch.sh precompute GPUS [args]  48 kHz targets           (precompute_48k.py, one process a GPU)
 #   ./launch.sh cache      GPUS [args]  codes of an audio folder (cache_codes.py, one process a GPU)
 #   ./launch.sh train      GPUS [args]  dual-head training       (train_dual_head.py, several GPUs: torchrun)
+#   ./launch.sh rvq        GPUS [args]  language model of tokens (train_rvq.py, one GPU a run)
 #   ./launch.sh status                  every job: RUNNING, FINISHED, STOPPED, DEAD(exit code) or STALE_PID
 #   ./launch.sh stop NAME               TERM to that job's process group, KILL after STOP_GRACE (60) seconds
 #   ./launch.sh resume NAME             start a stopped or dead job again, from its newest checkpoint
@@ -147,6 +148,7 @@ preflight() { # KIND GPUS ARGS...
     esac
   done
   folder=$(option --output_dir "$@")
+  [ -n "$folder" ] || folder=$(option --save_dir "$@")
   folder=${folder:-$ROOT}
   while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
   [ "$(df -Pk "$folder" | awk 'NR==2 {print $4}')" -gt "${MIN_FREE_KB:-1048576}" ] \
@@ -231,6 +233,18 @@ start_train() {
   start_job "$(job_name train "$gpus")" train "$gpus" "${run_dir:-checkpoints/phase12_dual_head}" "${command[@]}" "$@"
 }
 
+start_rvq() {
+  local gpu=${1:-} run_dir
+  [ -n "$gpu" ] || abort "say on which GPU: ./launch.sh rvq 3 --data CACHE_DIR …"
+  [[ $gpu != *,* ]] || abort "train_rvq.py runs on one GPU: ./launch.sh rvq ${gpu%%,*} …"
+  shift
+  need_setup
+  preflight rvq "$gpu" "$@"
+  run_dir=$(option --save_dir "$@")
+  start_job "$(job_name rvq "$gpu")" rvq "$gpu" "${run_dir:-rvq_ckpts}" \
+    "$VENV/bin/python" -u "$ROOT/train_rvq.py" --device "$gpu" "$@"
+}
+
 start_many() { # KIND SCRIPT GPUS ARGS...: one process a GPU, all on the same folder
   local kind=$1 script=$2 gpus=${3:-} gpu
   [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh $kind 0,1 …, or cpu"
@@ -287,6 +301,8 @@ job = json.load(open(sys.argv[1]))
 command = job["command"]
 if job["kind"] == "train" and not any(a == "--resume" or a.startswith("--resume=") for a in command):
     command = [*command, "--resume", "auto"]
+if job["kind"] == "rvq":  # continues by itself, unless its first start was told to begin anew
+    command = [a for a in command if a not in ("--no-resume", "--ignore-arch")]
 print("\0".join([job["kind"], job["gpus"], job["run_dir"] or "", job["cwd"], *command]), end="\0")
 PY
   )
@@ -350,6 +366,7 @@ main() {
     demo) demo ;;
     test) run_tests "$@" ;;
     train) start_train "$@" ;;
+    rvq) start_rvq "$@" ;;
     cache) start_many cache cache_codes.py "$@" ;;
     precompute) start_many precompute precompute_48k.py "$@" ;;
     status) status ;;
