@@ -248,8 +248,8 @@ def _read_one(job: tuple[str, str, tuple, int]):
 class Reader:
     """Decodes and resamples files in worker processes, in order, a bounded number ahead."""
 
-    def __init__(self, root: str, rate: int, num_workers: int):
-        self.root, self.rate, self.allowed = root, rate, link_roots(root)
+    def __init__(self, root: str, rate: int, num_workers: int, stop: StopFlag):
+        self.stop, self.root, self.rate, self.allowed = stop, root, rate, link_roots(root)
         self.workers = num_workers
         context = multiprocessing.get_context("forkserver")  # not fork: CUDA is already up in the parent
         self.pool = None
@@ -270,6 +270,9 @@ class Reader:
             while ahead:
                 yield ahead.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
+            time.sleep(0.2)  # a signal to the group may have reached a starting worker before us
+            if self.stop:
+                return
             raise UserError("a decoding process died (out of memory, or a file that crashes the decoder) "
                             f"near {job[1]}; move that file away or lower "
                             "--num_workers") from None  # fmt: skip
@@ -325,6 +328,8 @@ def encode_unit(model, reader, files, args, device, stop):
             held -= flush(padded)
         while held > budget:
             held -= flush(max(buckets, key=lambda n: n * len(buckets[n])))
+    if stop:
+        return None
     for length in sorted(buckets):
         flush(length)
     return rows, skipped
@@ -405,7 +410,7 @@ def main(argv=None) -> int:
     log.metric(event="start", kind="cache", total_steps=total, phase="cache", worker=tag)
 
     progress = sys.stdout.isatty()
-    reader = Reader(args.data_dir, geometry.sampling_rate, args.num_workers)
+    reader = Reader(args.data_dir, geometry.sampling_rate, args.num_workers, stop)
     began, done_files, done_s, bad = time.time(), 0, 0.0, 0
     reason = "finished"
     try:

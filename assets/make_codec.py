@@ -2,7 +2,7 @@
 
     python assets/make_codec.py --data_dir klettres/usr/share/klettres
         fillets/usr/share/games/fillets-ng/sound \\ --exclude assets/codec/held_out.txt --output_dir
-assets/codec --ae_steps 1200 --decoder_steps 2000
+assets/codec --ae_steps 1200 --decoder_steps 1200
 
 (the packages klettres-data, fillets-ng-data-cs and fillets-ng-data-nl, unpacked with `dpkg -x`). How:
 
@@ -37,6 +37,7 @@ from corpus import AudioError, find_audio, read_audio, resample
 from dual_head import lsd
 from runlog import UserError, main_guard, write_json
 
+CROP = 8 * 2048  # samples: 8 coarse codes, 0.68 s
 CONFIG = {
     "sampling_rate": 24000,
     "encoder_dim": 12,
@@ -283,9 +284,10 @@ def parse_args():
         "--exclude", required=True, help="list of paths inside a data_dir: never trained on, measured on"
     )
     p.add_argument("--output_dir", required=True, help="gets config.json, pytorch_model.bin, report.json")
+    p.add_argument("--start_from", default="", help="codec whose codebooks stand: train its decoder only")
     p.add_argument("--ae_steps", type=int, default=1200, help="steps without codebooks")
     p.add_argument(
-        "--decoder_steps", type=int, default=2000, help="steps of the decoder on quantized latents"
+        "--decoder_steps", type=int, default=1200, help="steps of the decoder on quantized latents"
     )
     p.add_argument("--batch_size", type=int, default=6, help="crops of 0.68 s a step")
     p.add_argument("--lr", type=float, default=1.5e-3)
@@ -295,75 +297,100 @@ def parse_args():
     return p.parse_args()
 
 
-def main() -> int:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    excluded = {line for line in Path(args.exclude).read_text().splitlines() if line}
-    stream, clips = load_stream(args.data_dir, excluded, args.seed)
-    # torch.compile cannot fuse the scripted snake of snac/layers.py; this is the same function
-    snac.layers.snake = lambda x, alpha: x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).pow(2)
-    model = snac.SNAC(**CONFIG)
-    untrained, _ = measure(model, clips, args.seed)
-    print(
-        f"{len(stream) / 24000 / 60:.0f} min of speech, {len(clips)} held-out clips; untrained {untrained}",
-        flush=True,
-    )
-    length, began = 8 * 2048, time.time()
-    batch = lambda n=args.batch_size: draw_batch(stream, n, length, rng)  # noqa: E731
-    start_with_unit_variance(model, batch(16))
-    encoder, decoder = torch.compile(model.encoder), torch.compile(model.decoder)
+class Training:
+    """Model, data and clock of one run; `step` is one optimiser step."""
 
-    def latents_of(minutes):
-        with torch.no_grad():
-            return torch.cat(
-                [model.encoder(batch(16)) for _ in range(math.ceil(minutes * 60 * 24000 / 16 / length))]
-            )
+    def __init__(self, args):
+        self.args, self.began = args, time.time()
+        self.rng = np.random.default_rng(args.seed)
+        excluded = {line for line in Path(args.exclude).read_text().splitlines() if line}
+        self.stream, self.clips = load_stream(args.data_dir, excluded, args.seed)
+        # torch.compile cannot fuse the scripted snake of snac/layers.py; this is the same function
+        snac.layers.snake = lambda x, alpha: x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).pow(2)
 
-    def step(optimizer, parameters, lr, quantize, name, n, total):
+    def batch(self, n: int):
+        return draw_batch(self.stream, n, CROP, self.rng)
+
+    @torch.no_grad()
+    def latents(self, model, minutes: float):
+        """Encoder output of that much speech: [B, D, T]."""
+        batches = math.ceil(minutes * 60 * 24000 / 16 / CROP)
+        return torch.cat([model.encoder(self.batch(16)) for _ in range(batches)])
+
+    def step(self, optimizer, lr: float, speak, name: str, n: int, total: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"] * min(1, (n + 1) / 100)
-        x = batch()
-        loss = audio_loss(decoder(quantize(x)), x)
+        x = self.batch(self.args.batch_size)
+        loss = audio_loss(speak(x), x)
         optimizer.zero_grad()
         loss.backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if torch.nn.utils.clip_grad_norm_(parameters, 10.0).isfinite():
             optimizer.step()
         if (n + 1) % 50 == 0:
             print(
-                f"{name} step {n + 1}/{total} loss {loss.item():.3f} {time.time() - began:.0f} s", flush=True
+                f"{name} step {n + 1}/{total} loss {loss.item():.3f} {time.time() - self.began:.0f} s",
+                flush=True,
             )
 
-    parameters = list(model.parameters())
-    optimizer, sphere = optimise(model), False
-    for n in range(args.ae_steps):
-        done = n / args.ae_steps
-        if not sphere and done > 0.55:
-            whiten(model, latents_of(2.2))
-            optimizer, sphere = optimise(model), True
-        lr = args.lr * (1 if done < 0.7 else 1 - 0.8 * (done - 0.7) / 0.3)
-        continuous = lambda x, on=sphere: bottleneck(model, encoder(x), on)[0]  # noqa: E731
-        step(optimizer, parameters, lr, continuous, "autoencoder", n, args.ae_steps)
-    whiten(model, latents_of(2.2))
-    make_codebooks(model, latents_of(args.kmeans_minutes))
-    save(model, Path(args.output_dir))
-    model.requires_grad_(False)
-    model.decoder.requires_grad_(True)
-    parameters = list(model.decoder.parameters())
-    optimizer = optimise(model.decoder)
+    def autoencoder(self):
+        """Steps 1 to 3 of the manual: a codec whose codebooks stand, and whose decoder knows continuous
+        latents."""
+        args, model = self.args, snac.SNAC(**CONFIG)
+        start_with_unit_variance(model, self.batch(16))
+        encoder, decoder = torch.compile(model.encoder), torch.compile(model.decoder)
+        optimizer, sphere = optimise(model), False
+        for n in range(args.ae_steps):
+            done = n / args.ae_steps
+            if not sphere and done > 0.55:
+                whiten(model, self.latents(model, 2.2))
+                optimizer, sphere = optimise(model), True
+            lr = args.lr * (1 if done < 0.7 else 1 - 0.8 * (done - 0.7) / 0.3)
+            speak = lambda x, on=sphere: decoder(bottleneck(model, encoder(x), on)[0])  # noqa: E731
+            self.step(optimizer, lr, speak, "autoencoder", n, args.ae_steps)
+        whiten(model, self.latents(model, 2.2))
+        make_codebooks(model, self.latents(model, args.kmeans_minutes))
+        return model
 
-    def quantized(x):
-        with torch.no_grad():
-            return model.quantizer(encoder(x))[0]
+    def decoder(self, model) -> None:
+        """Step 4: the decoder learns to speak from quantized latents; encoder and quantizer are frozen."""
+        args = self.args
+        model.requires_grad_(False)
+        model.decoder.requires_grad_(True)
+        encoder, decoder, optimizer = (
+            torch.compile(model.encoder),
+            torch.compile(model.decoder),
+            optimise(model.decoder),
+        )
 
-    for n in range(args.decoder_steps):
-        lr = args.lr * (0.52 + 0.48 * math.cos(math.pi * n / args.decoder_steps))
-        step(optimizer, parameters, lr, quantized, "decoder", n, args.decoder_steps)
+        def speak(x):
+            with torch.no_grad():
+                z = model.quantizer(encoder(x))[0]
+            return decoder(z)
 
-    out = Path(args.output_dir)
+        for n in range(args.decoder_steps):
+            lr = args.lr * (0.52 + 0.48 * math.cos(math.pi * n / args.decoder_steps))
+            self.step(optimizer, lr, speak, "decoder", n, args.decoder_steps)
+
+
+def main() -> int:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    out, run = Path(args.output_dir), Training(args)
+    untrained, _ = measure(snac.SNAC(**CONFIG), run.clips, args.seed)
+    print(
+        f"{len(run.stream) / 1440000:.0f} min of speech, {len(run.clips)} held-out clips; untrained "
+        f"{untrained}",
+        flush=True,
+    )
+    if not args.start_from:
+        save(run.autoencoder(), out)
+    # from the saved file, so that the decoder learns the very codes that the shipped 16-bit weights give
+    model = snac.SNAC.from_pretrained(args.start_from or str(out))
+    run.decoder(model)
     save(model, out)
-    report(out, clips, stream, untrained, args)
+    report(out, run.clips, run.stream, untrained, args)
     return 0
 
 
@@ -375,8 +402,7 @@ def report(folder: Path, clips, stream, untrained: dict, args) -> None:
     rng = np.random.default_rng(1)
     with torch.no_grad():
         codes += [
-            model.encode(draw_batch(stream, 16, 8 * 2048, rng))
-            for _ in range(45 * 60 * 24000 // (16 * 8 * 2048))
+            model.encode(draw_batch(stream, 16, CROP, rng)) for _ in range(45 * 60 * 24000 // (16 * CROP))
         ]
     used = [entries_used(torch.cat([c[k].flatten() for c in codes]), 4096) for k in range(3)]
     found = {"steps": [args.ae_steps, args.decoder_steps], "speech_minutes": round(len(stream) / 1440000, 1),
