@@ -41,7 +41,7 @@ find_python() {
   abort "no Python 3.11 to 3.13 found; install one, or name it: PYTHON=/path/to/python ./launch.sh setup"
 }
 
-ready() { [ -x "$VENV/bin/python" ] && cat "$ROOT"/requirements*.txt | cmp -s - "$VENV/.installed"; }
+ready() { [ -x "$VENV/bin/python" ] && cat "$ROOT/requirements.txt" "$ROOT/requirements-nodeps.txt" | cmp -s - "$VENV/.installed"; }
 
 setup() {
   if ready; then
@@ -65,7 +65,7 @@ setup() {
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
       -r "$ROOT/requirements-nodeps.txt" || abort "pip could not install requirements-nodeps.txt (see above)"
   fi
-  cat "$ROOT"/requirements*.txt >"$VENV/.installed"
+  cat "$ROOT/requirements.txt" "$ROOT/requirements-nodeps.txt" >"$VENV/.installed"
   echo "setup: done; torch $("$VENV/bin/python" -c 'import torch; print(torch.__version__, "with CUDA" if torch.cuda.is_available() else "on CPU")')"
 }
 
