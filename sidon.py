@@ -13,6 +13,7 @@ level, and the measuring of each.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from pathlib import Path
@@ -207,14 +208,11 @@ def front_end(blocks, rate: int) -> dict:
     high_pass, fbank, band = HighPass(rate), Fbank(), Band()
     common = math.gcd(rate, 16000)
     odd = rate * 16000 // common**2 > 4_000_000  # 44,099 Hz, say: the reference's kernel would take gigabytes
-    to_16k = (Resampler if odd else SincResampler)(rate, 16000)
-    for x in blocks():
-        x = to_16k(high_pass(x * np.float32(gain)))
-        fbank(x)
-        band(x)
-    x = to_16k(NOTHING, last=True)
-    fbank(x)
-    band(x)
+    to_16k, in_band = (Resampler if odd else SincResampler)(rate, 16000), Resampler(rate, 16000)
+    for x in itertools.chain((high_pass(x * np.float32(gain)) for x in blocks()), [None]):
+        last = x is None
+        fbank(to_16k(NOTHING if last else x, last))
+        band(in_band(NOTHING if last else x, last))
     return {"features": fbank.features(), "band": band.done(), "peak_gain": gain, "rate": rate, "n": n,
             "silent": peak <= 1e-7}  # fmt: skip
 
@@ -247,19 +245,18 @@ def compare(source: tuple, output: tuple) -> dict:
     """Lag, correlation and level of SIDON's output against its source, each as Band.done() gives it.
 
     envelope_corr: Pearson, of 20 ms RMS envelopes, where they lie (not shifted). rms_scale: what brings the
-    output to the source's level in the 20 ms frames within 20 dB of the loudest (pauses hold noise, and SIDON
-    removes it). Lags are in samples at 48 kHz, > 0: the output is late.
+    output to the source's RMS in its band. Lags are in samples at 48 kHz, > 0: the output is late.
     """
     n = min(len(source[0]), len(output[0]))
     fine = [source[0][:n], output[0][:n]]
     power = [np.square(np.pad(e, (0, -n % 40))).reshape(-1, 40).mean(axis=1) for e in fine]
-    loud = power[0] >= 0.01 * power[0].max(initial=0.0)
-    a, b = (float(p[loud].sum()) for p in power)
+    a, b = (float(p.sum()) for p in power)
     rms = [np.sqrt(p) - np.sqrt(p).mean() for p in power]
     squares = [float(np.dot(r, r)) for r in rms]
     flat = min(squares) < 1e-12  # a steady tone: nothing to correlate
     hann = np.hanning(52)[1:-1]  # 25 ms: the pitch periods of a vocoder lie anywhere
-    lag, _ = correlate(*(np.convolve(e, hann / hann.sum(), "same") for e in fine), 100)  # within 50 ms
+    smooth = [np.convolve(e, hann / hann.sum(), "same") for e in fine if n]
+    lag, _ = correlate(*smooth, 100) if n else (0.0, 0.0)  # within 50 ms
     band_lag, band_corr = correlate(source[1], output[1], 800)
     corr = float(max(squares) < 1e-12) if flat else float(np.dot(*rms)) / math.sqrt(squares[0] * squares[1])
     return {
@@ -361,7 +358,7 @@ class Sidon:
                                 f"the pinned revision lists {expected or 'none for it'}")  # fmt: skip
         try:
             modules = [torch.jit.load(str(path), map_location=self.device).eval() for path in paths]
-        except (RuntimeError, ValueError, OSError) as e:
+        except (torch.jit.Error, RuntimeError, ValueError, OSError) as e:
             raise UserError(f"SIDON cannot be loaded from {paths[0].parent}: {first_line(e)}") from None
         self.extractor, self.decoder = modules
         self.batch_size = self._try_out(batch_size)
@@ -426,7 +423,7 @@ class Sidon:
                 return wave[:, 0, FRAME * (start - left) : FRAME * (stop - left)].float().cpu().numpy()
             except torch.OutOfMemoryError as e:
                 raise UserError(f"{first_line(e)}; try a smaller --batch_size, or a free GPU") from None
-            except (RuntimeError, KeyError, TypeError, IndexError, AttributeError) as e:
+            except (torch.jit.Error, RuntimeError, KeyError, TypeError, AttributeError) as e:
                 raise UserError(f"SIDON failed on {self.device}: {first_line(e)}; its files run only on the "
                                 "kind of device they were traced for (_cpu, _cuda)") from None  # fmt: skip
 

@@ -1,6 +1,6 @@
 """A stand-in for SIDON: two TorchScript modules of its interface and file names, whose right answer is known.
 
-Features -> energy envelope -> wave. The extractor puts the log energies of the two mel frames of a feature frame
+Features -> energy envelope -> wave. The extractor puts the log energies of the two mel frames of a frame
 into the latents; the decoder smooths them over 21 latent frames (SIDON's receptive field, +-10), interpolates
 between the mel frames, where they lie, and modulates a carrier that repeats every frame. Fed at pad 40 its
 output's envelope is the input's, with no delay.
@@ -36,8 +36,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.lost = lost
         carrier = torch.cos(2 * math.pi * 1000 * torch.arange(960) / 48000)  # 20 periods a frame
-        kernel = torch.full((21,), 0.05)
-        kernel[10] = 1.0
+        kernel = torch.full((19,), 0.05)  # the ramp below reaches one frame further
+        kernel[9] = 1.0
         self.register_buffer("carrier", carrier)
         self.register_buffer("kernel", kernel[None, None])
         self.register_buffer("gain", torch.tensor(GAIN))
@@ -47,7 +47,7 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         b, _, t = latents.shape
         level = torch.exp(1.5 * latents[:, :2])  # [B, 2, T]
-        level = torch.nn.functional.conv1d(level.reshape(b * 2, 1, t), self.kernel, padding=10).reshape(
+        level = torch.nn.functional.conv1d(level.reshape(b * 2, 1, t), self.kernel, padding=9).reshape(
             b, 2, t
         )
         level = level.transpose(1, 2).reshape(b, 2 * t)  # [B, 2 T] at 100 Hz
