@@ -324,10 +324,11 @@ class SharedWork:
         """True when the unit is ours to do now; False when it is done or a live process works on it."""
         if self.result_path(unit).exists():
             return False
-        generations = sorted(self.dir.glob(f"unit_{unit:06d}.*.claim"))
-        if generations and self._owner_alive(generations[-1]):
+        number = 0  # of the next generation; no listing of the folder, it may hold 100,000 files
+        while (self.dir / f"unit_{unit:06d}.{number:04d}.claim").exists():
+            number += 1
+        if number and self._owner_alive(self.dir / f"unit_{unit:06d}.{number - 1:04d}.claim"):
             return False
-        number = int(generations[-1].name.split(".")[1]) + 1 if generations else 0
         name = f"unit_{unit:06d}.{number:04d}.claim"
         me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start_time(os.getpid())}
         if not self._create(name, json.dumps(me).encode()):

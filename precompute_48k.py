@@ -102,13 +102,13 @@ class Spool:
         return level
 
 
-def write_row(rel: str, job: dict, kind: str, fill) -> dict:
-    """Write one target; returns its manifest row.
+def write_row(rel: str, name: str, job: dict, kind: str, fill) -> dict:
+    """Write the target `name` of the source `rel`; returns its manifest row.
 
     fill(keep) hands float32 pieces to keep(), returns rate, n (source samples), scale and what was measured.
     gain: stored wav / raw waveform; level: stored wav / source, below 1 only where PCM16 would have clipped.
     """
-    target = Path(job["output_dir"]) / job["targets"][rel]
+    target = Path(job["output_dir"]) / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         spool = Spool(target.parent)
@@ -119,12 +119,12 @@ def write_row(rel: str, job: dict, kind: str, fill) -> dict:
     except OSError as e:
         raise UserError(f"{target} could not be written: {e.strerror or e}; make room or choose another "
                         "--output_dir, then run the same command again") from None  # fmt: skip
-    row = {"path": rel, "target": job["targets"][rel], "kind": kind, "source_rate": rate}
+    row = {"path": rel, "target": name, "kind": kind, "source_rate": rate}
     row |= {"seconds": round(n / rate, 6), "samples": spool.n, "gain": scale * level, "level": level}
     return row | found
 
 
-def read_file(rel: str, job: dict) -> dict:
+def read_file(rel: str, name: str, job: dict) -> dict:
     """One source, in a reading process: its manifest row (kept), what SIDON needs, or why it is skipped."""
     try:
         source = resolve_inside(job["input_dir"], rel, job["allowed"])
@@ -145,7 +145,7 @@ def read_file(rel: str, job: dict) -> dict:
             keep(to_48k(NOTHING, last=True))
             return {"rate": rate, "n": n, "scale": 1.0, "lag_samples": 0.0, "envelope_corr": 1.0}
 
-        return write_row(rel, job, "copied" if rate >= job["native_rate"] else "sinc", fill)
+        return write_row(rel, name, job, "copied" if rate >= job["native_rate"] else "sinc", fill)
     except AudioError as e:
         return {"path": rel, "reason": str(e)}
 
@@ -167,7 +167,7 @@ class Progress:
     def __init__(self, log: RunLog, total: int, every_s: float = 10.0):
         self.log, self.total, self.every_s = log, total, every_s
         self.start = self.last = time.monotonic()
-        self.done = self.mine = self.skipped = 0
+        self.done = self.mine = self.skipped = self.settled = 0
         self.seconds = 0.0
         self.proc = f"{socket.gethostname()}-{os.getpid()}"  # several processes append to one metrics.jsonl
         self.terminal = sys.stdout.isatty()
@@ -181,6 +181,11 @@ class Progress:
             print(f"\r{self.text()}\033[K", end="", flush=True)
         if time.monotonic() - self.last >= self.every_s:
             self.say()
+
+    def others(self, files: int) -> None:
+        """So many more files are in finished units, ours or not."""
+        self.settled += files
+        self.done = max(self.done, self.settled)
 
     def rate(self) -> float:
         return self.seconds / max(1e-9, time.monotonic() - self.start)
@@ -201,15 +206,18 @@ class Progress:
         self.log.metric(step=self.done, proc=self.proc, **values)
 
 
+class Stopped(Exception):
+    """A stop was asked for in the middle of a long file: nothing of it lands."""
+
+
 class Job:
     """One process's share: claims units, keeps readers, SIDON and writers busy, commits what is finished."""
 
-    def __init__(self, args, files: list[str], job: dict, work: SharedWork, log: RunLog, stop: StopFlag):
+    def __init__(self, args, files: list[str], names: dict[str, str], job: dict, work: SharedWork, log, stop):
         self.args, self.job, self.work, self.log, self.stop = args, job, work, log, stop
-        wanted = set(files)
+        wanted, self.names = set(files), names
         self.units = [u for u, unit in enumerate(work.units) if not wanted.isdisjoint(unit)]
         self.progress = Progress(log, sum(len(work.units[u]) for u in self.units))
-        self.counted: set[int] = set()  # units in progress.done, by whomever they were finished
         self.writers = ThreadPoolExecutor(2)
         self.sidon: Sidon | None = None
         self.readers = None
@@ -219,33 +227,31 @@ class Job:
 
     def run(self) -> None:
         """Until every unit is done, by us or by others: those that live processes hold are waited for."""
-        while not self.stop:
+        while self.units and not self.stop:
             for unit, group in itertools.groupby(self.results(), key=lambda r: r[0]):
                 self.finish(unit, [result for _, result in group])
-            if all(self.work.result_path(u).exists() for u in self.units):
-                return
-            time.sleep(0.5)  # should their owner die, their unit is ours
+            done = [u for u in self.units if self.work.result_path(u).exists()]
+            self.units = sorted(set(self.units) - set(done))
+            self.progress.others(sum(len(self.work.units[u]) for u in done))
+            if self.units:
+                time.sleep(0.5)  # should their owner die, their unit is ours
 
     def claimed(self):
         """(unit, file) of everything this process gets to do, claimed only as the readers come to it."""
         for u in self.units:
-            if u not in self.counted and self.work.result_path(u).exists():
-                self.counted.add(u)
-                self.progress.done += len(self.work.units[u])
             if not self.stop and self.work.claim(u):
-                self.counted.add(u)
                 yield from itertools.takewhile(lambda _: not self.stop, ((u, f) for f in self.work.units[u]))
 
     def results(self):
         """(unit, read_file(file)) in order; the readers are only a few files ahead (memory)."""
         read = partial(read_file, job=self.job)
         if self.readers is None:
-            yield from ((u, read(rel)) for u, rel in self.claimed())
+            yield from ((u, read(rel, self.names[rel])) for u, rel in self.claimed())
             return
         waiting: collections.deque = collections.deque()
         try:
             for u, rel in self.claimed():
-                waiting.append((u, self.readers.submit(read, rel)))
+                waiting.append((u, self.readers.submit(read, rel, self.names[rel])))
                 if len(waiting) > 2 * self.args.num_workers:
                     u, future = waiting.popleft()
                     yield u, future.result()
@@ -323,7 +329,7 @@ class Job:
             [np.pad(f, ((0, frames - len(f)), (0, 0)), mode="edge") for f in features]
         )  # [B, T, 160]
         stream = self.sidon.stream(x)
-        pieces = [(w[0] for w in stream)] if frames > CHUNK else [[w] for w in next(stream)]
+        pieces = [self.until_stopped(stream)] if frames > CHUNK else [[w] for w in next(stream)]
         futures = []
         for r, p in zip(group, pieces):
             front = r["front"]
@@ -331,11 +337,21 @@ class Job:
             def fill(keep, front=front, p=p):
                 return {"rate": front["rate"], "n": front["n"]} | settle(front, p, keep)
 
-            futures.append(self.writers.submit(write_row, r["path"], self.job, "sidon", fill))
-            if frames > CHUNK:
-                futures[-1].exception()  # its writer drives the device: wait
+            futures.append(
+                self.writers.submit(write_row, r["path"], self.names[r["path"]], self.job, "sidon", fill)
+            )
+            if frames > CHUNK and isinstance(
+                futures[-1].exception(), Stopped
+            ):  # its writer drives the device
+                return []
             self.progress.add(front["n"] / front["rate"])
         return futures
+
+    def until_stopped(self, stream):
+        for wave in stream:
+            if self.stop:
+                raise Stopped
+            yield wave[0]
 
     def close(self, in_peace: bool) -> None:
         self.writers.shutdown(wait=True)
@@ -457,11 +473,7 @@ def main() -> int:
     listed = find_audio(args.input_dir)
     files = choose_files(args, listed)
     settings = {"native_rate": args.native_rate, "upsampler": args.upsampler, "input_dir": str(source)}
-    job = settings | {
-        "output_dir": str(output),
-        "allowed": link_roots(source),
-        "targets": target_names(listed),
-    }
+    job = settings | {"output_dir": str(output), "allowed": link_roots(source)}
     try:
         output.mkdir(parents=True, exist_ok=True)
         log = RunLog(args.output_dir, log_name="precompute.log")
@@ -469,7 +481,8 @@ def main() -> int:
         raise UserError(f"--output_dir {args.output_dir} cannot be written: {e.strerror}") from None
     work = SharedWork(output, files, UNIT_FILES, settings)
     stop = StopFlag()
-    run = Job(args, files, job, work, log, stop)
+    names = target_names(sorted(set(listed).union(*work.units)))  # others may have seen more files
+    run = Job(args, files, names, job, work, log, stop)
     progress = run.progress
     log.metric(event="start", kind="precompute", files=progress.total, proc=progress.proc)
     log.say(
