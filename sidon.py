@@ -12,6 +12,7 @@ level, and the measuring of each.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -68,6 +69,16 @@ class Resampler:
         return y
 
 
+@functools.lru_cache(8)
+def sinc_kernel(old: int, new: int):
+    """[taps, new], taps = 2 * width + old: output sample j of a block of `old` input samples is column j."""
+    base = min(old, new) * 0.99
+    width = math.ceil(6 * old / base)
+    t = -np.arange(new)[:, None] / new + np.arange(-width, width + old) / old
+    t = np.clip(t * base, -6, 6)
+    return (np.sinc(t) * np.cos(t * np.pi / 12) ** 2 * base / old).T.astype(np.float32)
+
+
 class SincResampler:
     """torchaudio.functional.resample (Hann-windowed sinc, width 6, rolloff 0.99) over pieces, in numpy.
 
@@ -79,11 +90,8 @@ class SincResampler:
     def __init__(self, rate: int, new_rate: int):
         common = math.gcd(rate, new_rate)
         self.old, self.new = rate // common, new_rate // common
-        base = min(self.old, self.new) * 0.99
-        width = math.ceil(6 * self.old / base)
-        t = -np.arange(self.new)[:, None] / self.new + np.arange(-width, width + self.old) / self.old
-        t = np.clip(t * base, -6, 6)
-        self.kernel = (np.sinc(t) * np.cos(t * np.pi / 12) ** 2 * base / self.old).T.astype(np.float32)
+        self.kernel = sinc_kernel(self.old, self.new)
+        width = (len(self.kernel) - self.old) // 2
         self.tail = np.zeros(width + self.old, np.float32)
         self.buffer, self.taken, self.given = self.tail[:width], 0, 0
 
@@ -128,6 +136,16 @@ def _mel(hz):
     return 1127.0 * np.log(1.0 + hz / 700.0)
 
 
+@functools.lru_cache(1)
+def mel_filters():
+    """[257, 80]: kaldi's mel scale, triangles in mel space, 20 to 8000 Hz."""
+    edges = np.linspace(_mel(20.0), _mel(8000.0), 82)
+    at = _mel(np.arange(257) * 16000 / 512)[:, None]
+    up = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    down = (edges[2:] - at) / (edges[2:] - edges[1:-1])
+    return np.maximum(0, np.minimum(up, down))
+
+
 class Fbank:
     """SeamlessM4TFeatureExtractor(padding_value=1.0) over pieces of a 16 kHz signal, in numpy.
 
@@ -135,11 +153,6 @@ class Fbank:
     """
 
     def __init__(self):
-        edges = np.linspace(_mel(20.0), _mel(8000.0), 82)  # kaldi's mel scale, triangles in mel space
-        at = _mel(np.arange(257) * 16000 / 512)[:, None]
-        up = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])
-        down = (edges[2:] - at) / (edges[2:] - edges[1:-1])
-        self.filters = np.maximum(0, np.minimum(up, down))  # [257, 80]
         self.window = np.hanning(400) ** 0.85  # povey
         self.buffer, self.rows, self.n = np.zeros(PAD, np.float32), [], 0
 
@@ -155,7 +168,7 @@ class Fbank:
             frames[:, 1:] -= 0.97 * frames[:, :-1]
             frames[:, 0] *= 0.03
             spectrum = np.fft.rfft(frames * self.window, 512)
-            mel = (spectrum.real**2 + spectrum.imag**2) @ self.filters
+            mel = (spectrum.real**2 + spectrum.imag**2) @ mel_filters()
             self.rows.append(np.log(np.maximum(mel, 1.192092955078125e-07)).astype(np.float32))
 
     def features(self):
