@@ -66,7 +66,7 @@ from sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Sidon, front_
 
 UNIT_FILES = 64  # files a claim; a killed process loses at most this much work
 BLOCK_SECONDS = 5.0  # read at a time
-LONG_SECONDS = 600  # longer files are read by the main process: their features would choke a pipe
+LONG_SECONDS = 300  # longer files are read by the main process: 64 of them would not fit in memory
 SPOOL_BYTES = 256 << 20  # a 48 kHz float32 waveform above this (23 min) waits in a temporary file
 
 
@@ -222,6 +222,9 @@ class Job:
         self.sidon: Sidon | None = None
         self.readers = None
         if args.num_workers:
+            os.environ.setdefault(
+                "OPENBLAS_NUM_THREADS", "1"
+            )  # a reader is one thread; torch is not concerned
             context = multiprocessing.get_context("spawn")  # a fork would copy threads and CUDA's state
             self.readers = ProcessPoolExecutor(args.num_workers, context, start_reader)
 
@@ -243,7 +246,7 @@ class Job:
                 yield from itertools.takewhile(lambda _: not self.stop, ((u, f) for f in self.work.units[u]))
 
     def results(self):
-        """(unit, read_file(file)) in order; the readers are only a few files ahead (memory)."""
+        """(unit, read_file(file)) in order; the readers are at most one unit ahead (memory)."""
         read = partial(read_file, job=self.job)
         if self.readers is None:
             yield from ((u, read(rel, self.names[rel])) for u, rel in self.claimed())
@@ -252,7 +255,7 @@ class Job:
         try:
             for u, rel in self.claimed():
                 waiting.append((u, self.readers.submit(read, rel, self.names[rel])))
-                if len(waiting) > 2 * self.args.num_workers:
+                if len(waiting) > UNIT_FILES:  # so that the device finds the next unit read
                     u, future = waiting.popleft()
                     yield u, future.result()
             while waiting:
@@ -283,7 +286,7 @@ class Job:
             return
         args = self.args
         why = (
-            f"{first['path']} has {first['rate']} Hz, below --native_rate {args.native_rate}, and needs SIDON"
+            f"{first['path']} has {first['rate']} Hz, below --native_rate {args.native_rate}: it needs SIDON"
         )
         self.log.say(f"{why}: loading it")
         try:
@@ -316,19 +319,16 @@ class Job:
             return []
         if "long" in first:
             try:
-                first["front"] = front_end(
-                    lambda: (x for x, _ in audio_blocks(first["long"], BLOCK_SECONDS)), first["rate"]
-                )
+                again = partial(audio_blocks, first["long"], BLOCK_SECONDS)
+                first["front"] = front_end(lambda: (x for x, _ in again()), first["rate"])
             except AudioError as e:
                 skipped.append({"path": first["path"], "reason": str(e)})
                 self.progress.add(None)
                 return []
         features = [r["front"].pop("features") for r in group]
         frames = max(map(len, features))
-        x = np.stack(
-            [np.pad(f, ((0, frames - len(f)), (0, 0)), mode="edge") for f in features]
-        )  # [B, T, 160]
-        stream = self.sidon.stream(x)
+        padded = [np.pad(f, ((0, frames - len(f)), (0, 0)), mode="edge") for f in features]
+        stream = self.sidon.stream(np.stack(padded))  # [B, T, 160]
         pieces = [self.until_stopped(stream)] if frames > CHUNK else [[w] for w in next(stream)]
         futures = []
         for r, p in zip(group, pieces):
@@ -337,12 +337,9 @@ class Job:
             def fill(keep, front=front, p=p):
                 return {"rate": front["rate"], "n": front["n"]} | settle(front, p, keep)
 
-            futures.append(
-                self.writers.submit(write_row, r["path"], self.names[r["path"]], self.job, "sidon", fill)
-            )
-            if frames > CHUNK and isinstance(
-                futures[-1].exception(), Stopped
-            ):  # its writer drives the device
+            write = partial(write_row, r["path"], self.names[r["path"]], self.job, "sidon", fill)
+            futures.append(self.writers.submit(write))
+            if frames > CHUNK and isinstance(futures[0].exception(), Stopped):  # the writer drives SIDON
                 return []
             self.progress.add(front["n"] / front["rate"])
         return futures

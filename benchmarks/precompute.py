@@ -18,12 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # before numpy starts its threads
+
 import numpy as np
 import soundfile as sf
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def command(source: Path, out: Path, modules: Path, workers: int, *more) -> list[str]:

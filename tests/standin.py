@@ -16,15 +16,21 @@ GAIN = 0.01
 
 
 class Extractor(nn.Module):
-    """[B, T, 160] -> {last_hidden_state: [B, T, 1024]}: channels 0 and 1 hold two mel frames' energies."""
+    """[B, T, 160] -> {last_hidden_state: [B, T, 1024]}: channels 0 and 1 hold two mel frames' energies,
+
+    smoothed over +-2 feature frames, so that a chunk without context shows.
+    """
 
     def __init__(self, width: int = 1024):
         super().__init__()
         self.width = width
+        self.register_buffer("kernel", torch.tensor([[[0.05, 0.05, 0.8, 0.05, 0.05]]]))
 
     def forward(self, input_features: Tensor) -> dict[str, Tensor]:
         b, t, _ = input_features.shape
-        energy = input_features.reshape(b, t, 2, 80).mean(dim=3)  # [B, T, 2]
+        energy = input_features.reshape(b, t, 2, 80).mean(dim=3).transpose(1, 2)  # [B, 2, T]
+        energy = torch.nn.functional.conv1d(energy.reshape(b * 2, 1, t), self.kernel, padding=2)
+        energy = energy.reshape(b, 2, t).transpose(1, 2)  # [B, T, 2]
         rest = torch.zeros(b, t, self.width - 2, device=energy.device)
         return {"last_hidden_state": torch.cat([energy, rest], dim=2)}
 

@@ -182,6 +182,15 @@ def test_lag_level_length(sidon, rate):
     assert abs(np.mean(lags)) < 24, np.mean(lags)
 
 
+def test_padding_is_the_delay(sidon, monkeypatch):
+    """3 * (pad - 40): 160 zeros in front are 360 samples late."""
+    monkeypatch.setattr(sidon_module, "PAD", 160)
+    x, centres = buzz(24000, 15.013)
+    y, info = sidon.upsample(x, 24000)
+    assert 320 < np.mean(burst_lags(x, 24000, y, centres)) < 420
+    assert 320 < info["lag_samples"] < 420  # and the manifest would say so
+
+
 def test_published_recipe_fails_the_same_checks(sidon):
     """150 samples early, 1.5 s too long, another level: the checks above see each of them."""
     lags = []
@@ -215,11 +224,14 @@ def test_130_seconds_equal_one_pass(sidon):
         assert np.abs(broken[near] - whole[near]).max() > 1e-2 * np.abs(whole).max()
 
 
-def test_decoder_context_matters(sidon, monkeypatch):
-    """Without the ten frames on each side the seams are back: the test above would see it."""
-    monkeypatch.setattr(sidon_module, "EDGE", 0)
+@pytest.mark.parametrize("what", ["EDGE", "context"])
+def test_context_matters(modules, sidon, monkeypatch, what):
+    """Without real context for decoder or extractor the seams are back, and the test above sees it."""
+    if what == "EDGE":
+        monkeypatch.setattr(sidon_module, "EDGE", 0)
     x, _ = buzz(16000, 70, floor=0.05)
-    y, info = sidon.upsample(x, 16000)
+    bare = sidon if what == "EDGE" else Sidon(modules, context=0)
+    y, info = bare.upsample(x, 16000)
     assert np.abs(y / np.float32(info["scale"]) - one_pass(sidon, x, 16000)[: len(y)]).max() > 1e-3
 
 
