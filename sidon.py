@@ -42,7 +42,7 @@ CHUNK = 3000  # feature frames (60 s) a pass of the feature extractor ...
 CONTEXT = 250  # ... which also sees this many real frames (5 s) on each side
 EDGE = 10  # latent frames on each side that a decoded sample depends on
 LOST = 48  # samples the decoder may be short of 960 T: the released one's odd strides lose 26 at the very end
-HEAD = 600 * 16000  # samples (10 min) whose waveforms are cross-correlated; envelopes are used whole
+HEAD = 600 * 16000  # samples (10 min) that lags are measured on; envelope_corr and level use all
 NOTHING = np.zeros(0, np.float32)
 
 
@@ -268,7 +268,7 @@ def compare(source: tuple, output: tuple) -> dict:
     squares = [float(np.dot(r, r)) for r in rms]
     flat = min(squares) < 1e-12  # a steady tone: nothing to correlate
     hann = np.hanning(52)[1:-1]  # 25 ms: the pitch periods of a vocoder lie anywhere
-    smooth = [np.convolve(e, hann / hann.sum(), "same") for e in fine if n]
+    smooth = [np.convolve(e[: HEAD // 8], hann / hann.sum(), "same") for e in fine if n]
     lag, _ = correlate(*smooth, 100) if n else (0.0, 0.0)  # within 50 ms
     band_lag, band_corr = correlate(source[1], output[1], 800)
     corr = float(max(squares) < 1e-12) if flat else float(np.dot(*rms)) / math.sqrt(squares[0] * squares[1])
