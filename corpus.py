@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import struct
@@ -374,3 +375,54 @@ def write_jsonl(path: str | Path, rows) -> None:
     with atomic_file(path, "w", encoding="utf-8") as f:
         for row in rows:
             f.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+# ---- spans: what a trainer reads of a file ----
+
+
+def read_audio_span(path: str | Path, start: int, count: int, rate: int):
+    """Mono float32 samples [start, start + count) of a file as if resampled whole to `rate`; zeros past
+    its end.
+
+    16-bit mono wav at `rate` is read by one seek; everything else by soundfile, resampled from a span
+    that begins on a common sample of both rates, with a margin longer than the filter. Raises AudioError.
+    """
+    import numpy as np
+    import soundfile as sf
+
+    out = np.zeros(count, np.float32)
+    try:
+        if str(path).lower().endswith(".wav"):
+            with open(path, "rb") as f:
+                tag, channels, file_rate, offset, held = wav_layout(f)
+                if tag == 1 and channels == 1 and file_rate == rate and _bits(f) == 16:
+                    raw = os.pread(f.fileno(), max(0, min(2 * count, held - 2 * start)), offset + 2 * start)
+                    x = np.frombuffer(raw, "<i2", len(raw) // 2)
+                    out[: len(x)] = x
+                    out /= 32768.0
+                    return out
+        with sf.SoundFile(path) as f:
+            g = math.gcd(f.samplerate, rate)
+            p, q = f.samplerate // g, rate // g  # q output samples lie exactly on p input samples
+            margin = 0 if p == q else 64 * max(1, math.ceil(rate / f.samplerate)) + 512
+            first = max(0, (start - margin) // q) * q
+            want = math.ceil((start + count + margin - first) * p / q)
+            if first // q * p < f.frames:
+                f.seek(first // q * p)
+                x = f.read(want, dtype="float32", always_2d=True).mean(axis=1)
+                if len(x):
+                    check_audio(x)
+                    y = resample(x, f.samplerate, rate)[start - first : start - first + count]
+                    out[: len(y)] = y
+    except FileNotFoundError:
+        raise AudioError("file not found") from None
+    except (sf.LibsndfileError, OSError, RuntimeError, ValueError) as e:
+        raise AudioError(f"unreadable: {getattr(e, 'error_string', None) or e}") from None
+    return out
+
+
+def _bits(f) -> int:
+    """Bits a sample of an open RIFF wav whose fmt chunk stands first, as it nearly always does; else 0."""
+    f.seek(12)
+    head = f.read(24)
+    return struct.unpack("<H", head[22:24])[0] if head[:4] == b"fmt " else 0

@@ -36,20 +36,32 @@ class UserError(Exception):
         self.code = code
 
 
-def main_guard(main) -> None:
-    """Run `main()`; a UserError becomes one line on stderr, anything unforeseen keeps its traceback."""
+def guarded(function, *args):
+    """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen keeps its
+    traceback."""
     try:
-        code = main()
+        return function(*args)
     except UserError as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
-        code = e.code
+        leave(e.code)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
-        code = EXIT_STOPPED
+        leave(EXIT_STOPPED)
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = EXIT_OK
-    sys.exit(code or EXIT_OK)
+        leave(EXIT_OK)
+
+
+def leave(code: int) -> None:
+    """Exit; under launch.sh the code is left in $JOB_EXIT_FILE, by which status tells FINISHED from DEAD."""
+    path = os.environ.get("JOB_EXIT_FILE")
+    if path and os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(f"{code}\n")
+    sys.exit(code)
+
+
+def main_guard(main, *args) -> None:
+    leave(guarded(main, *args) or EXIT_OK)
 
 
 class StopFlag:
@@ -67,6 +79,12 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+
+def ignore_stop_signals(*_) -> None:
+    """For workers: `launch.sh stop` signals the whole process group, but the main process decides."""
+    for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(sig, signal.SIG_IGN)
 
 
 # ---- atomic files ----
@@ -271,3 +289,23 @@ def step_line(step: int, total: int, epoch: int, epochs: int, phase: str, values
             value = f"{value:.2e}" if key.startswith("lr") else f"{value:.4g}"
         parts.append(f"{key} {value}")
     return f"step {step}/{total} epoch {epoch}/{epochs} {phase} " + " ".join(parts)
+
+
+# ---- devices ----
+
+
+def pick_device(name: str):
+    """`cpu`, a GPU number (`0`), or `cuda:0` -> torch.device. Raises UserError when that GPU isn't there."""
+    import torch
+
+    name = str(name).lower()
+    if name == "cpu":
+        return torch.device("cpu")
+    number = name.removeprefix("cuda:") if name != "cuda" else "0"
+    if not number.isdigit():
+        raise UserError(f"--device {name}: say cpu, or a GPU number such as 0")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number) >= count:
+        raise UserError(f"GPU {number} isn't there: torch sees {count} GPU(s) here; use --device cpu"
+                        + (f" or a number below {count}" if count else ""))  # fmt: skip
+    return torch.device(f"cuda:{number}")

@@ -1,0 +1,512 @@
+"""Encode an audio folder once: FULL SNAC codes of every file, in parquet, for training at any segment length.
+
+    python cache_codes.py --data_dir corpus/train/audio --output_dir codes/train --device 0
+    python cache_codes.py --data_dir corpus/train/audio --output_dir codes/train --device 1  # beside it
+    python cache_codes.py --data_dir assets/speech --output_dir codes/demo --device cpu \\
+        --pretrained_model assets/codec --min_seconds 0.5                          # tiny, on a CPU
+
+Any number of processes on any machines that see the folder share the work; a restart skips what is done.
+Writes codes_batch_gpu{G}_{N}.parquet, metadata.json (rows, seconds, skipped by reason), skipped.jsonl (one
+line a file left out, with the reason) and work/ (claims). Columns: file_path (relative, POSIX), audio_length
+(samples at the model's rate), codes_scale_0 … codes_scale_{K-1} (list<int16>).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import hashlib
+import json
+import math
+import multiprocessing
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from corpus import (
+    AudioError,
+    SharedWork,
+    find_audio,
+    link_roots,
+    read_audio,
+    resample,
+    resolve_inside,
+    write_jsonl,
+)
+from runlog import (
+    EXIT_BAD_INPUT,
+    EXIT_STOPPED,
+    RunLog,
+    StopFlag,
+    UserError,
+    atomic_file,
+    human_time,
+    ignore_stop_signals,
+    main_guard,
+    pick_device,
+    write_json,
+)
+
+DEFAULT_MODEL = "hubertsiuzdak/snac_24khz"
+PINNED_REVISIONS = {DEFAULT_MODEL: "d73ad176a12188fcf4f360ba3bf2c2fbbe8f58ec"}  # other hub ids: NAME@REVISION
+
+# ---- geometry: always from the model, never from a constant ----
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What makes codes of one model unusable with another; the cache's schema metadata holds it as `snac`."""
+
+    pretrained_model: str
+    weights_sha256: str  # of encoder and quantizer: they alone decide the codes
+    sampling_rate: int  # Hz
+    hop_length: int  # samples a latent frame
+    vq_strides: tuple[int, ...]  # latent frames a code, coarse to fine
+    codebook_size: int
+
+    @property
+    def coarse_samples(self) -> int:
+        """Samples at the model's rate that one coarse (scale-0) code covers."""
+        return self.vq_strides[0] * self.hop_length
+
+    def frames_per_coarse(self, k: int) -> int:
+        """Codes of scale k in one coarse code."""
+        return self.vq_strides[0] // self.vq_strides[k]
+
+    def coarse_len(self, segment_seconds: float) -> int:
+        """Coarse codes in a segment of nominally `segment_seconds`, at least 1."""
+        return max(1, int(segment_seconds * self.sampling_rate / self.hop_length / self.vq_strides[0] + 1e-9))
+
+    def difference(self, other: Geometry) -> str | None:
+        """What differs from `other`, the name of the model aside; None when codes are interchangeable."""
+        a, b = asdict(self), asdict(other)
+        found = [f"{k} {b[k]} there, {a[k]} here" for k in a if k != "pretrained_model" and a[k] != b[k]]
+        return "; ".join(found) or None
+
+    @staticmethod
+    def from_json(text: str) -> Geometry:
+        d = json.loads(text)
+        return Geometry(**(d | {"vq_strides": tuple(d["vq_strides"])}))
+
+
+def slice_at(start: int, coarse_len: int, hop_length: int, vq_strides) -> dict:
+    """Where `coarse_len` coarse codes from coarse code `start` lie: in every scale and in the audio.
+
+    Returns {scale_start: [K], scale_len: [K], start_sample_24k, samples_24k, start_sample_48k, samples_48k};
+    samples are exact (no nominal seconds), 48 kHz values are twice the 24 kHz ones.
+    """
+    s = vq_strides[0]
+    first, n = start * s * hop_length, coarse_len * s * hop_length
+    return {
+        "scale_start": [start * (s // v) for v in vq_strides],
+        "scale_len": [coarse_len * (s // v) for v in vq_strides],
+        "start_sample_24k": first,
+        "samples_24k": n,
+        "start_sample_48k": 2 * first,
+        "samples_48k": 2 * n,
+    }
+
+
+# ---- the model ----
+
+
+def load_snac(name: str, device="cpu"):
+    """A frozen SNAC in eval mode from a folder (config.json, pytorch_model.bin) or the hub (pinned revision).
+
+    name: DIR, hub id, or hub id@REVISION. Raises UserError saying what is missing.
+    """
+    from snac import SNAC
+
+    path = Path(name)
+    try:
+        if path.is_dir():
+            missing = [f for f in ("config.json", "pytorch_model.bin") if not (path / f).is_file()]
+            if missing:
+                raise UserError(f"model folder {name} lacks {' and '.join(missing)}")
+            model = SNAC.from_pretrained(name)
+        else:
+            if name.startswith((".", "/")) or name.count("/") != 1:
+                raise UserError(f"model {name} is neither a folder nor a hub id such as {DEFAULT_MODEL}")
+            repo, _, revision = name.partition("@")
+            revision = revision or PINNED_REVISIONS.get(repo)
+            if not revision:
+                raise UserError(f"no pinned revision is known for {repo}: say {repo}@COMMIT")
+            model = SNAC.from_pretrained(repo, revision=revision)
+    except UserError:
+        raise
+    except Exception as e:  # hub, network, config and weights each have their own exception classes
+        raise UserError(f"model {name} could not be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
+                        "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "
+                        "the hub reachable") from e  # fmt: skip
+    return model.to(device).eval().requires_grad_(False)
+
+
+def geometry_of(model, name: str) -> Geometry:
+    """Geometry and weights hash of a loaded SNAC."""
+    import torch
+
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        if key.startswith(("encoder.", "quantizer.")):
+            tensor = tensor.detach().to("cpu", torch.float32).contiguous()
+            digest.update(f"{key} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+    return Geometry(
+        pretrained_model=name,
+        weights_sha256=digest.hexdigest(),
+        sampling_rate=int(model.sampling_rate),
+        hop_length=int(model.hop_length),
+        vq_strides=tuple(int(v) for v in model.vq_strides),
+        codebook_size=int(model.codebook_size),
+    )
+
+
+def fold_weight_norm(module):
+    """Replace weight-norm parametrizations by plain weights: same function, no renormalising at every
+    call."""
+    import torch.nn.utils.parametrize as P
+
+    for m in module.modules():
+        if P.is_parametrized(m, "weight"):
+            P.remove_parametrizations(m, "weight")
+    return module
+
+
+# ---- encoding ----
+
+MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
+
+
+def align_samples(model) -> int:
+    """SNAC pads to, and chunks are cut at, multiples of this: hop x lcm(coarsest stride, attention
+    window)."""
+    return int(model.hop_length) * math.lcm(int(model.vq_strides[0]), model.attn_window_size or 1)
+
+
+def receptive_reach(layers, jump: float = 1.0) -> tuple[float, float]:
+    """(reach on each side in input samples, output jump) of a stack of convolutions in order.
+
+    jump: input samples a step at the first layer; strided convs multiply it, transposed ones divide it.
+    Residual branches are covered because every convolution on the longest path is counted.
+    """
+    import torch
+
+    reach = 0.0
+    for layer in layers:
+        for m in layer.modules():
+            if isinstance(m, torch.nn.Conv1d):
+                reach += jump * (m.dilation[0] * (m.kernel_size[0] - 1)) / 2
+                jump *= m.stride[0]
+            elif isinstance(m, torch.nn.ConvTranspose1d):
+                jump /= m.stride[0]
+                reach += jump * m.kernel_size[0] / 2
+    return reach, jump
+
+
+def encode(model, audio, max_seconds: float = 60.0):
+    """Codes of equally long clips: audio [B, 1, N] at the model's rate -> [codes_k [B, T_k]], as SNAC.encode.
+
+    Clips longer than max_seconds are encoded in chunks with as much real context as the encoder can see,
+    so the memory is bounded and the codes are those of one pass (up to rounding).
+    """
+    import torch
+
+    align = align_samples(model)
+    chunk = max(1, int(max_seconds * model.sampling_rate) // align) * align
+    if audio.shape[-1] <= chunk:
+        return model.encode(audio)
+    audio = model.preprocess(audio)
+    reach, _ = receptive_reach(model.encoder.block)
+    # With windowed attention a chunk must start at a window, and sees its neighbours through the convs only.
+    context = math.ceil(reach / align) * align
+    parts = []
+    for start in range(0, audio.shape[-1], chunk):
+        lo, hi = max(0, start - context), min(audio.shape[-1], start + chunk + context)
+        codes = model.encode(audio[..., lo:hi])
+        for k, c in enumerate(codes):
+            step = model.hop_length * model.vq_strides[k]
+            codes[k] = c[:, (start - lo) // step : (min(start + chunk, audio.shape[-1]) - lo) // step]
+        parts.append(codes)
+    return [torch.cat([p[k] for p in parts], dim=1) for k in range(len(parts[0]))]
+
+
+def _read_one(job: tuple[str, str, tuple, int]):
+    """Worker process: (root, rel, allowed link roots, rate) -> (rel, samples | None, reason | None)."""
+    root, rel, allowed, rate = job
+    try:
+        rel.encode("utf-8")
+        samples, source_rate = read_audio(resolve_inside(root, rel, allowed))
+        return rel, resample(samples, source_rate, rate), None
+    except UnicodeEncodeError:
+        return rel.encode("utf-8", "backslashreplace").decode(), None, "file name is not UTF-8"
+    except AudioError as e:
+        return rel, None, str(e)
+
+
+class Reader:
+    """Decodes and resamples files in worker processes, in order, a bounded number ahead."""
+
+    def __init__(self, root: str, rate: int, num_workers: int):
+        self.root, self.rate, self.allowed = root, rate, link_roots(root)
+        self.workers = num_workers
+        context = multiprocessing.get_context("forkserver")  # not fork: CUDA is already up in the parent
+        self.pool = None
+        if num_workers:
+            self.pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, ignore_stop_signals)
+
+    def __call__(self, files):
+        jobs = ((self.root, rel, self.allowed, self.rate) for rel in files)
+        if self.pool is None:
+            yield from map(_read_one, jobs)
+            return
+        ahead = collections.deque()
+        try:
+            for job in jobs:
+                ahead.append(self.pool.submit(_read_one, job))
+                if len(ahead) >= 4 * self.workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError("a decoding process died (out of memory, or a file that crashes the decoder) "
+                            f"near {job[1]}; move that file away or lower "
+                            "--num_workers") from None  # fmt: skip
+
+    def close(self):
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def encode_unit(model, reader, files, args, device, stop):
+    """Encode one unit of files. Returns (rows {rel: (length, codes)}, skipped [{file_path, reason, bad}]).
+
+    Only clips of *equal padded length* share a batch: padding one further would change its last frames.
+    """
+    import numpy as np
+    import torch
+
+    rate, align = model.sampling_rate, align_samples(model)
+    buckets = collections.defaultdict(list)  # padded length -> [(rel, samples)]
+    held, budget = 0, 30 * 60 * rate  # at most half an hour of audio waits for companions
+    rows, skipped = {}, []
+
+    def flush(length):
+        batch = buckets.pop(length)
+        audio = np.zeros((len(batch), 1, length), np.float32)
+        for i, (_, x) in enumerate(batch):
+            audio[i, 0, : len(x)] = x
+        with torch.inference_mode():
+            codes = [
+                c.to(torch.int16).cpu().numpy() for c in encode(model, torch.from_numpy(audio).to(device))
+            ]
+        for i, (rel, x) in enumerate(batch):
+            rows[rel] = (len(x), [c[i] for c in codes])
+        return len(batch) * length
+
+    for rel, samples, reason in reader(files):
+        if stop:
+            return None
+        if reason is not None:
+            skipped.append({"file_path": rel, "reason": reason, "bad": True})
+            continue
+        if len(samples) < args.min_seconds * rate:
+            why = f"shorter than --min_seconds {args.min_seconds:g}"
+            skipped.append(
+                {"file_path": rel, "reason": why, "bad": False, "seconds": round(len(samples) / rate, 3)}
+            )
+            continue
+        padded = math.ceil(len(samples) / align) * align
+        buckets[padded].append((rel, samples))
+        held += padded
+        full = min(args.batch_size, max(1, MAX_BATCH_SECONDS * rate // padded))
+        if len(buckets[padded]) >= full:
+            held -= flush(padded)
+        while held > budget:
+            held -= flush(max(buckets, key=lambda n: n * len(buckets[n])))
+    for length in sorted(buckets):
+        flush(length)
+    return rows, skipped
+
+
+def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> None:
+    """One parquet file, atomically; rows in the order of their paths, so a re-run gives the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rels = sorted(rows)
+    columns = {
+        "file_path": pa.array(rels, pa.string()),
+        "audio_length": pa.array([rows[r][0] for r in rels], pa.int64()),
+    }
+    for k in range(len(geometry.vq_strides)):
+        columns[f"codes_scale_{k}"] = pa.array([rows[r][1][k] for r in rels], pa.list_(pa.int16()))
+    meta = {"snac": json.dumps(asdict(geometry)), "data_dir": str(Path(data_dir).resolve())}
+    with atomic_file(path) as f:
+        pq.write_table(pa.table(columns).replace_schema_metadata(meta), f)
+
+
+# ---- the job ----
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data_dir", required=True, help="audio folder, read recursively")
+    p.add_argument("--output_dir", required=True, help="cache folder; may be shared by several processes")
+    p.add_argument("--pretrained_model", default=DEFAULT_MODEL, help="SNAC folder, hub id, or hub id@COMMIT")
+    p.add_argument("--device", default="0", help="GPU number or cpu")
+    p.add_argument("--batch_size", type=int, default=32, help="clips of one length encoded together, at most")
+    p.add_argument("--rows_per_file", type=int, default=1000, help="audio files a parquet file (and a claim)")
+    p.add_argument("--min_seconds", type=float, default=1.0, help="shorter files are skipped, and listed")
+    p.add_argument(
+        "--limit", type=int, default=-1, help="only the first N files of the sorted listing (-1 = all)"
+    )
+    p.add_argument("--num_workers", type=int, default=4, help="decoding processes (0 = in this process)")
+    p.add_argument(
+        "--max_bad_fraction", type=float, default=0.01, help="stop when more files than this are bad"
+    )
+    args = p.parse_args(argv)
+    for flag in ("batch_size", "rows_per_file"):
+        if getattr(args, flag) < 1:
+            p.error(f"--{flag} must be at least 1")
+    return args
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    files = find_audio(args.data_dir)
+    files = files[: args.limit] if args.limit >= 0 else files
+    device = pick_device(args.device)
+    stop = StopFlag()
+    model = load_snac(args.pretrained_model, device)
+    geometry = geometry_of(model, args.pretrained_model)
+    if geometry.codebook_size > 32767:
+        raise UserError(
+            f"codebook of {geometry.codebook_size} entries does not fit the cache's int16 columns"
+        )
+    fold_weight_norm(model)
+    tag = f"gpu{device.index if device.type == 'cuda' else 0}"
+    work = SharedWork(
+        args.output_dir,
+        files,
+        args.rows_per_file,
+        {
+            "data_dir": str(Path(args.data_dir).resolve()),
+            "weights_sha256": geometry.weights_sha256,
+            "min_seconds": args.min_seconds,
+        },
+    )
+    log = RunLog(args.output_dir, "cache.log")
+    total = sum(len(u) for u in work.units)
+    log.say(f"cache: {total} files in {len(work.units)} units, {work.unfinished()} to do; {device}, "
+            f"{geometry.sampling_rate} Hz, hop {geometry.hop_length}, strides "
+            f"{geometry.vq_strides}")  # fmt: skip
+    log.metric(event="start", kind="cache", total_steps=total, phase="cache", worker=tag)
+
+    progress = sys.stdout.isatty()
+    reader = Reader(args.data_dir, geometry.sampling_rate, args.num_workers)
+    began, done_files, done_s, bad = time.time(), 0, 0.0, 0
+    reason = "finished"
+    try:
+        for unit, unit_files in enumerate(work.units):
+            if stop:
+                break
+            if not work.claim(unit):
+                continue
+            result = encode_unit(model, reader, unit_files, args, device, stop)
+            if result is None:
+                work.release()
+                break
+            rows, skipped = result
+            if not work.still_ours():
+                log.say(f"unit {unit} was taken over while this process slept; its rows are dropped here")
+                continue
+            out = Path(args.output_dir)
+            for stale in out.glob(f"codes_batch_gpu*_{unit}.parquet"):
+                stale.unlink()  # of an owner that died before it could commit
+            shard = f"codes_batch_{tag}_{unit}.parquet" if rows else None
+            if shard:
+                write_shard(out / shard, rows, geometry, args.data_dir)
+            seconds = sum(length for length, _ in rows.values()) / geometry.sampling_rate
+            work.commit(unit, {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped})
+            done_files += len(unit_files)
+            done_s += seconds
+            bad += sum(s["bad"] for s in skipped)
+            rate = done_s / (time.time() - began)
+            left = sum(len(u) for i, u in enumerate(work.units) if i > unit)
+            eta = left * (time.time() - began) / done_files
+            log.metric(step=total - left, total_steps=total, phase="cache", audio_s_per_s=rate, eta_s=eta,
+                       skipped=len(skipped), worker=tag)  # fmt: skip
+            line = (f"cache {total - left}/{total} files, {rate:.0f} audio-s/s, {len(skipped)} skipped here, "
+                    f"eta {human_time(eta)}")  # fmt: skip
+            log.say(line) if not progress else print(f"\r{line}", end="", flush=True)
+            if bad > args.max_bad_fraction * total:
+                reason = "bad input"
+                break
+    finally:
+        reader.close()
+        work.close()
+    if progress and done_files:
+        print()
+    if stop:
+        reason = "stopped"
+    elif reason == "finished":
+        finish(work, log, args.output_dir, geometry, args.data_dir)
+    log.metric(event="end", reason=reason, kind="cache", worker=tag)
+    if reason == "bad input":
+        raise UserError(f"{bad} bad files of {total} are more than --max_bad_fraction "
+                        f"{args.max_bad_fraction:g}: "
+                        f"{first_bad(work)}; mend them, or run again with a higher --max_bad_fraction",
+                        EXIT_BAD_INPUT)  # fmt: skip
+    if reason == "stopped":
+        log.say(f"stopped by {stop.signal}: finished units are kept, the same command continues")
+        return EXIT_STOPPED
+    return 0
+
+
+def first_bad(work: SharedWork) -> str:
+    """Names of the first bad files with their reasons, for an error message."""
+    bad = []
+    for u in range(len(work.units)):
+        if work.result_path(u).exists():
+            bad += [s for s in json.loads(work.result_path(u).read_text())["skipped"] if s["bad"]]
+    return ", ".join(f"{s['file_path']} ({s['reason']})" for s in bad[:3])
+
+
+def finish(work: SharedWork, log: RunLog, output_dir: str, geometry: Geometry, data_dir: str) -> None:
+    """Merge the units' results into metadata.json and skipped.jsonl once every unit is done."""
+    results = work.results()
+    if results is None:
+        log.say(
+            f"{work.unfinished()} units are still with other processes; the last one writes metadata.json"
+        )
+        return
+    skipped = sorted((s for r in results for s in r["skipped"]), key=lambda s: s["file_path"])
+    reasons = collections.Counter(s["reason"] for s in skipped)
+    rows = sum(r["rows"] for r in results)
+    write_jsonl(Path(output_dir) / "skipped.jsonl", skipped)
+    write_json(
+        Path(output_dir) / "metadata.json",
+        {
+            "snac": asdict(geometry),
+            "data_dir": str(Path(data_dir).resolve()),
+            "files": rows + len(skipped),
+            "rows": rows,
+            "seconds": round(sum(r["seconds"] for r in results), 3),
+            "skipped": len(skipped),
+            "skipped_by_reason": dict(reasons.most_common()),
+        },
+    )
+    hours = sum(r["seconds"] for r in results) / 3600
+    log.say(f"done: {rows} rows ({hours:.3f} h) + {len(skipped)} skipped = {rows + len(skipped)} files")
+    for why, n in reasons.most_common(10):
+        log.say(f"  skipped {n}: {why}")
+    if rows == 0:
+        raise UserError(
+            f"no file of {data_dir} could be cached: see {output_dir}/skipped.jsonl for the reasons"
+        )
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,220 @@
+"""Look through the checkpoints of a run, of train_rvq.py or train_dual_head.py, and say where it went wrong.
+
+    python doctor.py --ckpts "rvq_ckpts/*.pt"
+    python doctor.py --ckpts "rvq_ckpts/*_e*.pt" --probe-data CACHE_DIR --csv health.csv
+    python doctor.py --ckpts "checkpoints/phase12_dual_head/checkpoint_*.pt"
+
+One row per checkpoint in training order. A checkpoint is sick when
+    it cannot be read, or holds NaN or Inf in weights or Adam moments;
+    its loss (on the probe, else the run's own validation, else its training loss) is more than --jump nats
+    above the best one before it, or above guessing (ln V; token models only);
+    its weights moved more than --stride times the median of the steps before, per optimiser step and relative
+    to their size, and its loss does not say that it got better by it.
+Exit code 0: all healthy; 4: the first sick checkpoint is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import glob
+import math
+from pathlib import Path
+from statistics import median
+
+from runlog import EXIT_DIVERGED, UserError, atomic_file, load_checkpoint, main_guard
+
+COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
+    "file": "{}", "kind": None, "epoch": "{}", "step": "{}", "val_loss": "{:.4f}", "best_val": "{:.4f}",
+    "train_loss": "{:.4f}", "lr": "{:.1e}", "parameters": None, "l2": "{:.2f}", "delta": "{:.3f}",
+    "delta_per_step": "{:.1e}", "nonfinite": "{}", "nonfinite_names": None, "adam_m": "{:.1e}",
+    "adam_v": "{:.1e}", "adam_max": None, "zero_weights": "{:.3f}", "zero_moments": "{:.3f}",
+    "probe_ce": "{:.4f}", "entropy": "{:.4f}", "skipped": None, "sick": "{}",
+}  # fmt: skip
+
+
+def weights_stats(state: dict) -> dict:
+    """Parameter count, L2, share of exact zeros and non-finite tensors of weights and Adam moments."""
+    import torch
+
+    row, bad, zeros, total, square = {}, [], 0, 0, 0.0
+    for name, w in state["model"].items():
+        if w.is_floating_point():
+            total += w.numel()
+            zeros += int((w == 0).sum())
+            square += w.double().square().sum().item()
+            if not torch.isfinite(w).all():
+                bad.append(name)
+    moments = {"exp_avg": [0.0, 0], "exp_avg_sq": [0.0, 0]}
+    still, largest = 0, 0.0
+    optimizer = state.get("optimizer") or {}
+    for i, entry in optimizer.get("state", {}).items():
+        for key, acc in moments.items():
+            m = entry.get(key)
+            if m is None:
+                continue
+            if not torch.isfinite(m).all():
+                bad.append(f"optimizer {i}.{key}")
+            acc[0] += (m.double().square() if key == "exp_avg" else m.double()).sum().item()
+            acc[1] += m.numel()
+            if key == "exp_avg_sq":
+                still += int((m == 0).sum())
+                largest = max(largest, m.max().item())
+    count = moments["exp_avg_sq"][1]
+    row |= {"parameters": total, "l2": math.sqrt(square) if square == square else math.nan,
+            "nonfinite": len(bad), "nonfinite_names": " ".join(bad[:5]),
+            "zero_weights": zeros / max(1, total)}  # fmt: skip
+    if count:  # root mean square of the two moments: the usual step is adam_m / adam_v
+        mean_m, mean_v = moments["exp_avg"][0] / count, max(0.0, moments["exp_avg_sq"][0] / count)
+        row |= {"adam_m": math.sqrt(mean_m), "adam_v": math.sqrt(mean_v), "adam_max": largest,
+                "zero_moments": still / count}  # fmt: skip
+    rates = [g["lr"] for g in optimizer.get("param_groups", [])]
+    return row | ({"lr": max(rates)} if rates else {})
+
+
+def distance(a: dict, b: dict) -> float | None:
+    """L2 of the difference of two state-dicts; None when their tensors differ in name or shape."""
+    if a.keys() != b.keys() or any(a[k].shape != b[k].shape for k in a):
+        return None
+    return math.sqrt(sum((a[k].double() - b[k].double()).square().sum().item() for k in a
+                         if a[k].is_floating_point()))  # fmt: skip
+
+
+def probe(state: dict, data: str, windows: int) -> dict:
+    """Plain cross-entropy and mean entropy of the output distribution (nats) on some windows of `data`."""
+    import numpy as np
+    import torch
+
+    from npq import Corpus
+    from token_lm import build, token_losses
+    from train_rvq import pad_batch, window_table
+
+    corpus, model = Corpus(data, state["args"].get("npq2", "mid")), build(state, "model")
+    if corpus.vocab != model.vocab:
+        raise UserError(f"--probe-data {data} holds other tokens than the checkpoint's model")
+    ctx = min(model.arch["ctx"], 256)
+    table = window_table(corpus.lengths, np.arange(len(corpus.lengths)), ctx, ctx)
+    picked = np.linspace(0, len(table) - 1, min(windows, len(table))).astype(int)
+    nll = entropy = frames = 0.0
+    with torch.no_grad():
+        for i in picked:
+            codes = pad_batch([corpus.read(*map(int, table[i]))])
+            logits = model(codes)
+            nll += token_losses(logits, codes, model.sizes)[0].sum().item()
+            p = logits.softmax(-1)
+            entropy += -(p * p.clamp(min=1e-30).log()).sum().item()
+            frames += codes.shape[1] * model.K
+    return {"probe_ce": nll / frames, "entropy": entropy / frames}
+
+
+def examine(path: str, args, before: tuple | None) -> tuple[dict, dict | None]:
+    """(row, state) of one checkpoint; before: (row, state) of the previous one in training order."""
+    state = load_checkpoint(path)
+    if "model" not in state or "global_step" not in state:
+        raise UserError(f"{path} is not a checkpoint of train_rvq.py or train_dual_head.py")
+    best = state.get("best")
+    best = best.get("loss") if isinstance(best, dict) else best
+    row = {"file": Path(path).name, "kind": state.get("kind", "dual_head"), "epoch": state.get("epoch"),
+           "step": state["global_step"], "best_val": best, "val_loss": state.get("val_loss"),
+           "train_loss": state.get("train_loss"), "lr": state.get("lr"),
+           "skipped": (state.get("guard") or {}).get("skipped")}  # fmt: skip
+    row |= weights_stats(state)
+    if before is not None:
+        row["delta"] = distance(state["model"], before[1]["model"])
+        steps = row["step"] - before[0]["step"]
+        if row["delta"] is not None and steps > 0 and before[0]["l2"]:
+            row["delta_per_step"] = row["delta"] / steps / before[0]["l2"]
+    if args.probe_data and row["kind"] == "rvq" and not row["nonfinite"]:
+        row |= probe(state, args.probe_data, args.probe_windows)
+    if row["kind"] == "rvq":
+        row["guessing"] = sum(map(math.log, state["arch"]["vocab"])) / len(state["arch"]["vocab"])
+    return row, state
+
+
+def loss_of(row: dict) -> float | None:
+    return next((row[k] for k in ("probe_ce", "val_loss", "train_loss") if row.get(k) is not None), None)
+
+
+def diagnose(row: dict, healthy: list[dict], jump: float, stride: float) -> str:
+    """Why this checkpoint is sick, "" when it is not; healthy: the rows before it."""
+    if row["nonfinite"]:
+        return f"NaN or Inf in {row['nonfinite']} tensors: {row['nonfinite_names']}"
+    loss = loss_of(row)
+    known = [x for x in map(loss_of, healthy) if x is not None]
+    if loss is not None and not math.isfinite(loss):
+        return f"loss {loss}"
+    if loss is not None and known and loss > min(known) + jump:
+        return f"loss {loss:.3f}, {loss - min(known):.3f} above the best before it ({min(known):.3f})"
+    if loss is not None and loss > row.get("guessing", math.inf) * 1.02 + 0.05:
+        return f"loss {loss:.3f}, worse than guessing ({row['guessing']:.3f})"
+    moves = [r["delta_per_step"] for r in healthy if r.get("delta_per_step")]
+    better = loss is not None and known and loss <= min(known)
+    if len(moves) >= 2 and row.get("delta_per_step") and not better:
+        ratio = row["delta_per_step"] / median(moves)
+        if ratio > stride:
+            return f"weights moved {ratio:.0f} times as far per step as before"
+    return ""
+
+
+def report(rows: list[dict]) -> None:
+    names = [n for n, form in COLUMNS.items() if form and any(r.get(n) not in (None, "") for r in rows)]
+    cells = [names] + [
+        ["-" if r.get(n) in (None, "") else COLUMNS[n].format(r[n]) for n in names] for r in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    for line in cells:
+        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpts", required=True, help="glob of checkpoints of one run")
+    p.add_argument("--probe-data", help=".npq glob or cache folder: entropy and loss of token models on it")
+    p.add_argument("--probe-windows", type=int, default=16, help="windows of up to 256 frames (default 16)")
+    p.add_argument("--csv", help="write all columns there")
+    p.add_argument("--jump", type=float, default=0.5, help="nats of loss above the best before (default 0.5)")
+    p.add_argument("--stride", type=float, default=10.0, help="times the median step length (default 10)")
+    args = p.parse_args()
+    paths = sorted(glob.glob(args.ckpts, recursive=True))
+    if not paths:
+        raise UserError(f"--ckpts {args.ckpts}: no such file")
+
+    rows, order = [], []
+    for path in paths:  # one at a time: a large run's checkpoints do not fit in memory together
+        try:
+            state = load_checkpoint(path)
+            order.append((state.get("global_step", -1), state.get("epoch", -1), path))
+        except UserError as e:
+            rows.append({"file": Path(path).name, "sick": f"unreadable: {e}"})
+    healthy, before, first, last = [], None, None, None
+    for _, _, path in sorted(order):
+        row, state = examine(path, args, before)
+        row["sick"] = diagnose(row, healthy, args.jump, args.stride)
+        if row["sick"]:
+            if first is None:
+                first, last = row, healthy[-1] if healthy else None
+        else:
+            healthy.append(row)
+        rows.append(row)
+        before = (row, state)
+    report(rows)
+    if args.csv:
+        with atomic_file(args.csv, "w", encoding="utf-8", newline="") as f:
+            table = csv.DictWriter(f, COLUMNS, extrasaction="ignore", restval="")
+            table.writeheader()
+            table.writerows(rows)
+    for row in rows:
+        if row["sick"].startswith("unreadable"):
+            print(row["sick"])
+    if first:
+        print(f"\nIt went wrong at {first['file']} (epoch {first['epoch']}, step {first['step']}): "
+              f"{first['sick']}."
+              + (f" The last healthy one is {last['file']}; continue from it with --resume and a lower --lr."
+                 if last else " None before it is healthy."))  # fmt: skip
+    elif all(not r["sick"] for r in rows):
+        print(f"\n{len(rows)} checkpoints, nothing wrong.")
+    return EXIT_DIVERGED if any(r["sick"] for r in rows) else 0
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,333 @@
+"""Speech or SNAC codes in, 24 and 48 kHz speech out.
+
+    python infer.py --checkpoint checkpoints/phase12_dual_head/best_model.pt --input talk.wav --output
+    talk_48k.wav python infer.py --checkpoint C --input corpus/ --output out/ --sample_rate both      # a
+    folder, recursively python infer.py --checkpoint C --input codes/val --output out/
+      # a cache of cache_codes.py python infer.py --checkpoint C --input codes/val --output - --stream |
+    aplay -f S16_LE -r 48000   # raw PCM python infer.py --checkpoint C --export exported/
+                   # safetensors + config
+
+In Python:
+
+    tts = load_dual_head("best_model.pt", device="cuda:0")      # or an exported folder, or hub-id@COMMIT
+    audio_24k, audio_48k = tts.decode(codes)                    # codes: [K] of [B, T_k]
+    for audio_24k, audio_48k in tts.stream(chunks_of_codes):    # as a language model produces them
+        ...
+
+Long files are decoded in chunks; each sees as many neighbouring latent frames as the decoder can reach,
+and noise is a function of position, so the samples are those of one pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from runlog import (
+    EXIT_BAD_INPUT,
+    EXIT_STOPPED,
+    StopFlag,
+    UserError,
+    atomic_file,
+    guarded,
+    load_checkpoint,
+    main_guard,
+    pick_device,
+    read_json,
+    write_json,
+)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoint", required=True, help="checkpoint, exported folder, or hub id@COMMIT")
+    p.add_argument("--input", help="audio file, folder, or cache of cache_codes.py")
+    p.add_argument(
+        "--output", help="wav file for one input file, else a folder; - = raw 16-bit PCM to stdout"
+    )
+    p.add_argument("--sample_rate", choices=("24000", "48000", "both"), default="48000")
+    p.add_argument("--device", default="0", help="GPU number or cpu")
+    p.add_argument("--pretrained_model", default="", help="where the encoder is (default: as recorded)")
+    p.add_argument(
+        "--chunk_seconds", type=float, default=20.0, help="decoded at once; any value, same samples"
+    )
+    p.add_argument(
+        "--stream", action="store_true", help="small chunks (0.5 s), written as soon as they exist"
+    )
+    p.add_argument("--noise_seed", type=int, default=0, help="seed of the decoder's noise")
+    p.add_argument("--export", metavar="DIR", help="write model.safetensors + config.json for load_dual_head")
+    args = p.parse_args(argv)
+    if not args.export and not (args.input and args.output):
+        p.error("--input and --output are required (or --export DIR)")
+    if args.output == "-" and args.sample_rate == "both":
+        p.error("--output - takes one --sample_rate")
+    return args
+
+
+if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
+    ARGS = guarded(parse_args)
+
+import numpy as np  # noqa: E402
+import soundfile as sf  # noqa: E402
+import torch  # noqa: E402
+
+from cache_codes import Geometry, encode, fold_weight_norm, geometry_of, load_snac, receptive_reach  # noqa: E402
+from corpus import (  # noqa: E402
+    AudioError,
+    find_audio,
+    link_roots,
+    read_audio,
+    resample,
+    resampled_length,
+    resolve_inside,
+    target_names,
+)
+from dataset import CodeIndex  # noqa: E402
+from dual_head import DualHeadDecoder  # noqa: E402
+from train_dual_head import load_weights  # noqa: E402
+
+# ---- the model, ready to decode ----
+
+
+class DualHead:
+    """A trained dual-head decoder with its geometry; `encode` also needs the codec's encoder (loaded when
+    asked)."""
+
+    def __init__(self, model, geometry: Geometry, config: dict, device, encoder_from: str):
+        self.model = fold_weight_norm(model.to(device).eval().requires_grad_(False))
+        self.geometry, self.config, self.device, self.encoder_from = geometry, config, device, encoder_from
+        self.snac = None
+        stride = geometry.vq_strides[0]
+        reach, _ = receptive_reach([*model.trunk, *model.head_48k])  # latent frames on each side
+        self.align = math.lcm(stride, config["attn_window_size"] or 1) // stride  # coarse codes
+        self.context = math.ceil(math.ceil(reach) / stride / self.align) * self.align
+
+    def encode(self, audio_24k):
+        """audio [B, 1, N] at the model's rate -> codes [K] of [B, T_k] (like `SNAC.encode`; long clips in
+        chunks)."""
+        if self.snac is None:
+            self.snac = load_snac(self.encoder_from, self.device)
+            differs = self.geometry.difference(geometry_of(self.snac, self.encoder_from))
+            if differs:
+                raise UserError(f"encoder {self.encoder_from} is not the one this decoder was trained with "
+                                f"({differs}); give the right one as --pretrained_model")  # fmt: skip
+            fold_weight_norm(self.snac)
+        with torch.inference_mode():
+            return encode(self.snac, audio_24k.to(self.device))
+
+    def decode(self, codes, output_24k=True, output_48k=True, chunk_seconds=20.0, noise_seed=0):
+        """codes [K] of [B, T_k] -> (audio_24k [B, 1, N] | None, audio_48k [B, 1, 2N] | None)."""
+        parts = list(self.stream([codes], chunk_seconds, noise_seed, output_24k, output_48k))
+        return tuple(torch.cat(p, -1) if p[0] is not None else None for p in zip(*parts))
+
+    @torch.inference_mode()
+    def stream(self, code_chunks, chunk_seconds=0.5, noise_seed=0, output_24k=True, output_48k=True):
+        """Yield (audio_24k, audio_48k) pieces while codes arrive: code_chunks gives [K] of [B, T_k] lists.
+
+        A piece is decoded once the codes that it can see on its right are there (`context` coarse codes:
+        3 for snac_24khz, 0.26 s) or the input has ended. Joined, the pieces are the output of one pass.
+        """
+        g = self.geometry
+        chunk = max(1, g.coarse_len(chunk_seconds) // self.align) * self.align
+        held, first, done = (
+            None,
+            0,
+            0,
+        )  # codes kept; coarse position of the oldest; coarse codes already decoded
+        pending = iter(code_chunks)
+        ended = False
+        while True:
+            while not ended and (held is None or first + held[0].shape[1] < done + chunk + self.context):
+                part = next(pending, None)
+                ended = part is None
+                if part is not None:
+                    part = [c.to(self.device, torch.long) for c in part]
+                    held = part if held is None else [torch.cat(p, 1) for p in zip(held, part)]
+            if held is None:
+                raise UserError("there are no codes to decode")
+            total = first + held[0].shape[1]
+            if done >= total:
+                return
+            lo, stop = max(0, done - self.context), min(done + chunk, total)
+            hi = min(stop + self.context, total)
+            window = [c[:, (lo - first) * g.frames_per_coarse(k) : (hi - first) * g.frames_per_coarse(k)]
+                      for k, c in enumerate(held)]  # fmt: skip
+            key = torch.full((window[0].shape[0],), noise_seed, dtype=torch.int64, device=self.device)
+            self.model.set_noise(key, lo * g.vq_strides[0])
+            out = self.model(window, output_24k, output_48k)
+            a, b = (done - lo) * g.coarse_samples, (stop - lo) * g.coarse_samples
+            yield tuple(x if x is None else x[..., a * f : b * f] for f, x in zip((1, 2), out))
+            done = stop
+            drop = max(0, done - self.context) - first
+            held = [c[:, drop * g.frames_per_coarse(k) :] for k, c in enumerate(held)]
+            first += drop
+
+
+def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
+    """Open a checkpoint of train_dual_head.py, a folder of --export, or the same on the hub (id@COMMIT).
+
+    pretrained_model: where the encoder is, when not where the training found it. Raises UserError.
+    """
+    from snac import SNAC
+
+    device = pick_device(device) if isinstance(device, str) else device
+    path = str(path)
+    if path.endswith(".pt"):
+        saved = load_checkpoint(path)
+        lacks = [k for k in ("model", "geometry", "model_config") if k not in saved]
+        if lacks:
+            raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(lacks)}")
+        state, config, geometry = saved["model"], saved["model_config"], saved["geometry"]
+    else:
+        from safetensors.torch import load_file
+
+        folder = Path(path) if Path(path).is_dir() else fetch(path)
+        described = read_json(folder / "config.json")
+        config, geometry = described["model_config"], described["geometry"]
+        state = load_file(folder / "model.safetensors")
+    geometry = Geometry.from_json(json.dumps(geometry))
+    taps = state["head_48k.2.parametrizations.weight.original1"].shape[-1]
+    model = DualHeadDecoder(SNAC(**config), kernel=taps)
+    load_weights(model, state, path)
+    return DualHead(model, geometry, config, device, pretrained_model or geometry.pretrained_model)
+
+
+def fetch(name: str) -> Path:
+    """Folder of an exported model on the hub; the revision must be pinned: id@COMMIT."""
+    repo, _, revision = name.partition("@")
+    if repo.count("/") != 1 or not revision:
+        raise UserError(f"{name} is neither a .pt file nor a folder; a model on the hub is named id@COMMIT")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=["config.json", "model.safetensors"])
+        )
+    except Exception as e:  # network and hub errors have many classes; all mean the same to the user
+        raise UserError(f"{name} could not be fetched from the hub ({str(e).splitlines()[0]})") from e
+
+
+def export(checkpoint: str, folder: str) -> None:
+    """Write model.safetensors (weights of quantizer, trunk and heads) and config.json."""
+    from safetensors.torch import save_file
+
+    saved = load_checkpoint(checkpoint)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.contiguous().clone() for k, v in saved["model"].items()}, Path(folder) / "model.safetensors"
+    )
+    write_json(
+        Path(folder) / "config.json", {"model_config": saved["model_config"], "geometry": saved["geometry"]}
+    )
+    print(f"wrote {folder}/model.safetensors and {folder}/config.json; open with load_dual_head({folder!r})")
+
+
+# ---- files ----
+
+
+def inputs_of(tts: DualHead, source: str):
+    """Yield (relative path, codes, samples at 24 kHz, samples at 48 kHz), or (relative path, reason,
+    None, None)."""
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"--input {source} does not exist")
+    if path.is_dir() and list(path.glob("codes_batch_gpu*_*.parquet")):
+        index = CodeIndex(source)
+        differs = tts.geometry.difference(index.geometry)
+        if differs:
+            raise UserError(f"cache {source} was made by another model ({differs})")
+        for row in range(len(index)):
+            codes = [torch.from_numpy(c)[None] for c in index.slice(row, 0, index.coarse(row))]
+            n = int(index.lengths[row])
+            yield index.path(row), codes, n, 2 * n
+        return
+    root, files = (path, find_audio(path)) if path.is_dir() else (path.parent, [path.name])
+    allowed = link_roots(root) if path.is_dir() else (path.resolve().parent,)
+    rate_24k = tts.geometry.sampling_rate
+    for rel in files:
+        try:
+            samples, rate = read_audio(resolve_inside(root, rel, allowed))
+        except AudioError as e:
+            yield rel, str(e), None, None
+            continue
+        audio = resample(samples, rate, rate_24k)
+        codes = tts.encode(torch.from_numpy(audio)[None, None])
+        yield rel, codes, len(audio), resampled_length(len(samples), rate, 2 * rate_24k)
+
+
+def main() -> int:
+    args = ARGS
+    if args.export:
+        export(args.checkpoint, args.export)
+        return 0
+    stop = StopFlag()
+    tts = load_dual_head(args.checkpoint, args.device, args.pretrained_model)
+    rates = {"24000": (24000,), "48000": (48000,), "both": (24000, 48000)}[args.sample_rate]
+    one_file = Path(args.input).is_file()
+    names = None if one_file or args.output == "-" else {}
+    bad, count, seconds, began = [], 0, 0.0, time.time()
+    for rel, codes, n_24k, n_48k in inputs_of(tts, args.input):
+        if stop:
+            print(f"stopped by {stop.signal} after {count} files", file=sys.stderr)
+            return EXIT_STOPPED
+        if n_24k is None:
+            if one_file:
+                raise UserError(f"{args.input}: {codes}")
+            bad.append(rel)
+            print(f"bad file {rel}: {codes}", file=sys.stderr)
+            continue
+        length = {24000: n_24k, 48000: n_48k}
+        pieces = tts.stream([codes], 0.5 if args.stream else args.chunk_seconds, args.noise_seed,
+                            24000 in rates, 48000 in rates)  # fmt: skip
+        paths = {}
+        if args.output != "-":
+            name = args.output if one_file else str(Path(args.output) / target_names([rel])[rel])
+            if names is not None:  # a.mp3 and a.ogg must not overwrite each other
+                name = name if names.setdefault(name, rel) == rel else str(Path(args.output) / (rel + ".wav"))
+            stem = name[: -len(".wav")] if name.endswith(".wav") else name
+            paths = {r: Path(f"{stem}_{r // 1000}k.wav" if len(rates) > 1 else name) for r in rates}
+        write_pieces(pieces, paths, rates, length)
+        count += 1
+        seconds += n_24k / 24000
+        if args.output != "-":
+            print(f"{rel} -> {', '.join(str(p) for p in paths.values())} ({n_24k / 24000:.2f} s)", flush=True)
+    spent = time.time() - began
+    print(f"{count} files, {seconds:.1f} s of audio in {spent:.1f} s ({seconds / max(spent, 1e-9):.1f}x "
+          "real time)"
+          + (f"; {len(bad)} bad files left out" if bad else ""), file=sys.stderr)  # fmt: skip
+    return EXIT_BAD_INPUT if bad else 0
+
+
+def write_pieces(pieces, paths: dict, rates, length: dict) -> None:
+    """Write pieces as they come, cut at `length`: to wav files (whole or not at all), or raw PCM to
+    stdout."""
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+        outs = {}
+        for rate, path in paths.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            raw = stack.enter_context(atomic_file(path))
+            outs[rate] = stack.enter_context(sf.SoundFile(raw, "w", rate, 1, "PCM_16", format="WAV"))
+        left = dict(length)
+        for audio_24k, audio_48k in pieces:
+            for rate, x in ((24000, audio_24k), (48000, audio_48k)):
+                if x is None or rate not in rates:
+                    continue
+                x = x[0, 0, : left[rate]].float().cpu().numpy()
+                left[rate] -= len(x)
+                if outs:
+                    outs[rate].write(x)
+                else:
+                    sys.stdout.buffer.write(
+                        np.clip(np.rint(x * 32767), -32768, 32767).astype("<i2").tobytes()
+                    )
+                    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,390 @@
+#!/usr/bin/env bash
+# launch.sh: set up, start, stop, resume and watch every job of this project.
+#
+#   ./launch.sh setup                   make .venv and install requirements.txt (uv where it can, else pip)
+#   ./launch.sh demo                    speech in, 48 kHz voice out, on the embedded speech; minutes on a CPU
+#   ./launch.sh test [pytest args]      ruff, shellcheck, tests
+#   ./launch.sh precompute GPUS [args]  48 kHz targets           (precompute_48k.py, one process a GPU)
+#   ./launch.sh cache      GPUS [args]  codes of an audio folder (cache_codes.py, one process a GPU)
+#   ./launch.sh train      GPUS [args]  dual-head training       (train_dual_head.py, several GPUs: torchrun)
+#   ./launch.sh rvq        GPUS [args]  language model of tokens (train_rvq.py, one GPU a run)
+#   ./launch.sh status                  every job: RUNNING, FINISHED, STOPPED, DEAD(exit code) or STALE_PID
+#   ./launch.sh stop NAME               TERM to that job's process group, KILL after STOP_GRACE (60) seconds
+#   ./launch.sh resume NAME             start a stopped or dead job again, from its newest checkpoint
+#   ./launch.sh logs NAME               follow its log
+#   ./launch.sh monitor [args]          the terminal UI
+#
+# GPUS is 3, 0,1,2,3 or cpu. Jobs are named train_gpu3, cache_gpu0, train_cpu …; LOG_DIR (logs) holds NAME.log,
+# NAME.pid (pid, kernel start time, command) and NAME.json. Jobs run in their own session: closing the terminal
+# does not end them. Extra arguments go to the script as they are.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+LOG_DIR=${LOG_DIR:-$ROOT/logs}
+VENV=${VENV:-$ROOT/.venv}
+
+abort() {
+  printf 'launch.sh: %s\n' "$*" >&2
+  exit 1
+}
+
+usage() { sed -n '2,/^set -euo/{/^set /d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+
+# ---- setup ----
+
+find_python() {
+  local p
+  for p in "${PYTHON:-}" python3.11 python3.12 python3.13 python3 python; do
+    command -v "$p" >/dev/null || continue
+    "$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { printf '%s' "$p"; return; }
+  done
+  abort "no Python 3.11 to 3.13 found; install one, or name it: PYTHON=/path/to/python ./launch.sh setup"
+}
+
+ready() { [ -x "$VENV/bin/python" ] && cat "$ROOT"/requirements*.txt | cmp -s - "$VENV/.installed"; }
+
+setup() {
+  if ready; then
+    echo "setup: $VENV is up to date with requirements.txt"
+    return
+  fi
+  local python
+  python=$(find_python)
+  echo "setup: $("$python" --version), installing requirements.txt into $VENV (a few minutes the first time)"
+  # uv ignores pip's configuration: where that names other package sources (an air-gapped mirror, a folder of
+  # wheels), pip finds what uv would not.
+  if command -v uv >/dev/null && [ -z "${PIP_FIND_LINKS:-}${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}" ] \
+    && ! "$python" -m pip config list 2>/dev/null | grep -qE 'find-links|index-url'; then
+    uv venv --quiet --allow-existing --python "$python" "$VENV"
+    uv pip install --quiet --python "$VENV/bin/python" -r "$ROOT/requirements.txt"
+    uv pip install --quiet --python "$VENV/bin/python" --no-deps -r "$ROOT/requirements-nodeps.txt"
+  else
+    "$python" -m venv "$VENV" || abort "could not make $VENV; on Debian or Ubuntu: apt install python3-venv"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt" \
+      || abort "pip could not install requirements.txt (see above)"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+      -r "$ROOT/requirements-nodeps.txt" || abort "pip could not install requirements-nodeps.txt (see above)"
+  fi
+  cat "$ROOT"/requirements*.txt >"$VENV/.installed"
+  echo "setup: done; torch $("$VENV/bin/python" -c 'import torch; print(torch.__version__, "with CUDA" if torch.cuda.is_available() else "on CPU")')"
+}
+
+need_setup() { ready || abort "not set up yet (or requirements.txt changed): run ./launch.sh setup"; }
+
+run_tests() {
+  setup
+  cd "$ROOT"
+  "$VENV/bin/ruff" check .
+  "$VENV/bin/ruff" format --check .
+  "$VENV/bin/shellcheck" launch.sh .ci/run
+  "$VENV/bin/python" -m pytest -q "$@"
+}
+
+# ---- process truth ----
+
+start_time() { # kernel start time (clock ticks) of a live, non-zombie process; fails when it is dead
+  local stat
+  stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+  stat=${stat##*) }
+  case $stat in [ZX]*) return 1 ;; esac
+  # shellcheck disable=SC2086
+  set -- $stat
+  printf '%s' "${20}"
+}
+
+alive() { # is the job that NAME.pid describes alive? Sets PID.
+  local file=$LOG_DIR/$1.pid began
+  [ -s "$file" ] || return 1
+  read -r PID began _ <"$file" || return 1
+  [ "$(start_time "$PID")" = "$began" ]
+}
+
+state_of() {
+  local name=$1 code
+  if alive "$name"; then
+    echo RUNNING
+  elif [ -s "$LOG_DIR/$name.pid" ] && start_time "$(cut -d' ' -f1 "$LOG_DIR/$name.pid")" >/dev/null; then
+    echo STALE_PID # the number lives on in another process, which is none of ours
+  else
+    code=$(cat "$LOG_DIR/$name.exit" 2>/dev/null) || code=
+    case $code in
+      0) echo FINISHED ;;
+      3) echo STOPPED ;;
+      '') echo DEAD ;;
+      *) echo "DEAD($code)" ;;
+    esac
+  fi
+}
+
+# ---- start ----
+
+option() { # value of --NAME in the remaining arguments, or nothing
+  local want=$1 previous='' arg
+  shift
+  for arg in "$@"; do
+    case $arg in "$want="*) printf '%s' "${arg#*=}"; return ;; esac
+    [ "$previous" = "$want" ] && { printf '%s' "$arg"; return; }
+    previous=$arg
+  done
+}
+
+preflight() { # KIND GPUS ARGS...
+  local kind=$1 gpus=$2 gpu flag value count folder
+  shift 2
+  [[ $gpus == cpu || $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || abort "GPUS must be 3, 0,1,2,3 or cpu, not '$gpus'"
+  if [ "$gpus" != cpu ]; then
+    command -v nvidia-smi >/dev/null || abort "no nvidia-smi here: this machine has no NVIDIA driver; use cpu instead of $gpus"
+    count=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
+    for gpu in ${gpus//,/ }; do
+      [ "$gpu" -lt "$count" ] || abort "GPU $gpu isn't there: nvidia-smi lists $count"
+    done
+  fi
+  for flag in --cache_dir --val_cache_dir --audio_48k_dir --val_audio_48k_dir --codes_dir --data_dir --input_dir; do
+    value=$(option "$flag" "$@")
+    [ -z "$value" ] || [ -d "$value" ] || case $flag in
+      --*48k*) abort "$flag $value does not exist; make it first: ./launch.sh precompute $gpus --input_dir … --output_dir $value" ;;
+      --*cache* | --codes*) abort "$flag $value does not exist; make it first: ./launch.sh cache $gpus --data_dir … --output_dir $value" ;;
+      *) abort "$flag $value does not exist; give the folder of your recordings" ;;
+    esac
+  done
+  folder=$(option --output_dir "$@")
+  [ -n "$folder" ] || folder=$(option --save_dir "$@")
+  folder=${folder:-$ROOT}
+  while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
+  [ "$(df -Pk "$folder" | awk 'NR==2 {print $4}')" -gt "${MIN_FREE_KB:-1048576}" ] \
+    || abort "less than 1 GiB is free in $folder; free some, or choose another --output_dir"
+  : "$kind"
+}
+
+start_job() { # NAME KIND GPUS RUN_DIR COMMAND...
+  local name=$1 kind=$2 gpus=$3 run_dir=$4 log tmp launched code tries
+  shift 4
+  mkdir -p "$LOG_DIR"
+  log=$LOG_DIR/$name.log
+  exec 9>"$LOG_DIR/$name.lock"
+  flock -w 30 9 || abort "another start of $name holds $LOG_DIR/$name.lock"
+  alive "$name" && abort "$name already runs (pid $PID); ./launch.sh stop $name first"
+  printf '=== %s %s\n' "$(date '+%F %T')" "$*" >>"$log"
+  tmp=$LOG_DIR/.$name.pid.$$
+  rm -f "$LOG_DIR/$name.exit"
+  # setsid: a session and process group of its own, so that it outlives the terminal and `stop` meets nothing else
+  # shellcheck disable=SC2016
+  JOB_EXIT_FILE=$LOG_DIR/$name.exit setsid nohup bash -c 'echo $$ >"$1.new" && mv "$1.new" "$1"; shift; exec "$@"' _ "$tmp" "$@" \
+    </dev/null >>"$log" 2>&1 9>&- &
+  launched=$!
+  for tries in $(seq 100); do
+    [ -s "$tmp" ] && break
+    sleep 0.05
+  done
+  PID=$(cat "$tmp" 2>/dev/null) || abort "$name could not be started; see $log"
+  rm -f "$tmp"
+  printf '%s %s %s\n' "$PID" "$(start_time "$PID" || echo 0)" "$*" >"$LOG_DIR/$name.pid.new"
+  mv "$LOG_DIR/$name.pid.new" "$LOG_DIR/$name.pid"
+  "$VENV/bin/python" - "$LOG_DIR/$name.json" "$name" "$kind" "$gpus" "$run_dir" "$@" <<'PY'
+import json, os, sys, time
+path, name, kind, gpus, run_dir, *command = sys.argv[1:]
+job = {"name": name, "kind": kind, "gpus": gpus, "command": command, "cwd": os.getcwd(), "started": time.time(),
+       "run_dir": os.path.abspath(run_dir) if run_dir else None}
+with open(path + ".new", "w") as f:
+    json.dump(job, f, indent=1)
+os.replace(path + ".new", path)
+PY
+  exec 9>&-
+  for tries in $(seq $((${START_WATCH:-4} * 5))); do # most mistakes show in the first seconds
+    if ! alive "$name"; then
+      code=0
+      wait "$launched" 2>/dev/null || code=$?
+      if [ "$code" -eq 0 ]; then
+        echo "$name has already finished:"
+        tail -n 5 "$log"
+        return 0
+      fi
+      printf '%s died with exit code %s; the end of %s:\n' "$name" "$code" "$log" >&2
+      tail -n 15 "$log" >&2
+      exit "$code"
+    fi
+    sleep 0.2
+  done
+  : "$tries"
+  cat <<EOF
+started $name (pid $PID), log $log
+  follow it:   ./launch.sh logs $name
+  all jobs:    ./launch.sh status       (or ./launch.sh monitor)
+  stop it:     ./launch.sh stop $name
+EOF
+}
+
+job_name() { # KIND GPUS -> train_gpu3, train_gpu0_1, train_cpu
+  if [ "$2" = cpu ]; then printf '%s_cpu' "$1"; else printf '%s_gpu%s' "$1" "${2//,/_}"; fi
+}
+
+start_train() {
+  local gpus=${1:-} run_dir command
+  [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh train 3 --codes_dir …"
+  shift
+  need_setup
+  preflight train "$gpus" "$@"
+  run_dir=$(option --output_dir "$@")
+  command=("$VENV/bin/python" -u "$ROOT/train_dual_head.py" --device "$gpus")
+  if [[ $gpus == *,* ]]; then
+    export CUDA_VISIBLE_DEVICES=$gpus
+    command=("$VENV/bin/torchrun" --standalone --nproc_per_node "$(tr ',' '\n' <<<"$gpus" | wc -l)" "$ROOT/train_dual_head.py")
+  fi
+  start_job "$(job_name train "$gpus")" train "$gpus" "${run_dir:-checkpoints/phase12_dual_head}" "${command[@]}" "$@"
+}
+
+start_rvq() {
+  local gpu=${1:-} run_dir
+  [ -n "$gpu" ] || abort "say on which GPU: ./launch.sh rvq 3 --data CACHE_DIR …"
+  [[ $gpu != *,* ]] || abort "train_rvq.py runs on one GPU: ./launch.sh rvq ${gpu%%,*} …"
+  shift
+  need_setup
+  preflight rvq "$gpu" "$@"
+  run_dir=$(option --save_dir "$@")
+  start_job "$(job_name rvq "$gpu")" rvq "$gpu" "${run_dir:-rvq_ckpts}" \
+    "$VENV/bin/python" -u "$ROOT/train_rvq.py" --device "$gpu" "$@"
+}
+
+start_many() { # KIND SCRIPT GPUS ARGS...: one process a GPU, all on the same folder
+  local kind=$1 script=$2 gpus=${3:-} gpu
+  [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh $kind 0,1 …, or cpu"
+  shift 3
+  need_setup
+  preflight "$kind" "$gpus" "$@"
+  for gpu in ${gpus//,/ }; do
+    start_job "$(job_name "$kind" "$gpu")" "$kind" "$gpu" "$(option --output_dir "$@")" \
+      "$VENV/bin/python" -u "$ROOT/$script" --device "$gpu" "$@"
+  done
+}
+
+# ---- stop, resume, look ----
+
+known() {
+  [ -n "${1:-}" ] || abort "say which job: $(jobs_list | tr '\n' ' ')"
+  [ -s "$LOG_DIR/$1.json" ] || abort "no job $1 in $LOG_DIR; there are: $(jobs_list | tr '\n' ' ')"
+}
+
+jobs_list() {
+  local f
+  for f in "$LOG_DIR"/*.json; do
+    [ -e "$f" ] && basename "$f" .json
+  done
+  return 0
+}
+
+stop_job() {
+  known "${1:-}"
+  local name=$1 waited=0
+  alive "$name" || abort "$name does not run ($(state_of "$name")); nothing was signalled"
+  echo "stopping $name (process group $PID); it finishes its step and writes a checkpoint"
+  kill -TERM -- "-$PID"
+  while alive "$name"; do
+    if [ "$waited" -ge $((${STOP_GRACE:-60} * 5)) ]; then
+      echo "still alive after ${STOP_GRACE:-60} s: KILL"
+      kill -KILL -- "-$PID" 2>/dev/null || true
+    fi
+    sleep 0.2
+    waited=$((waited + 1))
+  done
+  echo "$name has stopped; go on with: ./launch.sh resume $name"
+}
+
+resume_job() {
+  known "${1:-}"
+  local name=$1 kind gpus run_dir cwd
+  local -a command
+  alive "$name" && abort "$name already runs (pid $PID)"
+  need_setup
+  mapfile -d '' -t command < <("$VENV/bin/python" - "$LOG_DIR/$name.json" <<'PY'
+import json, sys
+job = json.load(open(sys.argv[1]))
+command = job["command"]
+if job["kind"] == "train" and not any(a == "--resume" or a.startswith("--resume=") for a in command):
+    command = [*command, "--resume", "auto"]
+if job["kind"] == "rvq":  # continues by itself, unless its first start was told to begin anew
+    command = [a for a in command if a not in ("--no-resume", "--ignore-arch")]
+print("\0".join([job["kind"], job["gpus"], job["run_dir"] or "", job["cwd"], *command]), end="\0")
+PY
+  )
+  kind=${command[0]} gpus=${command[1]} run_dir=${command[2]} cwd=${command[3]}
+  cd "$cwd"
+  preflight "$kind" "$gpus" "${command[@]:4}"
+  [[ $gpus == *,* ]] && export CUDA_VISIBLE_DEVICES=$gpus
+  start_job "$name" "$kind" "$gpus" "$run_dir" "${command[@]:4}"
+}
+
+status() {
+  local name found=0
+  for name in $(jobs_list); do
+    found=1
+    printf '%-18s %-10s pid %-8s %s\n' "$name" "$(state_of "$name")" "$(cut -d' ' -f1 "$LOG_DIR/$name.pid" 2>/dev/null)" \
+      "$(tail -c 4000 "$LOG_DIR/$name.log" 2>/dev/null | tr '\r' '\n' | grep -v '^ *$' | tail -n 1 | cut -c1-110)"
+  done
+  [ "$found" = 1 ] || echo "no jobs in $LOG_DIR"
+}
+
+# ---- demo ----
+
+demo() {
+  setup
+  local d=${DEMO_DIR:-$ROOT/demo} py=$VENV/bin/python began=$SECONDS device=cpu split model=$ROOT/assets/codec
+  if [ -e "$d" ]; then
+    [ -e "$d/.demo" ] || abort "$d exists and was not made by demo; move it away"
+    rm -r "$d"
+  fi
+  mkdir -p "$d"
+  touch "$d/.demo"
+  cd "$ROOT"
+  say() { printf '\n[%3d s] %s\n' $((SECONDS - began)) "$*"; }
+  say "1/5 prepare: split the embedded speech into training and held-out speakers"
+  "$py" prepare_dataset.py --input_dir assets/speech --output_dir "$d/data" --train_ratio 0.7 --group_by parent --seed 11
+  say "2/5 targets: 48 kHz wavs of the recordings (44.1 kHz and more are kept, nothing is restored)"
+  for split in train valid; do
+    "$py" precompute_48k.py --input_dir "$d/data/$split/audio" --output_dir "$d/targets/$split" \
+      --native_rate 44100 --device $device --num_workers 2
+  done
+  say "3/5 cache: SNAC codes of every file, once"
+  for split in train valid; do
+    "$py" cache_codes.py --data_dir "$d/data/$split/audio" --output_dir "$d/codes/$split" --device $device \
+      --pretrained_model "$model" --min_seconds 0.5 --num_workers 2
+  done
+  say "4/5 train: warmup (48 kHz head only), then everything; segments grow"
+  "$py" train_dual_head.py --config configs/demo.json --device $device --pretrained_model "$model" \
+    --cache_dir "$d/codes/train" --val_cache_dir "$d/codes/valid" --output_dir "$d/run" \
+    --audio_48k_dir "$d/targets/train" --val_audio_48k_dir "$d/targets/valid"
+  say "5/5 evaluate on held-out speakers"
+  "$py" evaluate.py --checkpoint "$d/run/best_model.pt" --data_dirs "$d/data/valid/audio" --device $device \
+    --pretrained_model "$model" --output "$d/evaluation_results.json" --samples_dir "$d/comparison_samples"
+  say "done; everything lies in $d"
+}
+
+main() {
+  local action=${1:-help}
+  [ $# -gt 0 ] && shift
+  case $action in
+    setup) setup ;;
+    demo) demo ;;
+    test) run_tests "$@" ;;
+    train) start_train "$@" ;;
+    rvq) start_rvq "$@" ;;
+    cache) start_many cache cache_codes.py "$@" ;;
+    precompute) start_many precompute precompute_48k.py "$@" ;;
+    status) status ;;
+    stop) stop_job "$@" ;;
+    resume) resume_job "$@" ;;
+    logs)
+      known "${1:-}"
+      exec tail -n 50 -F "$LOG_DIR/$1.log"
+      ;;
+    monitor) need_setup && exec "$VENV/bin/python" "$ROOT/monitor.py" --log_dir "$LOG_DIR" "$@" ;;
+    help | -h | --help) usage ;;
+    *)
+      usage >&2
+      abort "unknown command '$action'"
+      ;;
+  esac
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  main "$@"
+fi

@@ -1,0 +1,120 @@
+"""Split an audio folder into train/audio and valid/audio: links by default, the same split for the same seed.
+
+    python prepare_dataset.py --input_dir recordings --output_dir corpus --train_ratio 0.95 --group_by parent
+    python prepare_dataset.py --input_dir recordings --output_dir corpus --group_by 'regex:^([a-z]+\\d+)_'
+
+--group_by parent keeps all files of one folder together (a speaker a folder); regex:PATTERN groups by the
+first parenthesis of PATTERN in the file's name, so that no speaker is in both parts. Relative paths are
+kept, so files of one name in two folders stay apart. Writes manifest.json: what was really done, with the
+counts and the groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+
+from corpus import find_audio
+from runlog import UserError, main_guard, write_json
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--input_dir", required=True, help="audio folder, read recursively")
+    p.add_argument("--output_dir", required=True, help="gets train/audio, valid/audio and manifest.json")
+    p.add_argument("--train_ratio", type=float, default=0.95, help="share of the files for training")
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--copy", action="store_true", help="copy the files instead of linking them")
+    p.add_argument(
+        "--group_by", default="", help="parent, or regex:PATTERN with one parenthesis (default: each file)"
+    )
+    return p.parse_args(argv)
+
+
+def group_of(rel: str, group_by: str) -> str:
+    """The group a file belongs to, or the file itself without --group_by. Raises UserError."""
+    if not group_by:
+        return rel
+    if group_by == "parent":
+        return rel.rsplit("/", 1)[0] if "/" in rel else "."
+    pattern = group_by.removeprefix("regex:")
+    try:
+        found = re.search(pattern, rel.rsplit("/", 1)[-1])
+        if found is None:
+            raise UserError(f"--group_by {pattern!r} does not match {rel}: every file needs a group")
+        return found.group(1)
+    except (re.error, IndexError) as e:
+        raise UserError(
+            f"--group_by {pattern!r} is not a regular expression with one parenthesis: {e}"
+        ) from None
+
+
+def split(
+    files: list[str], train_ratio: float, seed: int, group_by: str
+) -> tuple[dict[str, str], dict[str, list]]:
+    """({file: train|valid}, {group: files}): whole groups go to validation until it has its share of the
+    files.
+
+    Both parts get at least one group. Raises UserError when there are fewer than two groups.
+    """
+    groups: dict[str, list[str]] = {}
+    for rel in files:
+        groups.setdefault(group_of(rel, group_by), []).append(rel)
+    if len(groups) < 2:
+        raise UserError(f"{len(files)} files form {len(groups)} group: two parts need at least two")
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    wanted = round((1 - train_ratio) * len(files))
+    valid: list[str] = []
+    part = dict.fromkeys(files, "train")
+    for i, name in enumerate(order):
+        over = len(valid) + len(groups[name]) - wanted
+        last_chance = not valid and i == len(order) - 1
+        # take a group as long as that brings the part closer to its share
+        if (over <= 0 or over < wanted - len(valid) or last_chance) and len(valid) + len(groups[name]) < len(
+            files
+        ):
+            valid += groups[name]
+    if not valid:
+        valid = min((groups[n] for n in order), key=len)
+    part.update(dict.fromkeys(valid, "valid"))
+    return part, groups
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    if not 0 < args.train_ratio < 1:
+        raise UserError(f"--train_ratio {args.train_ratio:g} must lie between 0 and 1")
+    source, out = Path(args.input_dir).resolve(), Path(args.output_dir)
+    files = find_audio(args.input_dir)
+    if (out / "train").exists() or (out / "valid").exists():
+        raise UserError(f"{out} already holds a split; remove it or choose another --output_dir")
+    part, groups = split(files, args.train_ratio, args.seed, args.group_by)
+    for rel in files:
+        place = out / part[rel] / "audio" / rel
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if args.copy:
+            shutil.copy2(source / rel, place)
+        else:
+            os.symlink(source / rel, place)
+    counts = {p: sum(v == p for v in part.values()) for p in ("train", "valid")}
+    found = {p: sorted({g for g, members in groups.items() if part[members[0]] == p}) for p in counts}
+    write_json(out / "manifest.json", {
+        "input_dir": str(source), "mode": "copy" if args.copy else "symlink", "seed": args.seed,
+        "train_ratio_asked": args.train_ratio, "train_ratio": round(counts["train"] / len(files), 4),
+        "group_by": args.group_by or None, "files": counts,
+        "groups": {p: len(g) for p, g in found.items()},
+        "valid_groups": found["valid"] if args.group_by else None,
+    })  # fmt: skip
+    print(f"{counts['train']} training and {counts['valid']} validation files"
+          + (f" in {len(found['train'])} and {len(found['valid'])} groups" if args.group_by else "")
+          + f" -> {out}/train/audio, {out}/valid/audio")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,129 @@
+"""launch.sh: starts, stops and tells the truth about processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+SLEEPER = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit(3))\ntime.sleep(60)"
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run a snippet with launch.sh sourced: start_job and friends with any command, in a log folder of
+    its own."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / ".installed").write_bytes((ROOT / "requirements.txt").read_bytes()
+                                      + (ROOT / "requirements-nodeps.txt").read_bytes())  # fmt: skip
+    env = dict(os.environ, LOG_DIR=str(tmp_path / "logs"), VENV=str(venv), START_WATCH="1", STOP_GRACE="5")
+
+    def call(snippet, code=0):
+        done = subprocess.run(["bash", "-c", f"source '{ROOT}/launch.sh'\n{snippet}"], env=env, cwd=tmp_path,
+                              capture_output=True, text=True, timeout=90)  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    call.python, call.logs, call.env = venv / "bin" / "python", tmp_path / "logs", env
+    yield call
+    for path in call.logs.glob("*.pid"):
+        subprocess.run(
+            ["bash", "-c", f"source '{ROOT}/launch.sh'; alive {path.stem} && kill -KILL -- -$PID"], env=env
+        )
+
+
+def sleeper(launch, name, text=SLEEPER):
+    return f"start_job {name} train cpu '' '{launch.python}' -c '{text}'"
+
+
+def test_start_status_stop(launch):
+    out = launch(sleeper(launch, "train_gpu0"))
+    assert "started train_gpu0 (pid" in out and "./launch.sh stop train_gpu0" in out
+    launch(sleeper(launch, "train_gpu1"))
+    assert "already runs" in launch(sleeper(launch, "train_gpu0"), code=1)
+    out = launch("status")
+    assert out.count("RUNNING") == 2
+    job = json.loads((launch.logs / "train_gpu0.json").read_text())
+    assert job["kind"] == "train" and job["command"][0] == str(launch.python)
+    assert "has stopped" in launch("stop_job train_gpu0")
+    out = launch("status")
+    assert "train_gpu1         RUNNING" in out and "train_gpu0         DEAD" in out  # the other job lives on
+    assert "nothing was signalled" in launch("stop_job train_gpu0", code=1)
+
+
+def test_a_job_that_dies_at_once_shows_the_end_of_its_log_and_its_exit_code(launch):
+    out = launch(
+        f"start_job x train cpu '' '{launch.python}' -c 'import sys; sys.exit(\"no cache here\")'", code=1
+    )
+    assert "died with exit code 1" in out and "no cache here" in out
+
+
+def test_a_job_that_finishes_at_once_is_no_failure(launch):
+    out = launch(f"start_job x cache cpu '' '{launch.python}' -c 'print(123)'")
+    assert "already finished" in out and "123" in out
+
+
+def test_of_20_starts_at_once_one_runs(launch):
+    out = launch(f"for i in $(seq 20); do ( {sleeper(launch, 'train_gpu0')} ) & done; wait")
+    assert out.count("started train_gpu0") == 1 and out.count("already runs") == 19
+
+
+def test_a_reused_pid_is_never_signalled(launch):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        launch(sleeper(launch, "train_gpu0") + "; stop_job train_gpu0")
+        (launch.logs / "train_gpu0.pid").write_text(f"{other.pid} 12345 python\n")
+        assert "STALE_PID" in launch("status")
+        assert "nothing was signalled" in launch("stop_job train_gpu0", code=1)
+        assert other.poll() is None
+    finally:
+        other.kill()
+
+
+def test_a_zombie_is_dead(launch):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    deadline = time.time() + 10
+    while "Z" not in open(f"/proc/{child.pid}/stat").read().rsplit(")", 1)[1][:3] and time.time() < deadline:
+        time.sleep(0.05)
+    assert "dead" in launch(f"start_time {child.pid} || echo dead")
+    child.wait()
+
+
+def test_the_real_scripts_leave_their_exit_code(launch, tmp_path):
+    out = launch(f"start_job c cache cpu '' '{launch.python}' '{ROOT}/cache_codes.py' --data_dir nowhere "
+                 f"--output_dir o", code=1)  # fmt: skip
+    assert "audio folder nowhere does not exist" in out
+    assert (launch.logs / "c.exit").read_text() == "1\n" and "DEAD(1)" in launch("status")
+
+
+def test_preflight_and_bad_arguments(launch, tmp_path):
+    for command, words in [
+        ("main train", "say on which GPUS"),
+        ("main train x --codes_dir .", "GPUS must be"),
+        ("main train cpu --codes_dir nowhere", "./launch.sh cache cpu"),
+        ("main train cpu --audio_48k_dir=nowhere", "./launch.sh precompute cpu"),
+        ("main cache cpu --data_dir nowhere", "does not exist"),
+        ("main stop train_gpu9", "no job train_gpu9"),
+        ("main frobnicate", "unknown command"),
+        ("MIN_FREE_KB=999999999999 main cache cpu --data_dir .", "is free"),
+    ]:
+        assert words in launch(command, code=1), command
+
+
+def test_a_hangup_of_the_terminal_leaves_the_job_alive(launch):
+    """The terminal's session gets SIGHUP; the job has a session of its own."""
+    snippet = f"source '{ROOT}/launch.sh'; " + sleeper(launch, "train_gpu0") + "; sleep 60"
+    shell = subprocess.Popen(["bash", "-c", snippet], env=launch.env, start_new_session=True,
+                             stdout=subprocess.PIPE, text=True)  # fmt: skip
+    while "stop it" not in (line := shell.stdout.readline()):
+        assert line, "the job did not start"
+    os.killpg(shell.pid, 1)
+    shell.wait()
+    time.sleep(0.3)
+    assert "RUNNING" in launch("status")
+    launch("stop_job train_gpu0")

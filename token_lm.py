@@ -1,0 +1,271 @@
+"""The token language model: four ways to factor a frame of K tokens, and cached sampling.
+
+train_rvq.py trains and samples it, doctor.py probes it. Tokens are frames [B, T, K]; -1 means "no token".
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runlog import UserError
+
+# ---- model ----
+
+
+class Block(nn.Module):
+    """Pre-norm attention (rotary positions, SDPA) and GELU MLP."""
+
+    def __init__(self, d: int, heads: int, dropout: float, layers: int):
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+        for layer in (self.qkv, self.up):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (self.out, self.down):
+            nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * layers))
+
+    def forward(self, x, rope, cache=None, at: int = 0):
+        B, S, d = x.shape
+        q, k, v = (
+            self.qkv(self.norm1(x)).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )  # [B, H, S, d/H]
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:  # filled from position 0 at once, then one position at a time
+            cache[0][:, :, at : at + S], cache[1][:, :, at : at + S] = k, v
+            k, v = cache[0][:, :, : at + S], cache[1][:, :, : at + S]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=S > 1)
+        x = x + self.dropout(self.out(y.transpose(1, 2).reshape(B, S, d)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+def rotate(x, rope):
+    """Rotary positions: x [B, H, S, D], rope (cos, sin) [S, D/2]."""
+    cos, sin = (r.to(x.dtype) for r in rope)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Transformer(nn.Module):
+    def __init__(self, d: int, layers: int, heads: int, dropout: float, positions: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(d, heads, dropout, layers) for _ in range(layers))
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.shape = (heads, positions, d // heads)
+        angle = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(0, d // heads, 2) / (d // heads))
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def new_cache(self, batch: int) -> list:
+        w = self.norm.weight
+        shape = (batch, *self.shape)
+        return [(w.new_empty(shape), w.new_empty(shape)) for _ in self.blocks]
+
+    def forward(self, x, caches=None, at: int = 0):
+        """x: [B, S, d] at positions at .. at + S."""
+        rope = self.cos[at : at + x.shape[1]], self.sin[at : at + x.shape[1]]
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, caches[i] if caches else None, at)
+        return self.norm(x)
+
+
+class TokenLM(nn.Module):
+    """logits[:, t, k] of token (t, k) given what the pattern lets it see; `arch`: the dict in checkpoints."""
+
+    def __init__(self, arch: dict):
+        super().__init__()
+        self.arch, self.pattern, self.vocab = arch, arch["pattern"], arch["vocab"]
+        d, self.K = arch["d_model"], len(arch["vocab"])
+        self.temporal = Transformer(
+            d, arch["layers"], arch["heads"], arch["dropout"], self.positions(arch["ctx"])
+        )
+        rows = sum(self.vocab) + self.K  # the last K rows stand for "no token here"
+        self.embedding = nn.Embedding(rows, d)
+        self.start = nn.Parameter(torch.randn(d) * 0.02)
+        wide = d
+        if self.pattern == "depth":
+            wide = arch["depth_d_model"]
+            heads = wide // (d // arch["heads"])
+            self.depth = Transformer(wide, arch["depth_layers"], heads, arch["dropout"], self.K)
+            self.depth_in = nn.Linear(d, wide, bias=False)
+            self.depth_embedding = nn.Embedding(rows, wide)
+            nn.init.normal_(self.depth_embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        # logits start at std 0.1: the first loss is ln V + 0.005
+        self.out = nn.Parameter(torch.randn(self.K, max(self.vocab), wide) * 0.1 / math.sqrt(wide))
+        sizes = torch.tensor(self.vocab)
+        self.register_buffer("sizes", sizes, persistent=False)
+        self.register_buffer("offsets", sizes.cumsum(0) - sizes, persistent=False)
+        self.ragged = len(set(self.vocab)) > 1
+
+    def positions(self, T: int) -> int:
+        return {"delay": T + self.K - 1, "flatten": T * self.K}.get(self.pattern, T)
+
+    def rows(self, codes):
+        """Embedding rows of codes [..., K]: -1 becomes that codebook's "no token"."""
+        empty = sum(self.vocab) + torch.arange(self.K, device=codes.device)
+        return torch.where(codes >= 0, codes + self.offsets, empty)
+
+    def inputs(self, codes, first: int, last: int):
+        """codes [B, T, K] -> what positions first .. last hold: [B, last - first, d]."""
+        B, T, K = codes.shape
+        if self.pattern == "flatten":
+            return self.embedding(self.rows(codes).view(B, T * K)[:, first:last])
+        if self.pattern == "delay":  # position s holds codebook k of frame s - k
+            late = codes.new_full((B, T + K - 1, K), -1)
+            for k in range(K):
+                late[:, k : k + T, k] = codes[:, :, k]
+            codes = late
+        return self.embedding(self.rows(codes[:, first:last])).sum(2)
+
+    def forward(self, codes):
+        """codes [B, T, K], -1 where there is none -> logits [B, T, K, max V] in fp32."""
+        B, T, K = codes.shape
+        codes = codes.long()
+        x = self.inputs(codes, 0, self.positions(T) - 1)
+        h = self.temporal(torch.cat([self.start.to(x.dtype).expand(B, 1, -1), x], 1))  # [B, positions, d]
+        if self.pattern == "depth":
+            inner = self.depth_embedding(self.rows(codes)[:, :, :-1])  # [B, T, K - 1, wide]
+            x = torch.cat([self.depth_in(h)[:, :, None].to(inner.dtype), inner], 2)
+            h = self.depth(x.view(B * T, K, -1)).view(B, T, K, -1)
+        elif self.pattern == "flatten":
+            h = h.view(B, T, K, -1)
+        elif self.pattern == "delay":
+            h = torch.stack([h[:, k : k + T] for k in range(K)], 2)
+        else:
+            h = h[:, :, None].expand(B, T, K, -1)
+        return self.mask(torch.einsum("btkd,kvd->btkv", h, self.out).float())
+
+    def mask(self, logits):
+        """-inf beyond a codebook's own vocabulary (files whose codebooks differ in size)."""
+        if not self.ragged:
+            return logits
+        beyond = torch.arange(logits.shape[-1], device=logits.device) >= self.sizes[:, None]
+        return logits.masked_fill(beyond, float("-inf"))
+
+    def flops_per_frame(self, T: int) -> float:
+        """Forward + backward: 6 per weight and position it is used at, 6 L d T for causal attention."""
+        per = self.positions(T) / T
+
+        def cost(net, length):
+            weights = sum(p.numel() for p in net.parameters())
+            return 6 * weights + 6 * len(net.blocks) * net.norm.weight.numel() * length
+
+        total = per * cost(self.temporal, self.positions(T)) + 6 * self.out.numel()
+        return total + (self.K * cost(self.depth, self.K) if self.pattern == "depth" else 0)
+
+
+def token_losses(logits, codes, sizes):
+    """Per token, in nats, fp32 [B, T, K]: (cross-entropy, cross-entropy against the uniform distribution)."""
+    lse = logits.logsumexp(-1)
+    nll = lse - logits.gather(-1, codes.long().clamp(min=0)[..., None])[..., 0]
+    return nll, lse - torch.where(logits.isinf(), 0.0, logits).sum(-1) / sizes
+
+
+# ---- sampling ----
+
+
+def pick(logits, temperature: float, top_k: int, top_p: float, generator):
+    """logits [B, V] -> token [B]; temperature 0 takes the most likely, top_k and top_p 0 are off."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], float("-inf"))
+    probs = logits.softmax(-1)
+    if 0 < top_p < 1:  # the smallest set of most likely tokens that holds top_p
+        ranked, index = probs.sort(descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter(-1, index, ranked)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def sample(model: TokenLM, frames: int, prompt=None, batch: int = 1, temperature: float = 1.0, top_k: int = 0,
+           top_p: float = 0.0, seed: int = 0, on_logits=None):  # fmt: skip
+    """prompt [B, P, K] or None -> codes int64 [B, P + frames, K], with cached keys and values.
+
+    Past ctx frames the window is restarted on its last half, as windows start in training.
+    on_logits(t, k, logits [B, V], window start): called for every token sampled (tests).
+    """
+    model.eval()
+    device, K, ctx, pattern = model.out.device, model.K, model.arch["ctx"], model.pattern
+    generator = torch.Generator(device).manual_seed(seed)
+    P = 0 if prompt is None else prompt.shape[1]
+    total = P + frames
+    codes = torch.full((batch if prompt is None else len(prompt), total, K), -1, device=device)
+    if P:
+        codes[:, :P] = prompt.to(device)
+    keep = min(max(ctx // 2, K), ctx - 1)
+    if pattern == "delay" and ctx <= K:
+        raise UserError(f"the delay pattern needs a --ctx above its {K} codebooks")
+
+    def choose(t, k, logits):
+        if codes[0, t, k] < 0:
+            logits = logits.float()
+            logits[:, model.vocab[k] :] = float("-inf")
+            if on_logits:
+                on_logits(t, k, logits, t0)
+            codes[:, t, k] = pick(logits, temperature, top_k, top_p, generator)
+        return codes[:, t, k]
+
+    t0 = P - keep if ctx <= P else 0
+    while True:
+        n = min(ctx, total - t0)
+        window = codes[:, t0 : t0 + n]  # a view: tokens chosen appear in it
+        known = int((window[0] >= 0).all(1).sum())  # complete frames
+        j = known * K if pattern == "flatten" else known
+        last = model.positions(n) - 1
+        if t0 + n < total:  # frames beyond this window exist: do not pretend that they are missing
+            last = {"flatten": (n - 1) * K}.get(pattern, n - 1)
+        caches = model.temporal.new_cache(len(codes))
+        start = model.start.expand(len(codes), 1, -1)
+        h = model.temporal(torch.cat([start, model.inputs(window, 0, j)], 1), caches)[:, -1]
+        while True:
+            if pattern == "flatten":
+                choose(t0 + j // K, j % K, h @ model.out[j % K].T)
+            elif pattern == "depth":
+                inner, x = model.depth.new_cache(len(codes)), model.depth_in(h)[:, None]
+                for k in range(K):
+                    token = choose(t0 + j, k, model.depth(x, inner, k)[:, -1] @ model.out[k].T)
+                    x = model.depth_embedding(token[:, None] + model.offsets[k])
+            else:
+                late = 1 if pattern == "delay" else 0
+                for k in range(K):
+                    if 0 <= j - late * k < n:
+                        choose(t0 + j - late * k, k, h @ model.out[k].T)
+            if j == last:
+                break
+            h = model.temporal(model.inputs(window, j, j + 1), caches, j + 1)[:, -1]
+            j += 1
+        if t0 + n == total:
+            return codes
+        t0 += n - keep
+
+
+# ---- from a checkpoint ----
+
+
+def build(state: dict, which: str = "ema", device="cpu") -> TokenLM:
+    """The model of a checkpoint, evaluation mode; which: `ema` or `model` weights. Raises UserError."""
+    if state.get("kind") != "rvq":
+        raise UserError("not a checkpoint of train_rvq.py")
+    model = TokenLM(state["arch"])
+    load_weights(model, state.get(which) or state["model"])
+    return model.to(device).eval()
+
+
+def load_weights(model: TokenLM, weights: dict) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise UserError(
+            f"the checkpoint's tensors do not fit its architecture: {str(e).splitlines()[1].strip()}"
+        ) from e
