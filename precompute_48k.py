@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 import socket
 import sys
 import tempfile
@@ -56,6 +55,7 @@ from runlog import (
     UserError,
     atomic_file,
     human_time,
+    ignore_stop_signals,
     main_guard,
     read_json,
     write_json,
@@ -152,8 +152,7 @@ def read_file(rel: str, name: str, job: dict) -> dict:
 
 def start_reader() -> None:
     """Signals are the parent's business; a reader whose parent was killed (-9 too) goes at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_stop_signals()
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait_for([parent]), os._exit(1)), daemon=True).start()
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from corpus import resampled_length
-from runlog import UserError
+from runlog import UserError, pick_device
 
 SIDON_REPO = "sarulab-speech/sidon-v0.1"
 # The commit, and its files' SHA-256, as independent public projects record them (we had no hub to look at;
@@ -315,19 +315,6 @@ def settle(front: dict, pieces, keep) -> dict:
 # ---- the model ----
 
 
-def device_name(device: str) -> str:
-    """`3` -> `cuda:3`; `cpu`, `cuda`, `cuda:1` stay. Raises UserError for a GPU that is not there."""
-    import torch
-
-    name = f"cuda:{device}" if str(device).isdigit() else str(device)
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {device}: use cpu or a GPU's number")
-    count = torch.cuda.device_count()
-    if name != "cpu" and int(name.partition(":")[2] or 0) >= count:
-        raise UserError(f"--device {device}: torch sees {count} GPUs here; use another number, or cpu")
-    return name
-
-
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as f:
@@ -357,7 +344,7 @@ class Sidon:
                  chunk=CHUNK, context=CONTEXT):  # fmt: skip
         import torch
 
-        self.device, self.chunk, self.context = device_name(device), chunk, context
+        self.device, self.chunk, self.context = str(pick_device(device)), chunk, context
         kind = "cpu" if self.device == "cpu" else "cuda"
         names = [f"feature_extractor_{kind}.pt", f"decoder_{kind}.pt"]
         paths = self._find(names, sidon_dir, revision)

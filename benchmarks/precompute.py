@@ -155,9 +155,45 @@ def memory(work: Path, modules: Path) -> None:
         shutil.rmtree(source)
 
 
+def torchaudio_beside_ours() -> None:
+    """On a CPU-only torch its extension does not load, so its place is taken by a stub that says so."""
+    import types
+
+    import torch
+
+    from sidon import NOTHING, HighPass, SincResampler
+
+    torch.set_num_threads(1)
+    stub = types.ModuleType("torchaudio._extension")
+    stub._IS_TORCHAUDIO_EXT_AVAILABLE, stub.fail_if_no_align = False, lambda f: f
+    sys.modules["torchaudio._extension"] = stub
+    import torchaudio.functional as reference
+
+    seconds, rate = 5, 22050
+    x = (0.1 * np.random.default_rng(0).standard_normal(seconds * rate)).astype(np.float32)
+    wave = torch.from_numpy(x)[None]
+
+    def measure(name, theirs, ours):
+        start = time.process_time()
+        a = theirs()
+        middle = time.process_time()
+        b = ours()
+        spent = [1000 * t / seconds for t in (middle - start, time.process_time() - middle)]
+        error = np.abs(a[0].numpy() - b).max()
+        print(f"| {name} | {spent[0]:.2f} | {spent[1]:.2f} | {spent[0] / spent[1]:.0f} | {error:.1g} |")
+
+    HighPass(rate)(x)
+    print("| 22.05 kHz | torchaudio, CPU ms an audio second | ours | ratio | largest difference |")
+    print("|---|---|---|---|---|")
+    measure("high-pass", lambda: reference.highpass_biquad(wave, rate, 50.0), lambda: HighPass(rate)(x))
+    down = SincResampler(rate, 16000)
+    ours = lambda: np.concatenate([down(x), down(NOTHING, last=True)])  # noqa: E731
+    measure("to 16 kHz", lambda: reference.resample(wave, rate, 16000), ours)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["processes", "cpu", "memory"])
+    p.add_argument("what", choices=["processes", "cpu", "memory", "torchaudio"])
     p.add_argument("folder", type=Path, nargs="?", help="recordings")
     p.add_argument("--limit", type=int, default=300, help="files that `cpu` measures")
     args = p.parse_args()
@@ -170,6 +206,8 @@ def main() -> None:
         modules = standin.build(work / "sidon")
         if args.what == "memory":
             memory(work, modules)
+        elif args.what == "torchaudio":
+            torchaudio_beside_ours()
         elif args.folder is None:
             p.error(f"{args.what} needs a folder of recordings")
         elif args.what == "processes":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 
@@ -301,7 +302,7 @@ def test_wrong_files_are_one_sentence(tmp_path, modules, monkeypatch):
     Sidon(modules, sha256=good)
     assert "lists " + "0" * 64 in refusal(modules, sha256=good | {"decoder_cpu.pt": "0" * 64})
     if not torch.cuda.is_available():
-        assert "torch sees 0 GPUs here" in refusal(modules, device="3")
+        assert "torch sees 0 GPU(s) here" in refusal(modules, device="3")
 
 
 def test_released_decoder_is_26_samples_short(tmp_path, sidon):
@@ -322,6 +323,22 @@ def test_batches(tmp_path, sidon, capsys):
     single = Sidon(standin.build(tmp_path, extractor=SingleExtractor()), batch_size=4)
     assert single.batch_size == 1
     assert "traced for one utterance" in capsys.readouterr().out
+
+
+def test_who_shares_a_pass():
+    """Equal lengths, at most batch_size; --batch_slack widens it, a chunk's length bounds it."""
+
+    def groups(lengths, size, slack):
+        args = SimpleNamespace(batch_slack=slack)
+        job = SimpleNamespace(args=args, sidon=SimpleNamespace(batch_size=size))
+        restored = [{"path": f"{i:02d}", "front": {"features": range(n)}} for i, n in enumerate(lengths)]
+        found = precompute_48k.Job.batches(job, [*restored, {"path": "x", "long": "x.wav"}])
+        assert found.pop() == [{"path": "x", "long": "x.wav"}]
+        return [[len(r["front"]["features"]) for r in g] for g in found]
+
+    assert groups([50, 70, 50, 50, 70], 2, 0.0) == [[50, 50], [50], [70, 70]]
+    assert groups([50, 70, 50, 76], 8, 0.5) == [[50, 50, 70], [76]]
+    assert groups([2990, 3010, 3010], 8, 1.0) == [[2990], [3010], [3010]]
 
 
 # ---- the program ----
