@@ -248,8 +248,8 @@ class SharedWork:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.unit_size = unit_size
         self.token = uuid.uuid4().hex
-        self.held: Path | None = None
-        self._agree_on_settings(settings | {"unit_size": unit_size})
+        self.claims: dict[int, Path] = {}  # units that are ours now
+        self.agree("settings.json", settings | {"unit_size": unit_size})
         self.units: list[list[str]] = []
         self._plan(files)
         self._stop = threading.Event()
@@ -272,10 +272,11 @@ class SharedWork:
         finally:
             tmp.unlink()
 
-    def _agree_on_settings(self, settings: dict) -> None:
-        if self._create("settings.json", json.dumps(settings, indent=1).encode()):
+    def agree(self, name: str, settings: dict) -> None:
+        """The first process writes `settings` to work/NAME; UserError for a later one that has others."""
+        if self._create(name, json.dumps(settings, indent=1).encode()):
             return
-        begun = read_json(self.dir / "settings.json")
+        begun = read_json(self.dir / name)
         differ = [f"{k}: {begun.get(k)!r} then, {v!r} now" for k, v in settings.items() if begun.get(k) != v]
         if differ:
             raise UserError(f"{self.dir.parent} was begun with other settings ({'; '.join(differ)}); "
@@ -311,8 +312,7 @@ class SharedWork:
 
     def _heartbeat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            held = self.held
-            if held is not None:
+            for held in list(self.claims.values()):
                 try:
                     os.utime(held)
                 except OSError as e:
@@ -325,33 +325,37 @@ class SharedWork:
         """True when the unit is ours to do now; False when it is done or a live process works on it."""
         if self.result_path(unit).exists():
             return False
-        generations = sorted(self.dir.glob(f"unit_{unit:06d}.*.claim"))
-        if generations and self._owner_alive(generations[-1]):
+        number = 0  # of the next generation; no listing of the folder, it may hold 100,000 files
+        while (self.dir / f"unit_{unit:06d}.{number:04d}.claim").exists():
+            number += 1
+        if number and self._owner_alive(self.dir / f"unit_{unit:06d}.{number - 1:04d}.claim"):
             return False
-        number = int(generations[-1].name.split(".")[1]) + 1 if generations else 0
         name = f"unit_{unit:06d}.{number:04d}.claim"
         me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start_time(os.getpid())}
         if not self._create(name, json.dumps(me).encode()):
             return False
         if self.result_path(unit).exists():  # its owner committed between our two looks
             return False
-        self.held = self.dir / name
+        self.claims[unit] = self.dir / name
         return True
 
-    def still_ours(self) -> bool:
-        """False when we slept so long that another took the unit over: then our output must not land."""
-        stem, number, _ = self.held.name.split(".")
+    def still_ours(self, unit: int | None = None) -> bool:
+        """False when we slept so long that another took the unit over: then our output must not land.
+
+        unit: default the one claimed last.
+        """
+        claim = self.claims[unit if unit is not None else next(reversed(self.claims))]
+        stem, number, _ = claim.name.split(".")
         return not (self.dir / f"{stem}.{int(number) + 1:04d}.claim").exists()
 
     def commit(self, unit: int, result: dict) -> None:
         write_json(self.result_path(unit), result)
-        self.held = None
+        self.claims.pop(unit, None)
 
-    def release(self) -> None:
-        """Give the current unit back unfinished (a stop was asked for)."""
-        if self.held is not None:
-            self.held.unlink(missing_ok=True)
-            self.held = None
+    def release(self, unit: int | None = None) -> None:
+        """Give a unit, or all that are ours, back unfinished (a stop was asked for)."""
+        for u in list(self.claims) if unit is None else [unit]:
+            self.claims.pop(u).unlink(missing_ok=True)
 
     def results(self) -> list[dict] | None:
         """Results of all units in order, or None while some are not done."""

@@ -41,7 +41,7 @@ find_python() {
   abort "no Python 3.11 to 3.13 found; install one, or name it: PYTHON=/path/to/python ./launch.sh setup"
 }
 
-ready() { [ -x "$VENV/bin/python" ] && cat "$ROOT/requirements.txt" "$ROOT/requirements-nodeps.txt" | cmp -s - "$VENV/.installed"; }
+ready() { [ -x "$VENV/bin/python" ] && cmp -s "$ROOT/requirements.txt" "$VENV/.installed"; }
 
 setup() {
   if ready; then
@@ -57,15 +57,12 @@ setup() {
     && ! "$python" -m pip config list 2>/dev/null | grep -qE 'find-links|index-url'; then
     uv venv --quiet --allow-existing --python "$python" "$VENV"
     uv pip install --quiet --python "$VENV/bin/python" -r "$ROOT/requirements.txt"
-    uv pip install --quiet --python "$VENV/bin/python" --no-deps -r "$ROOT/requirements-nodeps.txt"
   else
     "$python" -m venv "$VENV" || abort "could not make $VENV; on Debian or Ubuntu: apt install python3-venv"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt" \
       || abort "pip could not install requirements.txt (see above)"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-      -r "$ROOT/requirements-nodeps.txt" || abort "pip could not install requirements-nodeps.txt (see above)"
   fi
-  cat "$ROOT/requirements.txt" "$ROOT/requirements-nodeps.txt" >"$VENV/.installed"
+  cp "$ROOT/requirements.txt" "$VENV/.installed"
   echo "setup: done; torch $("$VENV/bin/python" -c 'import torch; print(torch.__version__, "with CUDA" if torch.cuda.is_available() else "on CPU")')"
 }
 

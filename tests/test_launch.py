@@ -19,8 +19,7 @@ def launch(tmp_path):
     venv = tmp_path / "venv"
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").symlink_to(sys.executable)
-    (venv / ".installed").write_bytes((ROOT / "requirements.txt").read_bytes()
-                                      + (ROOT / "requirements-nodeps.txt").read_bytes())  # fmt: skip
+    (venv / ".installed").write_bytes((ROOT / "requirements.txt").read_bytes())
     env = dict(os.environ, LOG_DIR=str(tmp_path / "logs"), VENV=str(venv), START_WATCH="1", STOP_GRACE="5")
 
     def call(snippet, code=0):
