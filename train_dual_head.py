@@ -339,6 +339,21 @@ def rates_at(args, plan: list[Epoch], step: int) -> dict[str, float]:
     return {group: one_cycle(step - warm, total, peak) for group, peak in peaks.items()}
 
 
+def judge_norm(value: float, usual: float | None, factor: float) -> tuple[bool, float | None]:
+    """(skip this step?, running gradient norm afterwards). factor: -1 skips only what is not finite.
+
+    The running norm is a geometric mean. An outlier moves it too, and faster, so that a lasting change of
+    scale is accepted within a few steps; NaN and infinity never enter it.
+    """
+    if not math.isfinite(value):
+        return True, usual
+    if usual is None or value <= 0:
+        return False, usual or (value or None)
+    outlier = factor > 0 and value > factor * usual
+    weight = 0.2 if outlier else 0.02
+    return outlier, math.exp((1 - weight) * math.log(usual) + weight * math.log(value))
+
+
 def epoch_order(seed: int, epoch: int, rows: int):
     """The rows of one epoch in their order: int64 [rows], a function of (seed, epoch) alone."""
     import numpy as np
@@ -468,11 +483,12 @@ class Trainer:
         on = self.args.bf16
         return torch.autocast(self.device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
-    def train_step(self, micro_batches, size: int) -> tuple[dict, float | None]:
+    def train_step(self, micro_batches, size: int) -> tuple[dict, float, bool]:
         """One optimiser step over `size` utterances on all ranks. (sums of each loss on this rank,
         gradient norm).
 
-        Each item counts 1/size whatever rank and micro-batch it lies in. The norm is None for a skipped step.
+        Each item counts 1/size whatever rank and micro-batch it lies in. A step whose norm is no
+        number, or an outlier, changes nothing.
         """
         a, warm = self.args, self.phase == "warmup"
         for group in self.optimizer.param_groups:
@@ -501,20 +517,19 @@ class Trainer:
                 sums[k] = sums.get(k, 0) + v.detach().sum()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), a.grad_clip)
         value = float(norm)  # CPU-GPU sync point; the same on every rank, so all skip or none
-        outlier = a.outlier_factor > 0 and self.norm is not None and value > a.outlier_factor * self.norm
-        if not math.isfinite(value) or outlier:
+        outlier, self.norm = judge_norm(value, self.norm, a.outlier_factor)
+        if outlier:
             self.skipped += 1
             self.in_a_row += 1
-            return sums, None
+            return sums, value, False
         self.in_a_row = 0
-        self.norm = value if self.norm is None else 0.98 * self.norm + 0.02 * value
         self.optimizer.step()
         if a.ema > 0:
             if self.ema is None:
                 self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
             current = [p.detach() for _, p in self.model.named_parameters()]
             torch._foreach_lerp_(list(self.ema.values()), current, 1 - a.ema)
-        return sums, value
+        return sums, value, True
 
     def note_bad(self, bad) -> None:
         """Quarantine files that could not be read: named once in the log, counted, and a reason to stop
@@ -700,18 +715,16 @@ class Trainer:
                 if self.stop_asked():
                     return self.stop_with_checkpoint(epoch)
                 size = min(epoch.batch, len(order) - (self.step - epoch.first_step) * epoch.batch)
-                sums, norm = self.train_step([next(feed) for _ in range(a.accum_steps)], size)
+                sums, norm, done = self.train_step([next(feed) for _ in range(a.accum_steps)], size)
                 self.step += 1
                 bar.update()
                 seconds += (
                     size * self.data.coarse_len * self.geometry.coarse_samples / self.geometry.sampling_rate
                 )
-                if norm is None:
-                    log.say(
-                        f"step {self.step} skipped: gradient norm not finite or an outlier "
-                        f"({self.skipped} so far)"
-                    )
-                    log.metric(event="skip", step=self.step, reason="gradient norm", skipped=self.skipped)
+                if not done:
+                    why = f"gradient norm {norm:.3g}, usually {self.norm or 0:.3g}"
+                    log.say(f"step {self.step} skipped: {why} ({self.skipped} skipped so far)")
+                    log.metric(event="skip", step=self.step, reason=why, skipped=self.skipped)
                     if self.in_a_row >= 20:
                         return self.end("diverged", EXIT_DIVERGED)
                 else:

@@ -453,6 +453,17 @@ def test_a_nan_step_is_skipped_and_many_end_the_run(cache_dir, targets_dir, snac
     assert all(torch.equal(v, before[k]) for k, v in t.model.state_dict().items())
 
 
+def test_the_outlier_guard_survives_nan_and_accepts_a_lasting_change():
+    skipped, usual = [], None
+    for value in [1.0] * 50 + [math.nan, 1.0, 80.0, 1.0, math.inf, 1.0] + [500.0] * 10:
+        skip, usual = T.judge_norm(value, usual, 50.0)
+        skipped.append(skip)
+    assert not any(skipped[:50])
+    assert skipped[50:56] == [True, False, True, False, True, False]
+    assert skipped[56] and not any(skipped[60:])  # 500 is the new scale
+    assert T.judge_norm(1e9, 1.0, -1)[0] is False and T.judge_norm(math.nan, 1.0, -1)[0] is True
+
+
 def test_mistakes_get_one_sentence(cache_dir, targets_dir, snac_dir, unbroken, tmp_path):
     base = tiny_args(cache_dir, targets_dir, snac_dir, tmp_path / "run")
     other = save_snac(make_snac(9), tmp_path / "other")
