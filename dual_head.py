@@ -76,7 +76,8 @@ class DualHeadDecoder(nn.Module):
         channels = layers[-3].alpha.shape[1]
         noisy = any(isinstance(m, NoiseBlock) for m in layers[-4].modules())
         unit = next(m for m in layers[-4].modules() if isinstance(m, ResidualUnit))
-        taps = kernel or (13 if init == "interpolate" else 7)
+        old = layers[-2].kernel_size[0]
+        taps = kernel or (2 * old + 1 if init == "interpolate" else old)
         self.head_48k = nn.Sequential(
             DecoderBlock(channels, channels, 2, noisy, groups=channels if unit.block[1].groups > 1 else 1),
             Snake1d(channels),
@@ -119,7 +120,8 @@ class DualHeadDecoder(nn.Module):
         return audio_24k, audio_48k
 
 
-UP_TAPS = (0.5, 1.0, 0.5, 0.0)  # 2x interpolation: even samples are the input itself
+UP_TAPS = (0.25, 0.75, 0.75, 0.25)  # linear 2x interpolation, half a 48 kHz sample late
+SMOOTH_TAPS = (0.25, 0.5, 0.25)  # against the images that interpolation leaves above 12 kHz
 
 
 def initialise_48k(model: DualHeadDecoder, init: str) -> None:
@@ -141,8 +143,8 @@ def initialise_48k(model: DualHeadDecoder, init: str) -> None:
             mine.load_state_dict(theirs.state_dict())
         conv.weight = model.head_24k[1].weight.clone()
     elif init == "interpolate":
-        # Linear interpolation of every channel, then the 24 kHz head with its taps 2 apart: even samples are
-        # the 24 kHz output, odd ones the same head on interpolated features.
+        # Linear interpolation of every channel, then the 24 kHz head with its taps 2 apart, smoothed: the
+        # output is the 24 kHz one resampled, with faint images above 12 kHz to start from.
         first_snake.alpha.fill_(1e-4)  # snake(x) = x + sin²(αx)/α -> x
         taps = torch.zeros_like(up.weight)  # [C, C, 4]
         taps[range(channels), range(channels)] = torch.tensor(UP_TAPS, device=taps.device)
@@ -153,8 +155,9 @@ def initialise_48k(model: DualHeadDecoder, init: str) -> None:
             last.parametrizations.weight.original0.zero_()  # gain 0; the direction stays random
             if last.bias is not None:
                 last.bias.zero_()
-        spread = torch.zeros_like(conv.weight)
-        spread[..., ::2] = model.head_24k[1].weight
+        spread = torch.zeros_like(conv.weight)  # [1, C, 15]
+        for i, share in enumerate(SMOOTH_TAPS):
+            spread[..., i : i + conv.kernel_size[0] - 2 : 2] += share * model.head_24k[1].weight
         conv.weight = spread
     if init != "random":
         snake.alpha.copy_(model.head_24k[0].alpha)
