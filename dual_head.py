@@ -77,7 +77,7 @@ class DualHeadDecoder(nn.Module):
         noisy = any(isinstance(m, NoiseBlock) for m in layers[-4].modules())
         unit = next(m for m in layers[-4].modules() if isinstance(m, ResidualUnit))
         old = layers[-2].kernel_size[0]
-        taps = kernel or (2 * old + 1 if init == "interpolate" else old)
+        taps = kernel or (2 * old + len(SMOOTH_TAPS) - 2 if init == "interpolate" else old)
         self.head_48k = nn.Sequential(
             DecoderBlock(channels, channels, 2, noisy, groups=channels if unit.block[1].groups > 1 else 1),
             Snake1d(channels),
@@ -120,8 +120,10 @@ class DualHeadDecoder(nn.Module):
         return audio_24k, audio_48k
 
 
-UP_TAPS = (0.25, 0.75, 0.75, 0.25)  # linear 2x interpolation, half a 48 kHz sample late
-SMOOTH_TAPS = (0.25, 0.5, 0.25)  # against the images that interpolation leaves above 12 kHz
+# 2x interpolation of every channel (linear: even samples are the input), and the half-band filter that the head's
+# last conv adds against the images which that leaves above 12 kHz. Chosen by loss at step 0: BENCHMARKS.md.
+UP_TAPS = (0.5, 1.0, 0.5, 0.0)
+SMOOTH_TAPS = tuple(t / 32 for t in (-1, 0, 9, 16, 9, 0, -1))
 
 
 def initialise_48k(model: DualHeadDecoder, init: str) -> None:
@@ -155,9 +157,9 @@ def initialise_48k(model: DualHeadDecoder, init: str) -> None:
             last.parametrizations.weight.original0.zero_()  # gain 0; the direction stays random
             if last.bias is not None:
                 last.bias.zero_()
-        spread = torch.zeros_like(conv.weight)  # [1, C, 15]
+        spread, n = torch.zeros_like(conv.weight), model.head_24k[1].kernel_size[0]
         for i, share in enumerate(SMOOTH_TAPS):
-            spread[..., i : i + conv.kernel_size[0] - 2 : 2] += share * model.head_24k[1].weight
+            spread[..., i : i + 2 * n - 1 : 2] += share * model.head_24k[1].weight
         conv.weight = spread
     if init != "random":
         snake.alpha.copy_(model.head_24k[0].alpha)
