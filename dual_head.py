@@ -120,8 +120,8 @@ class DualHeadDecoder(nn.Module):
         return audio_24k, audio_48k
 
 
-# 2x interpolation of every channel (linear: even samples are the input), and the half-band filter that the head's
-# last conv adds against the images which that leaves above 12 kHz. Chosen by loss at step 0: BENCHMARKS.md.
+# 2x interpolation of every channel (linear: even samples are the input), and the half-band filter that the
+# head's last conv adds against the images it leaves above 12 kHz. Chosen by loss at step 0: BENCHMARKS.md.
 UP_TAPS = (0.5, 1.0, 0.5, 0.0)
 SMOOTH_TAPS = tuple(t / 32 for t in (-1, 0, 9, 16, 9, 0, -1))
 
