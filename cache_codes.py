@@ -457,7 +457,9 @@ def main(argv=None) -> int:
     if stop:
         reason = "stopped"
     elif reason == "finished":
-        finish(work, log, args.output_dir, geometry, args.data_dir)
+        bad = finish(work, log, args.output_dir, geometry, args.data_dir, bad)
+        if bad > args.max_bad_fraction * total:  # over all processes and earlier starts of this command
+            reason = "bad input"
     log.metric(event="end", reason=reason, kind="cache", worker=tag)
     if reason == "bad input":
         raise UserError(f"{bad} bad files of {total} are more than --max_bad_fraction "
@@ -479,14 +481,19 @@ def first_bad(work: SharedWork) -> str:
     return ", ".join(f"{s['file_path']} ({s['reason']})" for s in bad[:3])
 
 
-def finish(work: SharedWork, log: RunLog, output_dir: str, geometry: Geometry, data_dir: str) -> None:
-    """Merge the units' results into metadata.json and skipped.jsonl once every unit is done."""
+def finish(
+    work: SharedWork, log: RunLog, output_dir: str, geometry: Geometry, data_dir: str, bad: int
+) -> int:
+    """Merge the units' results into metadata.json and skipped.jsonl once every unit is done.
+
+    Returns the bad files of all units; while some are not done, `bad` as it came.
+    """
     results = work.results()
     if results is None:
         log.say(
             f"{work.unfinished()} units are still with other processes; the last one writes metadata.json"
         )
-        return
+        return bad
     skipped = sorted((s for r in results for s in r["skipped"]), key=lambda s: s["file_path"])
     reasons = collections.Counter(s["reason"] for s in skipped)
     rows = sum(r["rows"] for r in results)
@@ -511,6 +518,7 @@ def finish(work: SharedWork, log: RunLog, output_dir: str, geometry: Geometry, d
         raise UserError(
             f"no file of {data_dir} could be cached: see {output_dir}/skipped.jsonl for the reasons"
         )
+    return sum(s["bad"] for s in skipped)
 
 
 if __name__ == "__main__":

@@ -251,9 +251,9 @@ def main() -> int:
             for system, (x, rate) in signals.items():
                 wav = samples / f"{count:03d}_{system.replace(':', '_').replace('/', '_')}.wav"
                 sf.write(wav, x.numpy(), rate, subtype="PCM_16")
-            high = float(spectrum(targets[48000][None], 2048, 512)[0, 512:].abs().mean())
-            if high > loudest:  # the clip with most energy above 12 kHz shows the difference best
-                best_clip, loudest = (name, signals), high
+        high = float(spectrum(targets[48000][None], 2048, 512)[0, 512:].abs().mean())
+        if high > loudest:  # the clip with most energy above 12 kHz shows the difference best
+            best_clip, loudest = (name, signals), high
         count += 1
         seconds += length
         if count % 50 == 0:

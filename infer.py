@@ -88,7 +88,7 @@ from corpus import (  # noqa: E402
 )
 from dataset import CodeIndex  # noqa: E402
 from dual_head import DualHeadDecoder  # noqa: E402
-from train_dual_head import load_weights  # noqa: E402
+from train_dual_head import check_ours, load_weights  # noqa: E402
 
 # ---- the model, ready to decode ----
 
@@ -178,9 +178,7 @@ def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
     path = str(path)
     if path.endswith(".pt"):
         saved = load_checkpoint(path)
-        lacks = [k for k in ("model", "geometry", "model_config") if k not in saved]
-        if lacks:
-            raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(lacks)}")
+        check_ours(saved, path)
         state, config, geometry = saved["model"], saved["model_config"], saved["geometry"]
     else:
         from safetensors.torch import load_file
@@ -216,6 +214,7 @@ def export(checkpoint: str, folder: str) -> None:
     from safetensors.torch import save_file
 
     saved = load_checkpoint(checkpoint)
+    check_ours(saved, checkpoint)
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(
         {k: v.contiguous().clone() for k, v in saved["model"].items()}, Path(folder) / "model.safetensors"

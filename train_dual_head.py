@@ -491,8 +491,9 @@ class Trainer:
         number, or an outlier, changes nothing.
         """
         a, warm = self.args, self.phase == "warmup"
+        rates = rates_at(a, self.plan, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rates_at(a, self.plan, self.step)[group["name"]]
+            group["lr"] = rates[group["name"]]
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict = {}
         for i, batch in enumerate(micro_batches):
@@ -840,11 +841,16 @@ class Trainer:
 # ---- checkpoints: what fits what ----
 
 
-def check_fits(saved: dict, path, geometry: Geometry) -> None:
-    """Raises UserError unless the checkpoint is ours and its geometry and codec weights are the model's."""
+def check_ours(saved: dict, path) -> None:
+    """Raises UserError unless `saved` has what every checkpoint of this script has."""
     missing = [k for k in ("model", "geometry", "model_config", "args", "global_step") if k not in saved]
     if missing:
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(missing)}")
+
+
+def check_fits(saved: dict, path, geometry: Geometry) -> None:
+    """Raises UserError unless the checkpoint is ours and its geometry and codec weights are the model's."""
+    check_ours(saved, path)
     theirs = Geometry.from_json(json.dumps(saved["geometry"]))
     differs = geometry.difference(theirs)
     if differs:

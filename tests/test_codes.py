@@ -152,6 +152,9 @@ def test_bad_files_are_skipped_by_name_and_reason(audio_dir, snac_dir, tmp_path)
             "--device", "cpu", "--num_workers", 0)  # fmt: skip
     done = run("cache_codes.py", *args, code=5)
     assert "5 bad files of 13" in one_sentence(done)
+    assert "5 bad files of 13" in one_sentence(
+        run("cache_codes.py", *args, code=5)
+    )  # not forgotten by a restart
     run("cache_codes.py", *args, "--max_bad_fraction", 0.5)
     skipped = {r["file_path"]: r["reason"] for r in map(json.loads, open(tmp_path / "c" / "skipped.jsonl"))}
     assert set(skipped) == {"short.wav", "text.wav", "cut.wav", "empty.wav", "nan.wav", "zero.wav"}
