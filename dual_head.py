@@ -6,8 +6,10 @@ audio_24k, audio_48k = model(codes)        # [B, 1, N], [B, 1, 2N]
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d, WNConv1d
@@ -285,3 +287,14 @@ def lsd(pred, target, valid, rate: int, above_hz: float = 0.0):
     first = math.ceil(above_hz * 2048 / rate)
     p, t = (spectrum(x, 2048, 512).abs().square().clamp(min=1e-8).log10()[:, first:] for x in (pred, target))
     return frame_mean((p - t).square().mean(1, keepdim=True).sqrt(), valid, 512)
+
+
+@functools.cache
+def mel_filters(rate: int, n_fft: int, bands: int = 80):
+    """Triangular HTK-mel filters from 0 Hz to rate/2: float32 [bands, n_fft // 2 + 1]."""
+    mel = lambda f: 2595 * np.log10(1 + f / 700)  # noqa: E731
+    edges = 700 * (10 ** (np.linspace(0, mel(rate / 2), bands + 2) / 2595) - 1)
+    f = np.linspace(0, rate / 2, n_fft // 2 + 1)
+    up = (f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    down = (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None]
+    return torch.from_numpy(np.clip(np.minimum(up, down), 0, None).astype(np.float32))

@@ -60,22 +60,12 @@ import torch  # noqa: E402
 
 from cache_codes import geometry_of, load_snac  # noqa: E402
 from corpus import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside  # noqa: E402
-from dual_head import DualHeadDecoder, lsd, model_config, spectrum, stft_loss  # noqa: E402
+from dual_head import DualHeadDecoder, lsd, mel_filters, model_config, spectrum, stft_loss  # noqa: E402
 from infer import DualHead, load_dual_head  # noqa: E402
 
 N_FFTS = (1024, 2048, 4096)
 
 # ---- metrics: [N] against [N], floats ----
-
-
-def mel_filters(rate: int, n_fft: int, bands: int = 80):
-    """Triangular HTK-mel filters from 0 Hz to rate/2: float32 [bands, n_fft // 2 + 1]."""
-    mel = lambda f: 2595 * np.log10(1 + f / 700)  # noqa: E731
-    edges = 700 * (10 ** (np.linspace(0, mel(rate / 2), bands + 2) / 2595) - 1)
-    f = np.linspace(0, rate / 2, n_fft // 2 + 1)
-    up = (f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    down = (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None]
-    return torch.from_numpy(np.clip(np.minimum(up, down), 0, None).astype(np.float32))
 
 
 def mel_distance(pred, target, rate: int) -> float:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from corpus import AudioError, find_audio, read_audio, resample
-from dual_head import lsd
+from dual_head import lsd, mel_filters
 from runlog import UserError, main_guard, write_json
 
 CROP = 8 * 2048  # samples: 8 coarse codes, 0.68 s
@@ -105,17 +105,8 @@ def magnitude(x, n_fft: int):
     return (s.real**2 + s.imag**2 + 1e-10).sqrt()
 
 
-def mel_matrix(n_fft: int = 1024, bands: int = 80):
-    """HTK-mel triangles, 0 to 12 kHz: [bands, n_fft / 2 + 1]."""
-    edges = 700 * (10 ** (torch.linspace(0, 2595 * math.log10(1 + 12000 / 700), bands + 2) / 2595) - 1)
-    f = torch.linspace(0, 12000, n_fft // 2 + 1)
-    rise = (f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    fall = (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None]
-    return torch.minimum(rise, fall).clamp(min=0)
-
-
 def log_mel(x):
-    return (mel_matrix() @ magnitude(x, 1024)).clamp(min=1e-2).log()
+    return (mel_filters(24000, 1024) @ magnitude(x, 1024)).clamp(min=1e-2).log()
 
 
 def audio_loss(y, x):

@@ -182,6 +182,8 @@ def test_evaluate_compares_all_systems_on_the_same_clips(checkpoint, audio_dir, 
         tmp_path / "s2",
         "--num_samples",
         4,
+        "--max_samples_saved",
+        0,
     )
     again = json.loads((tmp_path / "2.json").read_text())["systems"]
     assert all(again[s][k] == v for s, row in r["systems"].items() for k, v in row.items() if k != "rtf")
