@@ -846,7 +846,8 @@ def test_the_circle_closes(cache_dir, snac_dir, tmp_path):
         initialise_48k(model, "first")
     geometry = asdict(geometry_of(snac, str(snac_dir)))
     geometry["vq_strides"] = list(geometry["vq_strides"])
-    state = {"model": model.state_dict(), "model_config": model_config(snac), "geometry": geometry}
+    state = {"model": model.state_dict(), "model_config": model_config(snac), "geometry": geometry,
+             "args": {}, "global_step": 0}  # fmt: skip
     torch.save(state, tmp_path / "dual.pt")
     assert run_here(command(tmp_path, str(cache_dir), "--epochs", "1")) == 0
     assert generate(tmp_path, "out.wav", "--decoder", str(tmp_path / "dual.pt")) == 0
