@@ -143,19 +143,24 @@ def load_snac(name: str, device="cpu"):
     return model.to(device).eval().requires_grad_(False)
 
 
-def geometry_of(model, name: str) -> Geometry:
-    """Geometry and weights hash of a loaded SNAC."""
+def weights_hash(state: dict) -> str:
+    """SHA-256 of encoder and quantizer in a state dict."""
     import torch
 
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
+    for key, tensor in sorted(state.items()):
         if key.startswith(("encoder.", "quantizer.")):
             tensor = tensor.detach().to("cpu", torch.float32).contiguous()
             digest.update(f"{key} {tuple(tensor.shape)}".encode())
             digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def geometry_of(model, name: str) -> Geometry:
+    """Geometry and weights hash of a loaded SNAC."""
     return Geometry(
         pretrained_model=name,
-        weights_sha256=digest.hexdigest(),
+        weights_sha256=weights_hash(model.state_dict()),
         sampling_rate=int(model.sampling_rate),
         hop_length=int(model.hop_length),
         vq_strides=tuple(int(v) for v in model.vq_strides),
@@ -205,6 +210,13 @@ def receptive_reach(layers, jump: float = 1.0) -> tuple[float, float]:
     return reach, jump
 
 
+def encode_context(model) -> int:
+    """Samples beside a chunk with which its codes are those of the whole: what the encoder can see, in whole
+    units. With windowed attention a chunk must start at a window, and sees its neighbours by convs only."""
+    reach, _ = receptive_reach(model.encoder.block)
+    return math.ceil(reach / align_samples(model)) * align_samples(model)
+
+
 def encode(model, audio, max_seconds: float = 60.0):
     """Codes of equally long clips: audio [B, 1, N] at the model's rate -> [codes_k [B, T_k]], as SNAC.encode.
 
@@ -217,10 +229,7 @@ def encode(model, audio, max_seconds: float = 60.0):
     chunk = max(1, int(max_seconds * model.sampling_rate) // align) * align
     if audio.shape[-1] <= chunk:
         return model.encode(audio)
-    audio = model.preprocess(audio)
-    reach, _ = receptive_reach(model.encoder.block)
-    # With windowed attention a chunk must start at a window, and sees its neighbours through the convs only.
-    context = math.ceil(reach / align) * align
+    audio, context = model.preprocess(audio), encode_context(model)
     parts = []
     for start in range(0, audio.shape[-1], chunk):
         lo, hi = max(0, start - context), min(audio.shape[-1], start + chunk + context)

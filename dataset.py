@@ -3,6 +3,8 @@ exactly.
 
     data = CachedCodesDataset("codes/train", "targets/train", segment_length=2.0)
     data[0]["codes"], data[0]["audio_24k"], data[0]["audio_48k"]
+    data = RawAudioDataset(["corpus/train/audio"], segment_length=2.0, geometry=..., context=..., align=...)
+    data[0]["encode"], ...          # audio whose codes are the slice's: the trainer encodes it
 
 Don't touch without thinking of caches on people's disks: the parquet schema that CodeIndex reads (SCHEMA
 below), and the crop, a function of (seed, epoch, row), which resuming relies on.
@@ -21,7 +23,16 @@ import numpy as np
 import torch
 
 from cache_codes import Geometry, slice_at
-from corpus import AudioError, find_audio, link_roots, read_audio_span, resolve_inside, target_names
+from corpus import (
+    AudioError,
+    find_audio,
+    link_roots,
+    read_audio,
+    read_audio_span,
+    resample,
+    resolve_inside,
+    target_names,
+)
 from runlog import EXIT_BAD_INPUT, UserError, atomic_file, read_json, write_json
 
 # ---- data: the index beside the cache ----
@@ -221,34 +232,54 @@ def shard_arrays(table, geometry: Geometry, seen: set[int]):
 KINDS = ("missing", "copied", "sidon", "sinc", "unfaithful")
 
 
-class Targets:
-    """Which 48 kHz file belongs to each index row: kind uint8 [rows] (index into KINDS), path, and level
-    float32 [rows]: what the stored wav was scaled by to fit 16 bits, undone on reading.
+class PathBlob:
+    """Many paths as one blob, without a Python object each: list -> [row]."""
 
-    From the folder's manifest.jsonl (precompute_48k.py), read once and kept beside the index; a folder
-    without a manifest holds real 48 kHz recordings and is listed at every start.
+    def __init__(self, paths):
+        blobs = [p.encode("utf-8", "surrogateescape") for p in paths]
+        self.blob = np.frombuffer(b"".join(blobs), np.uint8)
+        self.ends = np.concatenate([[0], np.cumsum([len(b) for b in blobs], dtype=np.int64)])
+
+    def __getitem__(self, row: int) -> str:
+        return bytes(self.blob[self.ends[row] : self.ends[row + 1]]).decode("utf-8", "surrogateescape")
+
+
+class Targets:
+    """Which 48 kHz file belongs to each row: kind uint8 [rows] (index into KINDS), path, and level float32
+    [rows]: what the stored wav was scaled by to fit 16 bits, undone on reading.
+
+    From the folder's manifest.jsonl (precompute_48k.py), read once and kept in `index_folder`, if given; a
+    folder without a manifest holds real 48 kHz recordings and is listed at every start. path: row -> path of
+    the source, for rows 0 to n - 1.
     """
 
-    def __init__(self, folder: str, index: CodeIndex):
+    def __init__(self, folder: str, path, n: int, index_folder: Path | None = None):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"48 kHz folder {folder} does not exist; make it with precompute_48k.py")
-        manifest = self.folder / "manifest.jsonl"
-        if manifest.is_file():
+        self.allowed = link_roots(folder)
+        manifest, table = self.folder / "manifest.jsonl", None
+        if not manifest.is_file():
+            present, rows = set(find_audio(folder)), [path(r) for r in range(n)]
+            names, copied = target_names(rows), KINDS.index("copied")
+            data = self._table(
+                rows, {r: (t, copied, 1.0) for r in rows for t in (r, names[r]) if t in present}
+            )
+        else:
             stat = manifest.stat()
             key = f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-            table = index.folder / f"targets-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-            if not table.exists():
-                with atomic_file(table) as f:
-                    np.savez(f, **self._table(index, self._read_manifest(manifest)))
-        else:
-            present = set(find_audio(folder))
-            rows = [index.path(r) for r in range(len(index))]
-            names, copied = target_names(rows), KINDS.index("copied")
-            found = {r: (n, copied, 1.0) for r in rows for n in (r, names[r]) if n in present}
-            table = None
-        data = np.load(table) if table else self._table(index, found)
-        self.kinds, self.levels, self.blob, self.ends = (data[k] for k in ("kinds", "levels", "blob", "ends"))
+            if index_folder:
+                table = index_folder / f"targets-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+            if table and table.exists():
+                data = np.load(table)
+            else:
+                data = self._table([path(r) for r in range(n)], self._read_manifest(manifest))
+                if table:
+                    with atomic_file(table) as f:
+                        np.savez(f, **data)
+        self.kinds, self.levels = data["kinds"], data["levels"]
+        self.paths = PathBlob([])
+        self.paths.blob, self.paths.ends = data["blob"], data["ends"]
 
     @staticmethod
     def _read_manifest(manifest: Path) -> dict[str, tuple[str, int, float]]:
@@ -261,79 +292,60 @@ class Targets:
                     found[row["path"]] = (row["target"], KINDS.index(kind), float(row.get("level", 1.0)))
                 except (ValueError, KeyError, TypeError) as e:
                     raise UserError(f"{manifest} line {number} is not a manifest row ({e}); run "
-                                    "precompute_48k.py "
-                                    "again to rewrite it") from None  # fmt: skip
+                                    "precompute_48k.py again to rewrite it") from None  # fmt: skip
         return found
 
     @staticmethod
-    def _table(index: CodeIndex, found: dict) -> dict:
-        table = [found.get(index.path(r), ("", 0, 1.0)) for r in range(len(index))]
-        blobs = [name.encode() for name, _, _ in table]
+    def _table(rows: list[str], found: dict) -> dict:
+        table = [found.get(r, ("", 0, 1.0)) for r in rows]
+        paths = PathBlob([name for name, _, _ in table])
         return {
             "kinds": np.array([kind for _, kind, _ in table], np.uint8),
             "levels": np.array([level for _, _, level in table], np.float32),
-            "blob": np.frombuffer(b"".join(blobs), np.uint8),
-            "ends": np.concatenate([[0], np.cumsum([len(b) for b in blobs], dtype=np.int64)]),
+            "blob": paths.blob,
+            "ends": paths.ends,
         }
 
-    def path(self, row: int) -> str:
-        return bytes(self.blob[self.ends[row] : self.ends[row + 1]]).decode()
+    def usable(self, data: SliceDataset, include_unfaithful: bool, max_bad_fraction: float):
+        """Mask of the rows that have a (faithful) target; the others are counted in data.left_out. Raises
+        UserError where more than max_bad_fraction have none."""
+        keep, n = self.kinds != 0, len(self.kinds)
+        missing = int((~keep).sum())
+        if missing > max_bad_fraction * n:
+            raise UserError(f"48 kHz folder {self.folder} lacks {missing} of {n} files, first "
+                            f"{data.path(int(np.flatnonzero(~keep)[0]))}; run precompute_48k.py on the "
+                            "recordings (or raise --max_bad_fraction to leave them out)")  # fmt: skip
+        if missing:
+            data.left_out["no 48 kHz target"] = missing
+        unfaithful = self.kinds == KINDS.index("unfaithful")
+        if unfaithful.any() and not include_unfaithful:
+            keep &= ~unfaithful
+            data.left_out["unfaithful 48 kHz target"] = int(unfaithful.sum())
+        return keep
+
+    def read(self, row: int, start: int, count: int, rate: int):
+        """Samples [start, start + count) of the row's target at `rate`, at the source's level: float32."""
+        path = resolve_inside(self.folder, self.paths[row], self.allowed)
+        return read_audio_span(path, start, count, rate) / self.levels[row]
 
 
-class CachedCodesDataset:
-    """Random slices of cached codes with exactly matching 24 and 48 kHz audio (a torch map-style dataset).
+class SliceDataset:
+    """Random slices of utterances with exactly matching 24 and 48 kHz audio (a torch map-style dataset).
 
-    Items: {codes: [K int64 tensors], audio_24k [N], audio_48k [2N], valid_24k: samples of real audio (the
-    rest is to be masked), kind, file_path, start_pos (coarse codes), row, noise_key, error}. A crop is a
-    function of (seed, epoch, row); `set_epoch` before each epoch. `fixed=True`: the same crop in every
-    epoch (validation). Utterances shorter than the segment are filled with code -1, which the model takes
-    as silence beyond the end.
+    Items: {audio_24k [N], audio_48k [2N] (unless no 48 kHz head is trained), valid_24k: samples of real
+    audio (the rest is to be masked), kind, file_path, start_pos (coarse codes), row, noise_key, error} and
+    what the subclass adds. A crop is a function of (seed, epoch, row); `set_epoch` before each epoch.
+    `fixed=True`: the same crop in every epoch (validation).
     """
 
-    def __init__(self, cache_dir, audio_48k_dir, segment_length, limit=None, *, audio_24k_dir="", seed=42,
-                 fixed=False, include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
-        self.index = CodeIndex(str(cache_dir))
-        self.targets = Targets(str(audio_48k_dir), self.index)
-        self.seed, self.fixed, self.epoch = seed, fixed, 0
-        self.force_24k = bool(audio_24k_dir)
-        self.audio_24k_dir = str(audio_24k_dir or self.index.data_dir)
-        self.allowed_24k = link_roots(self.audio_24k_dir)
-        self.allowed_48k = link_roots(audio_48k_dir)
-        kinds, n = self.targets.kinds, len(self.index)
-        self.left_out = {f"cache: {reason}": count for reason, count in self.index.bad.items()}
-        missing = int((kinds == 0).sum())
-        if missing > max_bad_fraction * n:
-            raise UserError(f"48 kHz folder {audio_48k_dir} lacks {missing} of {n} files, first "
-                            f"{self.index.path(int(np.flatnonzero(kinds == 0)[0]))}; run "
-                            f"precompute_48k.py on {self.index.data_dir} (or raise "
-                            "--max_bad_fraction to leave them out)")  # fmt: skip
-        bad = sum(self.index.bad.values())
-        if bad > max_bad_fraction * (n + bad):
-            raise UserError(f"{bad} of {n + bad} rows of cache {cache_dir} are bad ({self.index.bad}), "
-                            "more than "
-                            f"--max_bad_fraction {max_bad_fraction:g}: see "
-                            f"{self.index.folder}/bad_rows.jsonl",
-                            EXIT_BAD_INPUT)  # fmt: skip
-        keep = kinds != 0
-        if missing:
-            self.left_out["no 48 kHz target"] = missing
-        unfaithful = int((kinds == KINDS.index("unfaithful")).sum())
-        if unfaithful and not include_unfaithful:
-            keep &= kinds != KINDS.index("unfaithful")
-            self.left_out["unfaithful 48 kHz target"] = unfaithful
-        self.rows = np.flatnonzero(keep)
-        if limit is not None and limit >= 0:
-            self.rows = self.rows[:limit]
-        if not len(self.rows):
-            raise UserError(f"no row of {cache_dir} can be used: {self.left_out}")
-        originals = self.force_24k or (kinds[self.rows] != KINDS.index("copied")).any()
-        if originals and not Path(self.audio_24k_dir).is_dir():
-            raise UserError(f"originals folder {self.audio_24k_dir or '(not recorded in the cache)'} does "
-                            "not exist: the 24 kHz target lies there; give --audio_24k_dir")  # fmt: skip
+    def __init__(self, geometry: Geometry, segment_length: float, seed: int, fixed: bool, want_48k: bool):
+        self.geometry, self.seed, self.fixed, self.epoch = geometry, seed, fixed, 0
+        self.want_48k = want_48k
+        self.left_out: dict[str, int] = {}
         self.set_segment_length(segment_length)
 
     def set_segment_length(self, seconds: float) -> None:
-        self.coarse_len = self.index.geometry.coarse_len(seconds)
+        self.coarse_len = self.geometry.coarse_len(seconds)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -343,66 +355,198 @@ class CachedCodesDataset:
 
     def __getitem__(self, i: int) -> dict:
         masked = i < 0  # a filler that gives every rank a batch: its content does not count
-        row = int(self.rows[~i if masked else i])
-        g = self.index.geometry
+        row, g = int(self.rows[~i if masked else i]), self.geometry
         crop = np.random.default_rng([self.seed, 0 if self.fixed else self.epoch, row])
-        coarse = self.index.coarse(row)
-        take = min(coarse, self.coarse_len)
-        start = int(crop.integers(0, coarse - take + 1))
-        noise_key = int(crop.integers(0, 2**62))
+        audio, error = {}, ""
+        try:
+            utterance = self.open(row)
+        except AudioError as e:
+            utterance, error = {"coarse": 1, "samples": 0, "kind": "missing"}, str(e)
+        take = min(utterance["coarse"], self.coarse_len)
+        start = int(crop.integers(0, utterance["coarse"] - take + 1))
         at = slice_at(start, self.coarse_len, g.hop_length, g.vq_strides)
+        item = {
+            "valid_24k": min(at["samples_24k"], utterance["samples"] - at["start_sample_24k"]),
+            "kind": utterance["kind"],
+            "file_path": self.path(row),
+            "start_pos": start,
+            "row": row,
+            "noise_key": int(crop.integers(0, 2**62)),
+        } | self.slice(row, utterance, start, take, at)
+        if not error:
+            try:
+                audio = self.audio(row, utterance, at)
+            except AudioError as e:
+                error = str(e)
+        if masked or error:  # counted and named by the trainer; silence is never a target: nothing is valid
+            item["valid_24k"] = 0
+        if not self.want_48k:
+            audio.pop("audio_48k", None)
+        for name, factor in (("audio_24k", 1), ("audio_48k", 2))[: 1 + self.want_48k]:
+            x = audio.get(name)
+            x = np.zeros(factor * at["samples_24k"], np.float32) if x is None else x
+            # past the end of the recording there is nothing to learn: silence there, masked by the loss
+            x[factor * item["valid_24k"] :] = 0
+            item[name] = torch.from_numpy(x)
+        return item | {"error": error, "source": audio.get("source")}
+
+
+class CachedCodesDataset(SliceDataset):
+    """Slices of a cache of cache_codes.py: items also have codes [K int64 tensors], filled with -1 past the
+    end, which the model takes as silence there. Without audio_48k_dir: for a decoder without a 48 kHz head.
+    """
+
+    def __init__(self, cache_dir, audio_48k_dir, segment_length, limit=None, *, audio_24k_dir="", seed=42,
+                 fixed=False, include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
+        self.index = CodeIndex(str(cache_dir))
+        super().__init__(self.index.geometry, segment_length, seed, fixed, bool(audio_48k_dir))
+        n = len(self.index)
+        self.audio_24k_dir = str(audio_24k_dir or self.index.data_dir)
+        self.left_out = {f"cache: {reason}": count for reason, count in self.index.bad.items()}
+        bad = sum(self.index.bad.values())
+        if bad > max_bad_fraction * (n + bad):
+            raise UserError(f"{bad} of {n + bad} rows of cache {cache_dir} are bad ({self.index.bad}), "
+                            f"more than --max_bad_fraction {max_bad_fraction:g}: see "
+                            f"{self.index.folder}/bad_rows.jsonl", EXIT_BAD_INPUT)  # fmt: skip
+        self.targets, keep = None, np.ones(n, bool)
+        if audio_48k_dir:
+            self.targets = Targets(str(audio_48k_dir), self.index.path, n, self.index.folder)
+            keep = self.targets.usable(self, include_unfaithful, max_bad_fraction)
+        self.force_24k = bool(audio_24k_dir) or self.targets is None
+        self.rows = limited(keep, limit, cache_dir, self.left_out)
+        originals = self.force_24k or (self.targets.kinds[self.rows] != KINDS.index("copied")).any()
+        if originals and not Path(self.audio_24k_dir).is_dir():
+            raise UserError(f"originals folder {self.audio_24k_dir or '(not recorded in the cache)'} does "
+                            "not exist: the 24 kHz target lies there; give --audio_24k_dir")  # fmt: skip
+        self.allowed_24k = link_roots(self.audio_24k_dir)
+
+    def path(self, row: int) -> str:
+        return self.index.path(row)
+
+    def open(self, row: int) -> dict:
+        kind = KINDS[self.targets.kinds[row]] if self.targets else "copied"
+        return {"coarse": self.index.coarse(row), "samples": int(self.index.lengths[row]), "kind": kind}
+
+    def slice(self, row: int, utterance: dict, start: int, take: int, at: dict) -> dict:
         codes = []
         for part, n in zip(self.index.slice(row, start, take), at["scale_len"]):
             padded = np.full(n, -1, np.int64)
             padded[: len(part)] = part
             codes.append(torch.from_numpy(padded))
-        item = {
-            "codes": codes,
-            "valid_24k": min(at["samples_24k"], int(self.index.lengths[row]) - at["start_sample_24k"]),
-            "kind": KINDS[self.targets.kinds[row]],
-            "file_path": self.index.path(row),
-            "start_pos": start,
-            "row": row,
-            "noise_key": noise_key,
-            "error": "",
-        }
-        try:
-            audio_24k, audio_48k = self._audio(row, item, at)
-        except (
-            AudioError
-        ) as e:  # counted and named by the trainer; silence is never a target, so nothing is valid
-            audio_24k = np.zeros(at["samples_24k"], np.float32)
-            audio_48k = np.zeros(at["samples_48k"], np.float32)
-            item["error"], item["valid_24k"] = str(e), 0
-        if masked:
-            item["valid_24k"] = 0
-        # past the end of the recording there is nothing to learn: silence there, masked by the loss
-        audio_24k[item["valid_24k"] :] = 0
-        audio_48k[2 * item["valid_24k"] :] = 0
-        return item | {"audio_24k": torch.from_numpy(audio_24k), "audio_48k": torch.from_numpy(audio_48k)}
+        return {"codes": codes}
 
-    def _audio(self, row: int, item: dict, at: dict):
-        target = resolve_inside(self.targets.folder, self.targets.path(row), self.allowed_48k)
-        rate = self.index.geometry.sampling_rate
-        level = self.targets.levels[row]
-        audio_48k = read_audio_span(target, at["start_sample_48k"], at["samples_48k"], 2 * rate) / level
-        source, source_level = target, level
-        if item["kind"] != "copied" or self.force_24k:
-            source, source_level = resolve_inside(self.audio_24k_dir, item["file_path"], self.allowed_24k), 1
-        audio_24k = read_audio_span(source, at["start_sample_24k"], at["samples_24k"], rate) / source_level
-        return audio_24k, audio_48k
+    def audio(self, row: int, utterance: dict, at: dict) -> dict:
+        found, rate = {}, self.geometry.sampling_rate
+        if self.targets:
+            found["audio_48k"] = self.targets.read(row, at["start_sample_48k"], at["samples_48k"], 2 * rate)
+        if utterance["kind"] == "copied" and not self.force_24k:
+            found["audio_24k"] = self.targets.read(row, at["start_sample_24k"], at["samples_24k"], rate)
+        else:
+            source = resolve_inside(self.audio_24k_dir, self.path(row), self.allowed_24k)
+            found["audio_24k"] = read_audio_span(source, at["start_sample_24k"], at["samples_24k"], rate)
+        return found
+
+
+class RawAudioDataset(SliceDataset):
+    """Slices of recordings, to be encoded on the fly: items also have encode [m] (audio at the model's rate
+    whose codes hold the slice's) and encode_at (where: first coarse code, number of them).
+
+    context, align: samples that the encoder sees beyond a slice, and the unit that spans are rounded to; with
+    these the codes of the span are those of the whole utterance. 48 kHz targets: audio_48k_dir as for the
+    cache; or the recording itself where its rate is native_rate or more, and below that what `upsampler`
+    says: sinc, or sidon (items then carry the recording as `source`, the trainer restores it); else the
+    file is bad.
+    """
+
+    def __init__(self, data_dirs, segment_length, limit=None, *, geometry, context, align, audio_48k_dir="",
+                 want_48k=True, upsampler="", native_rate=48000, seed=42, fixed=False,
+                 include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
+        super().__init__(geometry, segment_length, seed, fixed, want_48k)
+        self.context, self.align = context, align
+        self.upsampler, self.native_rate = upsampler, native_rate
+        self.roots = [(str(d), link_roots(d)) for d in data_dirs]
+        found = [(root, rel) for root, (d, _) in enumerate(self.roots) for rel in find_audio(d)]
+        self.files = PathBlob([rel for _, rel in found])
+        self.root_of = np.array([root for root, _ in found], np.int16)
+        self.targets, keep = None, np.ones(len(found), bool)
+        if want_48k and audio_48k_dir:
+            if len(data_dirs) > 1:
+                raise UserError("--audio_48k_dir goes with one --data_dir")
+            self.targets = Targets(str(audio_48k_dir), self.files.__getitem__, len(found))
+            keep = self.targets.usable(self, include_unfaithful, max_bad_fraction)
+        self.rows = limited(keep, limit, ", ".join(map(str, data_dirs)), self.left_out)
+
+    def path(self, row: int) -> str:
+        return self.files[row]
+
+    def open(self, row: int) -> dict:
+        folder, allowed = self.roots[self.root_of[row]]
+        x, rate = read_audio(resolve_inside(folder, self.path(row), allowed))
+        audio = resample(x, rate, self.geometry.sampling_rate)
+        padded = -(-len(audio) // self.align) * self.align
+        found = {"coarse": padded // self.geometry.coarse_samples, "samples": len(audio), "kind": "copied",
+                 "audio": np.pad(audio, (0, padded - len(audio))), "source": (x, rate)}  # fmt: skip
+        if self.targets:
+            found["kind"] = KINDS[self.targets.kinds[row]]
+        elif self.want_48k and rate < self.native_rate:
+            if not self.upsampler:
+                raise AudioError(f"{rate} Hz is below --native_rate {self.native_rate}: it needs --upsampler "
+                                 "sidon")  # fmt: skip
+            found["kind"] = self.upsampler
+        return found
+
+    def slice(self, row: int, utterance: dict, start: int, take: int, at: dict) -> dict:
+        n, whole = self.geometry.coarse_samples, utterance.get("audio", np.zeros(self.align, np.float32))
+        lo = max(0, (start * n - self.context) // self.align * self.align)
+        hi = min(len(whole), -(-((start + take) * n + self.context) // self.align) * self.align)
+        return {"encode": torch.from_numpy(whole[lo:hi].copy()), "encode_at": (start - lo // n, take)}
+
+    def audio(self, row: int, utterance: dict, at: dict) -> dict:
+        def cut(x, first, n):
+            out = np.zeros(n, np.float32)
+            part = x[first : first + n]
+            out[: len(part)] = part
+            return out
+
+        found = {"audio_24k": cut(utterance["audio"], at["start_sample_24k"], at["samples_24k"])}
+        if self.want_48k:
+            first, n, (x, rate) = at["start_sample_48k"], at["samples_48k"], utterance["source"]
+            if self.targets:
+                found["audio_48k"] = self.targets.read(row, first, n, 48000)
+            elif utterance["kind"] == "sidon":
+                found["source"] = (x, rate, first)
+            else:
+                found["audio_48k"] = cut(resample(x, rate, 48000), first, n)
+        return found
+
+
+def limited(keep, limit, name, left_out: dict):
+    """Row numbers that stay, int64 [rows]: those marked in `keep`, at most `limit` of them, at least one."""
+    rows = np.flatnonzero(keep)
+    rows = rows[:limit] if limit is not None and limit >= 0 else rows
+    if not len(rows):
+        raise UserError(f"nothing in {name} can be used{f': {left_out}' if left_out else ''}")
+    return rows
 
 
 def collate(items: list[dict]) -> dict:
-    """codes: [K] of [B, T_k]; audio_24k [B, 1, N]; audio_48k [B, 1, 2N]; valid_24k, phase_true, noise_key
-    [B]."""
-    k = range(len(items[0]["codes"]))
-    return {
-        "codes": [torch.stack([it["codes"][j] for it in items]) for j in k],
-        "audio_24k": torch.stack([it["audio_24k"] for it in items])[:, None],
-        "audio_48k": torch.stack([it["audio_48k"] for it in items])[:, None],
+    """audio_24k [B, 1, N]; audio_48k [B, 1, 2N] if there; valid_24k, phase_true, noise_key [B]; row [B];
+    codes [K] of [B, T_k] or encode (list of [m]) and encode_at; sources: {b: (samples, rate, first)}."""
+    stack = lambda name: torch.stack([it[name] for it in items])  # noqa: E731
+    batch = {"audio_24k": stack("audio_24k")[:, None]}
+    if "audio_48k" in items[0]:
+        batch["audio_48k"] = stack("audio_48k")[:, None]
+    if "codes" in items[0]:
+        batch["codes"] = [
+            torch.stack([it["codes"][k] for it in items]) for k in range(len(items[0]["codes"]))
+        ]
+    else:
+        batch |= {k: [it[k] for it in items] for k in ("encode", "encode_at")}
+    return batch | {
         "valid_24k": torch.tensor([it["valid_24k"] for it in items]),
         "phase_true": torch.tensor([it["kind"] in ("copied", "sinc") for it in items]),
         "noise_key": torch.tensor([it["noise_key"] for it in items]),
         "bad": [(it["file_path"], it["error"]) for it in items if it["error"]],
+        "sources": {i: it["source"] for i, it in enumerate(items) if it["source"]},
+        "names": [it["file_path"] for it in items],
     }

@@ -54,41 +54,86 @@ class PositionedNoise(NoiseBlock):
         return x + n[:, None].to(x.dtype) * self.linear(x)
 
 
+HEADS = ("24k", "48k", "both")
+
+
+class Depthwise(torch.autograd.Function):
+    """A depthwise conv1d of stride 1 whose backward pass is a conv and k sums.
+
+    On a CPU PyTorch's own gradient of a grouped conv is several times slower than its forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, padding, dilation):
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = padding, dilation, bias is not None
+        return F.conv1d(x, weight, bias, 1, padding, dilation, weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        padding, dilation, biased = ctx.geometry
+        k, n, of_x, of_weight = weight.shape[-1], grad.shape[-1], None, None
+        if ctx.needs_input_grad[0]:
+            of_x = F.conv1d(
+                grad, weight.flip(-1), None, 1, dilation * (k - 1) - padding, dilation, len(weight)
+            )
+        if ctx.needs_input_grad[1]:
+            x = F.pad(x, (padding, padding))
+            taps = [(grad * x[..., i * dilation : i * dilation + n]).sum((0, 2)) for i in range(k)]
+            of_weight = torch.stack(taps, -1)[:, None]
+        return of_x, of_weight, grad.sum((0, 2)) if biased else None, None, None
+
+
+def speed_up_depthwise(module):
+    """Let every depthwise conv in `module` use Depthwise while it is on the CPU; GPU kernels are fine as
+    they are."""
+
+    def forward(x, weight, bias, conv):
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return nn.Conv1d._conv_forward(conv, x, weight, bias)
+        return Depthwise.apply(x, weight, bias, conv.padding[0], conv.dilation[0])
+
+    for m in module.modules():
+        if isinstance(m, nn.Conv1d) and 1 < m.groups == m.in_channels == m.out_channels and m.stride[0] == 1:
+            m._conv_forward = functools.partial(forward, conv=m)
+    return module
+
+
 class DualHeadDecoder(nn.Module):
     """SNAC codes -> (audio_24k [B, 1, N], audio_48k [B, 1, 2N]); one trunk, two heads.
 
-    quantizer (frozen, from_codes only), trunk: `snac.decoder.model` up to the last DecoderBlock,
-    head_24k: the pretrained Snake1d + Conv + Tanh, head_48k: DecoderBlock of stride 2, Snake1d, Conv,
-    Tanh. Shares its modules with `pretrained_snac`. At initialisation the 24 kHz output is
-    `snac.decode(codes)`. init: interpolate | average | first | random; kernel: taps of the last 48 kHz
-    conv, given when the weights come from a checkpoint anyway. Raises UserError for a model that doesn't
-    run at 24 kHz.
+    quantizer, trunk: `snac.decoder.model` up to the last DecoderBlock, head_24k: the pretrained Snake1d +
+    Conv + Tanh, head_48k: DecoderBlock of stride 2, Snake1d, Conv, Tanh. Shares its modules with
+    `pretrained_snac`. At initialisation the 24 kHz output is `snac.decode(codes)`.
+
+    init: interpolate | average | first | random; kernel: taps of the last 48 kHz conv, given when the
+    weights come from a checkpoint anyway. heads: both, or only one of them (phases 10 and 11).
+    with_encoder: the codec's encoder is a part of the model, as phase 10 needs it. Raises UserError for a
+    model that doesn't run at 24 kHz.
     """
 
-    def __init__(self, pretrained_snac, init: str = "interpolate", kernel: int | None = None):
+    def __init__(self, pretrained_snac, init="interpolate", kernel=None, heads="both", with_encoder=False):
         super().__init__()
         if pretrained_snac.sampling_rate != 24000:
             raise UserError(f"this model runs at {pretrained_snac.sampling_rate} Hz: the heads are 24 and "
-                            "48 kHz, so "
-                            "only a 24 kHz SNAC can be the trunk")  # fmt: skip
+                            "48 kHz, so only a 24 kHz SNAC can be the trunk")  # fmt: skip
         layers = list(pretrained_snac.decoder.model)
+        self.encoder = pretrained_snac.encoder.requires_grad_(False) if with_encoder else None
         self.quantizer = pretrained_snac.quantizer.requires_grad_(False)
         self.trunk = nn.Sequential(*layers[:-3]).requires_grad_(True)
         self.head_24k = nn.Sequential(*layers[-3:]).requires_grad_(True)
-        channels = layers[-3].alpha.shape[1]
-        noisy = any(isinstance(m, NoiseBlock) for m in layers[-4].modules())
-        unit = next(m for m in layers[-4].modules() if isinstance(m, ResidualUnit))
-        old = layers[-2].kernel_size[0]
-        taps = kernel or (2 * old + len(SMOOTH_TAPS) - 2 if init == "interpolate" else old)
-        self.head_48k = nn.Sequential(
-            DecoderBlock(channels, channels, 2, noisy, groups=channels if unit.block[1].groups > 1 else 1),
-            Snake1d(channels),
-            WNConv1d(channels, 1, kernel_size=taps, padding=taps // 2),
-            nn.Tanh(),
-        )
+        self.head_48k = None
+        if heads != "24k":
+            self.head_48k = new_head_48k(layers, init, kernel)
+            if kernel is None:
+                with torch.no_grad():
+                    initialise_48k(self, init)
+        if heads == "48k":
+            self.head_24k = None
         self.noises = []  # (noise layer, its samples a latent frame)
         rate = 1
-        for block in [m for m in (*self.trunk, *self.head_48k) if isinstance(m, DecoderBlock)]:
+        for block in [m for m in (*self.trunk, *(self.head_48k or ())) if isinstance(m, DecoderBlock)]:
             rate *= next(m for m in block.modules() if isinstance(m, nn.ConvTranspose1d)).stride[0]
             for m in block.modules():
                 if isinstance(m, NoiseBlock):
@@ -96,9 +141,11 @@ class DualHeadDecoder(nn.Module):
                     m.noise_layer = len(self.noises)
                     self.noises.append((m, rate))
         self.trunk_frozen = False
-        if kernel is None:
-            with torch.no_grad():
-                initialise_48k(self, init)
+        speed_up_depthwise(self)
+
+    @property
+    def heads(self) -> str:
+        return "24k" if self.head_48k is None else "48k" if self.head_24k is None else "both"
 
     def set_noise(self, key, start_frame: int = 0) -> None:
         """Position-keyed noise for the next calls (key: int64 [B]), or None: fresh noise like stock SNAC."""
@@ -117,9 +164,35 @@ class DualHeadDecoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen):
             z = codes_or_z if isinstance(codes_or_z, torch.Tensor) else self.codes_to_z(codes_or_z)
             h = self.trunk(z)  # [B, C, hop * T]
-        audio_24k = self.head_24k(h) if output_24k else None
-        audio_48k = self.head_48k(h) if output_48k else None
+        audio_24k = self.head_24k(h) if output_24k and self.head_24k is not None else None
+        audio_48k = self.head_48k(h) if output_48k and self.head_48k is not None else None
         return audio_24k, audio_48k
+
+
+def new_head_48k(layers: list, init: str, kernel: int | None):
+    """The 48 kHz head of the decoder `layers` (of SNAC), with PyTorch's own initial values."""
+    channels = layers[-3].alpha.shape[1]
+    noisy = any(isinstance(m, NoiseBlock) for m in layers[-4].modules())
+    unit = next(m for m in layers[-4].modules() if isinstance(m, ResidualUnit))
+    old = layers[-2].kernel_size[0]
+    taps = kernel or (2 * old + len(SMOOTH_TAPS) - 2 if init == "interpolate" else old)
+    return nn.Sequential(
+        DecoderBlock(channels, channels, 2, noisy, groups=channels if unit.block[1].groups > 1 else 1),
+        Snake1d(channels),
+        WNConv1d(channels, 1, kernel_size=taps, padding=taps // 2),
+        nn.Tanh(),
+    )
+
+
+def from_state(state: dict, config: dict) -> DualHeadDecoder:
+    """The model of a checkpoint's weights, not loaded yet: its heads and whether it holds an encoder show in
+    the names."""
+    from snac import SNAC
+
+    has = lambda part: any(k.startswith(part + ".") for k in state)  # noqa: E731
+    heads = "both" if has("head_24k") and has("head_48k") else "24k" if has("head_24k") else "48k"
+    taps = state["head_48k.2.parametrizations.weight.original1"].shape[-1] if has("head_48k") else None
+    return DualHeadDecoder(SNAC(**config), kernel=taps, heads=heads, with_encoder=has("encoder"))
 
 
 # 2x interpolation of every channel (linear: even samples are the input), and the half-band filter that the
@@ -243,6 +316,13 @@ def stft_loss(pred, target, valid, n_ffts, mode="magnitude"):
     return total / len(n_ffts)
 
 
+def mel_loss(pred, target, valid, rate: int):
+    """Mean |difference| of log magnitudes in 80 mel bands (Hann 1024, hop 256): [B, N] x 2 -> [B]."""
+    filters = mel_filters(rate, 1024).to(pred.device)
+    p, t = ((filters @ spectrum(x, 1024, 256).abs() + 1e-3).log() for x in (pred, target))
+    return frame_mean((p - t).abs(), valid, 256)
+
+
 def halve_rate(x):
     """[B, 2N] at 48 kHz -> [B, N] at 24 kHz: zero-phase half-band FIR (127 taps, Kaiser 8: -80 dB from
     12.7 kHz)."""
@@ -266,6 +346,9 @@ def head_losses(audio_24k, audio_48k, batch, args) -> dict:
         out["l1_24k"] = l1_loss(pred, target_24k, valid)
         out["stft_24k"] = stft_loss(pred, target_24k, valid, n_ffts, args.stft)
         out["loss_24k"] = args.l1_weight * out["l1_24k"] + args.stft_weight * out["stft_24k"]
+        if args.mel_weight:
+            out["mel_24k"] = mel_loss(pred, target_24k, valid, 24000)
+            out["loss_24k"] = out["loss_24k"] + args.mel_weight * out["mel_24k"]
     if audio_48k is not None:
         pred, target = masked(audio_48k[:, 0].float(), 2 * valid), batch["audio_48k"][:, 0]
         out["l1_48k"] = l1_loss(pred, target, 2 * valid)
@@ -274,6 +357,9 @@ def head_losses(audio_24k, audio_48k, batch, args) -> dict:
             out["l1_48k"] = torch.where(batch["phase_true"], out["l1_48k"], low)
         out["stft_48k"] = stft_loss(pred, target, 2 * valid, n_ffts, args.stft)
         out["loss_48k"] = args.l1_weight * out["l1_48k"] + args.stft_weight * out["stft_48k"]
+        if args.mel_weight:
+            out["mel_48k"] = mel_loss(pred, target, 2 * valid, 48000)
+            out["loss_48k"] = out["loss_48k"] + args.mel_weight * out["mel_48k"]
     counted = valid > 0
     return {k: torch.where(counted, v, torch.zeros_like(v)) for k, v in out.items()}
 

@@ -2,8 +2,10 @@
 heads.
 
     python evaluate.py --checkpoint checkpoints/phase12_dual_head/best_model.pt --data_dirs corpus/valid/audio
-    python evaluate.py --checkpoint a/best_model.pt b/best_model.pt --data_dirs corpus/valid/audio    # in
-one table
+    python evaluate.py --checkpoint a/best_model.pt b/best_model.pt --data_dirs corpus/valid/audio  # one
+table
+
+Checkpoints of any recipes stand beside each other: phase10 and 12 meet at 24 kHz, 11 and 12 at 48 kHz.
 
 Writes --output (JSON), the same as a Markdown table beside it (.md), spectrograms (.png), and
 NNN_{original,base_snac,base_snac_sinc48,ours_24k,ours_48k}.wav into --samples_dir. Every system is
@@ -194,15 +196,18 @@ def main() -> int:
         for p in args.checkpoint
     }
     first = next(iter(ours.values()))
-    for name, tts in ours.items():
-        if first.geometry.difference(tts.geometry):
-            raise UserError(f"{name} was trained on another codec: {first.geometry.difference(tts.geometry)}")
     base_name = args.pretrained_model or first.encoder_from
     snac = load_snac(base_name)
-    differs = first.geometry.difference(geometry_of(snac, base_name))
-    if differs:
-        raise UserError(f"{base_name} is not the codec these checkpoints were trained with ({differs})")
-    base = DualHead(DualHeadDecoder(snac), first.geometry, model_config(snac), device, base_name)
+    geometry = geometry_of(snac, base_name)
+    for name, tts in ours.items():  # a codec that phase10 trained whole has its own encoder
+        differs = geometry.difference(tts.geometry)
+        if differs and tts.snac is None:
+            raise UserError(f"{name} was trained with another codec than {base_name} ({differs})")
+        if geometry.coarse_samples != tts.geometry.coarse_samples:
+            raise UserError(f"{name} has other code lengths than {base_name} ({differs})")
+    base = DualHead(
+        DualHeadDecoder(snac, heads="24k", with_encoder=True), geometry, model_config(snac), device, base_name
+    )
 
     def timed(tts, codes, **want):
         began = time.perf_counter()
@@ -216,7 +221,7 @@ def main() -> int:
     samples = Path(args.samples_dir)
     samples.mkdir(parents=True, exist_ok=True)
     best_clip, loudest = None, -math.inf
-    for name, audio_48k, audio_24k in clips(args, first.geometry, log):
+    for name, audio_48k, audio_24k in clips(args, geometry, log):
         if stop:
             log(f"stopped by {stop.signal}; nothing was written")
             return EXIT_STOPPED
@@ -228,8 +233,11 @@ def main() -> int:
         systems = {"base_snac": (low, 24000, t_base), "base_snac_sinc48": (sinc, 48000, t_base)}
         for label, tts in ours.items():
             suffix = f":{label}" if len(ours) > 1 else ""
-            (a, b), spent = timed(tts, codes)
-            systems[f"ours_24k{suffix}"], systems[f"ours_48k{suffix}"] = (a, 24000, spent), (b, 48000, spent)
+            own = codes if tts.snac is None else tts.encode(audio_24k[None, None])
+            audio, spent = timed(tts, own)
+            for head, rate, x in (("24k", 24000, audio[0]), ("48k", 48000, audio[1])):
+                if x is not None:
+                    systems[f"ours_{head}{suffix}"] = (x, rate, spent)
         targets = {24000: pcm16(audio_24k), 48000: pcm16(audio_48k)}
         length = len(audio_24k) / 24000
         signals = {"original": (targets[48000], 48000)}

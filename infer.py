@@ -74,6 +74,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 import numpy as np  # noqa: E402
 import soundfile as sf  # noqa: E402
 import torch  # noqa: E402
+from snac import SNAC  # noqa: E402
 
 from cache_codes import Geometry, encode, fold_weight_norm, geometry_of, load_snac, receptive_reach  # noqa: E402
 from corpus import (  # noqa: E402
@@ -87,22 +88,26 @@ from corpus import (  # noqa: E402
     target_names,
 )
 from dataset import CodeIndex  # noqa: E402
-from dual_head import DualHeadDecoder  # noqa: E402
+from dual_head import from_state  # noqa: E402
 from train_dual_head import check_ours, load_weights  # noqa: E402
 
 # ---- the model, ready to decode ----
 
 
 class DualHead:
-    """A trained dual-head decoder with its geometry; `encode` also needs the codec's encoder (loaded when
-    asked)."""
+    """A trained decoder with its geometry; `encode` also needs the codec's encoder (loaded when asked, unless
+    the checkpoint has its own, as those of phase10 do). `rates`: the heads that are there, in Hz."""
 
     def __init__(self, model, geometry: Geometry, config: dict, device, encoder_from: str):
         self.model = fold_weight_norm(model.to(device).eval().requires_grad_(False))
         self.geometry, self.config, self.device, self.encoder_from = geometry, config, device, encoder_from
+        self.rates = {"24k": (24000,), "48k": (48000,), "both": (24000, 48000)}[model.heads]
         self.snac = None
+        if model.encoder is not None:
+            self.snac = SNAC(**config).to(device).eval().requires_grad_(False)
+            self.snac.encoder, self.snac.quantizer = model.encoder, model.quantizer
         stride = geometry.vq_strides[0]
-        reach, _ = receptive_reach([*model.trunk, *model.head_48k])  # latent frames on each side
+        reach, _ = receptive_reach([*model.trunk, *(model.head_48k or model.head_24k)])  # latent frames
         self.align = math.lcm(stride, config["attn_window_size"] or 1) // stride  # coarse codes
         self.context = math.ceil(math.ceil(reach) / stride / self.align) * self.align
 
@@ -172,8 +177,6 @@ def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
 
     pretrained_model: where the encoder is, when not where the training found it. Raises UserError.
     """
-    from snac import SNAC
-
     device = pick_device(device) if isinstance(device, str) else device
     path = str(path)
     if path.endswith(".pt"):
@@ -188,8 +191,7 @@ def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
         config, geometry = described["model_config"], described["geometry"]
         state = load_file(folder / "model.safetensors")
     geometry = Geometry.from_json(json.dumps(geometry))
-    taps = state["head_48k.2.parametrizations.weight.original1"].shape[-1]
-    model = DualHeadDecoder(SNAC(**config), kernel=taps)
+    model = from_state(state, config)
     load_weights(model, state, path)
     return DualHead(model, geometry, config, device, pretrained_model or geometry.pretrained_model)
 
@@ -210,18 +212,31 @@ def fetch(name: str) -> Path:
 
 
 def export(checkpoint: str, folder: str) -> None:
-    """Write model.safetensors (weights of quantizer, trunk and heads) and config.json."""
+    """Write model.safetensors (weights of quantizer, trunk and heads) and config.json; a codec of phase10 as
+    SNAC's own pytorch_model.bin and config.json, for --pretrained_model."""
     from safetensors.torch import save_file
 
     saved = load_checkpoint(checkpoint)
     check_ours(saved, checkpoint)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.contiguous().clone() for k, v in saved["model"].items()}, Path(folder) / "model.safetensors"
-    )
-    write_json(
-        Path(folder) / "config.json", {"model_config": saved["model_config"], "geometry": saved["geometry"]}
-    )
+    out, state = Path(folder), saved["model"]
+    out.mkdir(parents=True, exist_ok=True)
+    if any(k.startswith("encoder.") for k in state):
+        layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("trunk."))
+
+        def name(key: str) -> str:
+            part, _, rest = key.partition(".")
+            if part == "trunk":
+                return f"decoder.model.{rest}"
+            at, _, rest = rest.partition(".") if part == "head_24k" else ("", "", rest)
+            return f"decoder.model.{layers + int(at)}.{rest}" if at else key
+
+        # float16 halves the file; SNAC.from_pretrained casts it back
+        torch.save({name(k): v.half().clone() for k, v in state.items()}, out / "pytorch_model.bin")
+        write_json(out / "config.json", saved["model_config"])
+        print(f"wrote a SNAC codec into {folder}; open it with --pretrained_model {folder}")
+        return
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, out / "model.safetensors")
+    write_json(out / "config.json", {"model_config": saved["model_config"], "geometry": saved["geometry"]})
     print(f"wrote {folder}/model.safetensors and {folder}/config.json; open with load_dual_head({folder!r})")
 
 
@@ -267,6 +282,9 @@ def main() -> int:
     tts = load_dual_head(args.checkpoint, args.device, args.pretrained_model)
     rates = {"24000": (24000,), "48000": (48000,), "both": (24000, 48000)}[args.sample_rate]
     one_file = Path(args.input).is_file()
+    absent = [r for r in rates if r not in tts.rates]
+    if absent:
+        raise UserError(f"{args.checkpoint} has no {absent[0]} Hz head: --sample_rate {tts.rates[0]}")
     names = None if one_file or args.output == "-" else {}
     bad, count, seconds, began = [], 0, 0.0, time.time()
     for rel, codes, n_24k, n_48k in inputs_of(tts, args.input):

@@ -1,18 +1,23 @@
-"""Train the dual-head decoder: from the same SNAC codes, 24 kHz (the pretrained head) and 48 kHz (a new
-head).
+"""Train SNAC decoders: from the same codes, 24 kHz (the pretrained head) and 48 kHz (a new head). One script,
+five recipes.
 
     python train_dual_head.py --codes_dir codes --audio_48k_dir targets/train --val_audio_48k_dir targets/val
     torchrun --nproc_per_node 4 train_dual_head.py ...same flags...        # batch sizes are over all GPUs
     python train_dual_head.py --device cpu --pretrained_model assets/codec --batch_size 6 ...     # tiny, CPU
     python train_dual_head.py --resume auto --output_dir checkpoints/phase12_dual_head            # go on
+    python train_dual_head.py --recipe phase10 --data_dir corpus/train/audio --val_data_dir corpus/valid/audio
+    python train_dual_head.py --recipe phase11-fast --print_schedule 100000    # epochs, batches, rates; stops
 
-Reads a cache of cache_codes.py and 48 kHz targets (of precompute_48k.py, or real 48 kHz recordings);
-writes into --output_dir: checkpoints, args.json, metrics.jsonl (one object a line), training.log. Values:
-flag > --config > --recipe. Exit codes: 0 finished, 1 wrong input, 3 stopped by a signal with a
-checkpoint, 4 diverged, 5 bad input.
+phase12 (default): both heads. phase11-standard, -warmup, -fast: the 48 kHz head alone. phase10: the 24 kHz
+codec, its decoder or all of it (--no-freeze_encoder --no-freeze_vq), also --from_scratch MODEL_CONFIG.json.
+Reads a cache of cache_codes.py (--cache_dir) or recordings (--data_dir: encoder and SIDON on the fly), and
+48 kHz targets (of precompute_48k.py, or real 48 kHz recordings); writes into --output_dir: checkpoints,
+args.json, baseline_metrics.json, metrics.jsonl (one object a line), training.log. Values: flag > --config >
+--recipe. Exit codes: 0 finished, 1 wrong input, 3 stopped by a signal with a checkpoint, 4 diverged, 5 bad
+input.
 
-Edit freely. Don't touch without reading SPEC-like comments beside them: the cache schema (CodeIndex), the
-sample order and noise (functions of seed, epoch, index: the resume contract), the checkpoint's keys.
+Edit freely. Don't touch without reading the comments beside them: the cache schema (CodeIndex), the sample
+order and noise (functions of seed, epoch, index: the resume contract), the checkpoint's keys.
 """
 
 from __future__ import annotations
@@ -26,10 +31,19 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cache_codes import DEFAULT_MODEL, Geometry, geometry_of, load_snac
+from cache_codes import (
+    DEFAULT_MODEL,
+    Geometry,
+    align_samples,
+    encode,
+    encode_context,
+    geometry_of,
+    load_snac,
+    weights_hash,
+)
 from runlog import (
     EXIT_BAD_INPUT,
     EXIT_DIVERGED,
@@ -45,6 +59,7 @@ from runlog import (
     load_checkpoint,
     main_guard,
     pick_device,
+    read_json,
     save_checkpoint,
     step_line,
     versions,
@@ -55,6 +70,8 @@ from runlog import (
 
 OPTIONS = {  # name: (default, help); the type is the default's
     "data": {
+        "data_dir": ("", "recordings to encode on the fly, instead of --cache_dir; several: A,B"),
+        "val_data_dir": ("", "the same for validation"),
         "codes_dir": ("", "cache folder holding train/ and val/ (instead of --cache_dir and "
                           "--val_cache_dir)"),
         "cache_dir": ("", "training codes of cache_codes.py"),
@@ -66,15 +83,26 @@ OPTIONS = {  # name: (default, help); the type is the default's
                               "data_dir; rows "
                               "of kind copied take both from the 48 kHz file)"),
         "val_audio_24k_dir": ("", "the same for validation"),
+        "upsampler": ("", "with --data_dir and without --audio_48k_dir, 48 kHz targets of recordings below "
+                          "--native_rate: sidon (restored at every step: precompute_48k.py does it once) or "
+                          "sinc"),
+        "sidon_dir": ("", "folder with SIDON's files (default: the hub at the pinned revision)"),
+        "native_rate": (48000, "recordings of --data_dir at this rate or above are their own target"),
+        "min_envelope_corr": (0.9, "SIDON's output below this is unfaithful"),
         "limit": (-1, "only the first N rows of the cache (-1 = all)"),
         "val_limit": (-1, "only the first N validation rows (-1 = all)"),
         "num_workers": (4, "data loader processes a GPU (0 = in this process)"),
         "max_bad_fraction": (0.01, "stop when more rows or files than this are bad; fewer are counted and "
                                    "left out"),
-        "include_unfaithful": (False, "train also on rows the targets' manifest lists as unfaithful"),
+        "include_unfaithful": (False, "train also on unfaithful rows"),
     },
     "model": {
         "pretrained_model": (DEFAULT_MODEL, "SNAC folder, hub id or hub id@COMMIT"),
+        "heads": ("both", "heads to train: both, 24k or 48k"),
+        "freeze_encoder": (True, "keep the encoder (codes stay valid)"),
+        "freeze_vq": (True, "keep the quantizers (codes stay valid)"),
+        "from_scratch": ("", "JSON of SNAC's arguments: train a new codec instead of a pretrained one"),
+        "phase10_checkpoint": ("", "take trunk and 24 kHz head from this checkpoint of phase10"),
         "init": ("interpolate", "start of the 48 kHz head: interpolate, average, first or random"),
     },
     "run": {
@@ -92,6 +120,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
     },
     "schedule": {
         "epochs": (15, "epochs, warmup included"),
+        "feature_epochs": (0, "first epochs of --from_scratch: encoder and decoder learn log-mel features"),
         "warmup_epochs": (1, "first epochs that train the 48 kHz head only"),
         "batch_size": (96, "utterances a step over all GPUs, before the multiplier"),
         "eval_batch_size": (16, "utterances a validation batch"),
@@ -102,10 +131,13 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "val_segment": (2.0, "validation segment in seconds, one value for the whole run"),
     },
     "optimiser": {
-        "lr": (2e-4, "warmup rate of the 48 kHz head, constant"),
-        "main_lr": (5e-5, "OneCycle peak of trunk and 48 kHz head"),
-        "lr_24k_final_conv": (1e-5, "OneCycle peak of the 24 kHz head"),
+        "lr": (2e-4, "rate before the main phase, constant: of the 48 kHz head, or of --feature_epochs"),
+        "main_lr": (5e-5, "rate of trunk and 48 kHz head (onecycle: its peak)"),
+        "lr_24k_final_conv": (1e-5, "the same of the 24 kHz head beside a 48 kHz one"),
+        "scheduler": ("onecycle", "main phase: onecycle, cosine (from the rate down) or constant"),
+        "lr_min_ratio": (0.1, "end of cosine as a share of its start"),
         "weight_decay": (0.01, "AdamW"),
+        "adam_betas": ("0.9,0.999", "AdamW"),
         "grad_clip": (1.0, "gradient norm limit"),
         "outlier_factor": (50.0, "skip a step whose gradient norm exceeds this multiple of the running "
                                  "one (-1 = off)"),
@@ -116,6 +148,9 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "loss_weight_48k": (1.0, "weight of loss_48k"),
         "l1_weight": (1.0, "waveform L1 in either loss"),
         "stft_weight": (1.0, "multi-resolution STFT in either loss"),
+        "mel_weight": (0.0, "log-mel L1 in either loss"),
+        "commitment_weight": (0.25, "latents to their codebook entries, where the encoder trains"),
+        "codebook_weight": (1.0, "codebook entries to their latents, where the quantizers train"),
         "n_ffts": ("1024,2048,4096", "STFT sizes; hop is a quarter"),
         "stft": ("magnitude", "magnitude (plus log-magnitude) or complex (real + imaginary L1)"),
     },
@@ -127,12 +162,48 @@ OPTIONS = {  # name: (default, help); the type is the default's
     },
 }  # fmt: skip
 DEFAULTS = {name: default for group in OPTIONS.values() for name, (default, _) in group.items()}
-CHOICES = {"init": ("interpolate", "average", "first", "random"), "stft": ("magnitude", "complex")}
-RECIPES = {"phase12": {}}  # what differs from DEFAULTS
+CHOICES = {
+    "init": ("interpolate", "average", "first", "random"),
+    "stft": ("magnitude", "complex"),
+    "heads": ("both", "24k", "48k"),
+    "scheduler": ("onecycle", "cosine", "constant"),
+    "upsampler": ("", "sidon", "sinc"),
+}
+PHASE11 = {"heads": "48k", "batch_size": 32, "segment_schedule": "4.0", "batch_multiplier": "1.0",
+           "epoch_ranges": "1-15", "n_ffts": "1024,2048,4096,8192", "main_lr": 1e-5,
+           "scheduler": "constant"}  # fmt: skip
+RECIPES = {  # what differs from DEFAULTS
+    "phase10": {
+        "heads": "24k",
+        "epochs": 10,
+        "warmup_epochs": 0,
+        "batch_size": 48,
+        "epoch_ranges": "1-2,3-4,5-6,7-10",
+        "main_lr": 1.5e-5,
+        "scheduler": "cosine",
+        "output_dir": "checkpoints/phase10",
+    },
+    "phase11-standard": PHASE11
+    | {"init": "random", "warmup_epochs": 0, "output_dir": "checkpoints/phase11_standard"},
+    "phase11-warmup": PHASE11 | {"warmup_epochs": 3, "lr": 5e-5, "output_dir": "checkpoints/phase11_warmup"},
+    "phase11-fast": PHASE11
+    | {
+        "lr": 5e-5,
+        "main_lr": 1e-4,
+        "scheduler": "onecycle",
+        "segment_schedule": "1.0,2.0,3.0,4.0",
+        "batch_multiplier": "1.0,1.0,1.0,1.0",
+        "epoch_ranges": "1-3,4-6,7-9,10-15",
+        "output_dir": "checkpoints/phase11_fast",
+    },
+    "phase12": {},
+}
+RAW_RECIPES = ("phase10", "phase11-standard", "phase11-warmup")  # "train_data" of their configs: recordings
 
-# Keys of the older JSON configs -> our names. None: kept in args.json, no effect on training.
+# Keys of the older JSON configs -> our names. None: a note to the reader, no effect on training.
 CONFIG_KEYS = {
-    "train_data": "cache_dir",
+    "recipe": "recipe",
+    "train_data": "cache_dir",  # data_dir for RAW_RECIPES
     "val_data": "val_cache_dir",
     "audio_48khz_train_dir": "audio_48k_dir",
     "audio_48khz_val_dir": "val_audio_48k_dir",
@@ -147,9 +218,9 @@ CONFIG_KEYS = {
 }
 
 
-def read_config(path: str) -> dict:
-    """A JSON config (`//` comments allowed) as option values. An unknown key is an error naming the
-    nearest one."""
+def read_config(path: str, recipe: str = "") -> dict:
+    """A JSON config (`//` comments allowed) as option values, "recipe" among them. An unknown key is an
+    error naming the nearest one."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as e:
@@ -159,7 +230,12 @@ def read_config(path: str) -> dict:
         config = json.loads(text)
     except ValueError as e:
         raise UserError(f"config {path} is not JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"config {path} must be one JSON object")
     known = {k: k for k in DEFAULTS} | CONFIG_KEYS
+    recipe = recipe or config.get("recipe", "phase12")
+    if recipe in RAW_RECIPES:
+        known |= {"train_data": "data_dir", "val_data": "val_data_dir"}
     values = {}
     for key, value in config.items():
         if key not in known:
@@ -170,6 +246,8 @@ def read_config(path: str) -> dict:
             values["epoch_ranges"] = ",".join(f"{c['epochs'][0]}-{c['epochs'][1]}" for c in value)
             values["segment_schedule"] = ",".join(str(c["length"]) for c in value)
             values["batch_multiplier"] = ",".join(str(c["batch_multiplier"]) for c in value)
+        elif name == "recipe":
+            values[name] = value
         elif name:
             values[name] = convert(name, value, f"config {path}: {key}")
     return values
@@ -215,12 +293,15 @@ def find_resume(value: str, output_dir: str) -> Path | None:
 
 
 def parse_args(argv=None) -> tuple[argparse.Namespace, dict]:
-    """(resolved options, origin of each value: default | recipe | config | checkpoint | flag)."""
+    """(resolved options, origin of each value: default | recipe | checkpoint | config | flag)."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--recipe", choices=sorted(RECIPES), default="phase12", help="(default: phase12)")
+    p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: phase12)")
     p.add_argument("--config", default="", help="JSON file with values of these options or the older keys")
     p.add_argument(
         "--print_config", action="store_true", help="print every value, where it came from, and stop"
+    )
+    p.add_argument(
+        "--print_schedule", type=int, metavar="ROWS", help="print the epochs of that many rows, and stop"
     )
     for group, options in OPTIONS.items():
         g = p.add_argument_group(group)
@@ -231,17 +312,25 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict]:
             else:
                 g.add_argument(f"--{name}", type=type(default), choices=CHOICES.get(name), **kw)
     typed = vars(p.parse_args(argv))
-    recipe, config, show = typed.pop("recipe"), typed.pop("config"), typed.pop("print_config")
-    layers = [("default", DEFAULTS), ("recipe", RECIPES[recipe])]
+    flags = {k: typed.pop(k) for k in ("recipe", "config", "print_config", "print_schedule")}
+    config = read_config(flags["config"], flags["recipe"]) if flags["config"] else {}
+    recipe, saved = flags["recipe"] or config.pop("recipe", ""), {}
+    config.pop("recipe", None)
+    if recipe and recipe not in RECIPES:
+        raise UserError(f"unknown recipe {recipe!r}; known are {', '.join(sorted(RECIPES))}")
     if typed.get("resume"):
-        ckpt = find_resume(typed["resume"], typed.get("output_dir", DEFAULTS["output_dir"]))
+        places = DEFAULTS | RECIPES[recipe or "phase12"] | config | typed
+        ckpt = find_resume(typed["resume"], places["output_dir"])
         typed["resume"] = str(ckpt) if ckpt else ""
         if ckpt:  # a resumed run keeps its values unless a flag says otherwise
             saved = load_checkpoint(ckpt)["args"]
-            layers.append(("checkpoint", {k: v for k, v in saved.items() if k in DEFAULTS and k != "resume"}))
-    if config:
-        layers.append(("config", read_config(config)))
-    layers.append(("flag", typed))
+            if recipe not in ("", saved.get("recipe", "phase12")):
+                raise UserError(f"{ckpt} is of recipe {saved.get('recipe')}, not {recipe}")
+            recipe = saved.get("recipe", "phase12")
+    recipe = recipe or "phase12"
+    layers = [("default", DEFAULTS), ("recipe", RECIPES[recipe])]
+    layers.append(("checkpoint", {k: v for k, v in saved.items() if k in DEFAULTS and k != "resume"}))
+    layers += [("config", config), ("flag", typed)]
     values, origin = {}, {}
     for source, layer in layers:
         values.update(layer)
@@ -250,25 +339,63 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict]:
         for name, sub in (("cache_dir", "train"), ("val_cache_dir", "val")):
             values[name] = values[name] or str(Path(values["codes_dir"]) / sub)
     args = argparse.Namespace(recipe=recipe, **values)
-    check_args(args)
-    if show:
+    if flags["print_config"]:
+        print(f"{'recipe':22} {recipe!r}")
         for name, value in values.items():
             print(f"{name:22} {value!r:36} {origin[name]}")
         sys.exit(0)
+    check_schedule(args)
+    if flags["print_schedule"]:
+        print("\n".join(plan_lines(args, make_plan(args, flags["print_schedule"]))))
+        sys.exit(0)
+    check_data(args)
     return args, origin
 
 
-def check_args(args) -> None:
+def trains_codec(args) -> bool:
+    """Whether encoder or quantizers are trained: codes then change at every step."""
+    return not (args.freeze_encoder and args.freeze_vq)
+
+
+def check_schedule(args) -> None:
+    """Raises UserError for values that cannot be, or that contradict each other."""
     for name, allowed in CHOICES.items():
         if getattr(args, name) not in allowed:
             raise UserError(f"{name} must be one of {', '.join(allowed)}, not {getattr(args, name)!r}")
     for name in ("epochs", "batch_size", "eval_batch_size", "accum_steps", "log_every", "monitor_24k_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
-    for name in ("cache_dir", "audio_48k_dir", "val_cache_dir", "val_audio_48k_dir"):
+    if args.heads == "24k" and args.warmup_epochs:
+        raise UserError("--warmup_epochs trains the 48 kHz head alone, which --heads 24k does not have: "
+                        "--warmup_epochs 0")  # fmt: skip
+    if trains_codec(args) and args.heads != "24k":
+        raise UserError("encoder and quantizers train with --recipe phase10 only (--heads 24k): a 48 kHz "
+                        "head "
+                        "needs codes that stay")  # fmt: skip
+    if args.from_scratch and (args.freeze_encoder or args.freeze_vq):
+        raise UserError("--from_scratch needs --no-freeze_encoder --no-freeze_vq")
+    if args.feature_epochs and not args.from_scratch:
+        raise UserError("--feature_epochs belongs to --from_scratch")
+    if args.phase10_checkpoint and args.heads == "24k":
+        raise UserError(
+            "--phase10_checkpoint is the trunk of another recipe; to go on with phase10 use --resume"
+        )
+    curriculum(args)  # raises on a malformed schedule
+
+
+def check_data(args) -> None:
+    """Raises UserError where a folder that the recipe needs is not named."""
+    if args.data_dir and args.cache_dir:
+        raise UserError("--data_dir encodes recordings, --cache_dir has their codes: give one of them")
+    if trains_codec(args) and not args.data_dir:
+        raise UserError("a codec that is trained itself needs recordings: --data_dir and --val_data_dir")
+    raw = args.data_dir or (args.recipe in RAW_RECIPES and not args.cache_dir)
+    needed = ["data_dir", "val_data_dir"] if raw else ["cache_dir", "val_cache_dir"]
+    if args.heads != "24k" and not raw:
+        needed += ["audio_48k_dir", "val_audio_48k_dir"]
+    for name in needed:
         if not getattr(args, name):
             raise UserError(f"--{name} is missing: it names the {OPTIONS['data'][name][1].split(' (')[0]}")
-    curriculum(args)  # raises on a malformed schedule
 
 
 # ---- schedule: pure functions of the options and the number of rows ----
@@ -298,7 +425,7 @@ def curriculum(args) -> list[tuple[float, int]]:
 @dataclass(frozen=True)
 class Epoch:
     number: int  # from 1
-    phase: str  # warmup | main
+    phase: str  # features | warmup | main
     segment: float  # seconds
     batch: int  # utterances a step over all GPUs
     first_step: int  # global step before its first step
@@ -308,7 +435,8 @@ class Epoch:
 def make_plan(args, rows: int) -> list[Epoch]:
     plan, step = [], 0
     for i, (segment, batch) in enumerate(curriculum(args)):
-        phase = "warmup" if i < args.warmup_epochs else "main"
+        late = i - args.feature_epochs
+        phase = "features" if late < 0 else "warmup" if late < args.warmup_epochs else "main"
         steps = math.ceil(rows / batch)  # the last batch may be smaller: every row once an epoch
         plan.append(Epoch(i + 1, phase, segment, batch, step, steps))
         step += steps
@@ -329,14 +457,51 @@ def one_cycle(step: int, total: int, peak: float, rise=0.3, div=25.0, final_div=
     return hi + (lo - hi) / 2 * (1 + math.cos(math.pi * x))
 
 
+def cosine(step: int, total: int, start: float, end_ratio: float) -> float:
+    """Rate at `step` of 0 … total-1: half a cosine from start down to start * end_ratio."""
+    end = start * end_ratio
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * step / max(total - 1, 1)))
+
+
+def groups_of(args, phase: str) -> list[str]:
+    """Parts of the model that train in this phase."""
+    if phase == "warmup":
+        return ["head_48k"]
+    heads = {"24k": ["head_24k"], "48k": ["head_48k"], "both": ["head_48k", "head_24k"]}[args.heads]
+    frozen = {"encoder": args.freeze_encoder, "quantizer": args.freeze_vq or phase == "features"}
+    codec = [name for name in frozen if not frozen[name]]
+    return ["trunk", *heads, *codec]
+
+
 def rates_at(args, plan: list[Epoch], step: int) -> dict[str, float]:
     """Learning rate of every trained group at global step `step` (0-based: the rate of the next update)."""
-    warm = sum(e.steps for e in plan if e.phase == "warmup")
-    if step < warm:
-        return {"head_48k": args.lr}
-    total = sum(e.steps for e in plan) - warm
-    peaks = {"trunk": args.main_lr, "head_48k": args.main_lr, "head_24k": args.lr_24k_final_conv}
-    return {group: one_cycle(step - warm, total, peak) for group, peak in peaks.items()}
+    phase, first = "main", next((e.first_step for e in plan if e.phase == "main"), math.inf)
+    if step < first:
+        phase = next(e.phase for e in plan if e.first_step <= step < e.first_step + e.steps)
+    groups = groups_of(args, phase)
+    if phase != "main":
+        rise = 1.0 if phase == "warmup" else min(1.0, (step + 1) / 100)
+        return dict.fromkeys(groups, args.lr * rise)
+    total = sum(e.steps for e in plan if e.phase == "main")
+    shape = {
+        "onecycle": lambda rate: one_cycle(step - first, total, rate),
+        "cosine": lambda rate: cosine(step - first, total, rate, args.lr_min_ratio),
+        "constant": lambda rate: rate,
+    }[args.scheduler]
+    own = {"head_24k": args.lr_24k_final_conv} if args.heads == "both" else {}
+    return {group: shape(own.get(group, args.main_lr)) for group in groups}
+
+
+def plan_lines(args, plan: list[Epoch]) -> list[str]:
+    """One line an epoch: phase, segment, batch, steps, and every group's rate at its first and last step."""
+    lines = []
+    for e in plan:
+        first, last = (rates_at(args, plan, e.first_step + n) for n in (0, e.steps - 1))
+        rates = ", ".join(f"{g} {first[g]:.3g} to {last[g]:.3g}" for g in first)
+        lines.append(
+            f"epoch {e.number}: {e.phase}, {e.segment:g} s, batch {e.batch}, {e.steps} steps, {rates}"
+        )
+    return lines
 
 
 def judge_norm(value: float, usual: float | None, factor: float) -> tuple[bool, float | None]:
@@ -370,8 +535,14 @@ import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from dataset import CachedCodesDataset, collate  # noqa: E402
+from dataset import CachedCodesDataset, RawAudioDataset, collate  # noqa: E402
 from dual_head import DualHeadDecoder, head_losses, lsd, masked, model_config  # noqa: E402
+from full_codec import (  # noqa: E402
+    FullCodec,
+    restart_dead_entries,
+    start_from_features,
+    usage,
+)
 
 
 def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: int) -> list[list[int]]:
@@ -413,71 +584,156 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(args.seed)
-        snac = load_snac(args.pretrained_model)
-        self.geometry = geometry_of(snac, args.pretrained_model)
+        snac = new_snac(args.from_scratch) if args.from_scratch else load_snac(args.pretrained_model)
+        self.geometry = geometry_of(snac, args.from_scratch or args.pretrained_model)
         self.config = model_config(snac)
-        self.data = self.open_data(
-            args.cache_dir, args.audio_48k_dir, args.audio_24k_dir, args.limit, fixed=False
-        )
-        self.val = self.open_data(args.val_cache_dir, args.val_audio_48k_dir, args.val_audio_24k_dir,
-                                  args.val_limit, fixed=True)  # fmt: skip
+        self.data, self.val = self.open_data(snac, ""), self.open_data(snac, "val_")
         self.plan = make_plan(args, len(self.data))
-        self.model = DualHeadDecoder(snac, args.init).to(self.device)
-        self.model.quantizer.eval()
+        self.full = trains_codec(args)
+        if args.from_scratch and not args.resume:
+            start_from_features(snac, self.some_speech(12 * self.geometry.codebook_size), args.seed)
+        if args.phase10_checkpoint:
+            take_phase10(snac, args.phase10_checkpoint, self.geometry)
+        self.model = DualHeadDecoder(snac, args.init, None, args.heads, args.heads == "24k").to(self.device)
+        self.codec = FullCodec(self.model, align_samples(snac)) if self.full else None
+        self.snac = snac.to(self.device).requires_grad_(False) if args.data_dir and not self.full else None
+        self.model.requires_grad_(False)
         self.step, self.validated, self.skipped, self.in_a_row, self.norm = 0, -1, 0, 0, None
-        self.best = {"loss": math.inf, "loss_24k": math.inf, "loss_48k": math.inf}
+        self.best = {"loss": math.inf}
+        if args.heads == "both":
+            self.best |= {"loss_24k": math.inf, "loss_48k": math.inf}
+        self.baseline: dict = {}
         self.phase, self.optimizer, self.ema = None, None, None
         self.bad_files: dict[str, str] = {}
+        self.unfaithful: set[str] = set()
+        sizes = [len(self.geometry.vq_strides), self.geometry.codebook_size]
+        self.counts = torch.zeros(2, *sizes, dtype=torch.int64)  # codes [this epoch, since restarts]
         if args.resume:
             self.restore(Path(args.resume))
         else:
             self.enter_phase(self.plan[0].phase)
-        self.log = RunLog(args.output_dir, quiet=self.rank > 0)
+        self.sidon = None
+        if args.upsampler == "sidon" and args.data_dir and args.heads != "24k" and not args.audio_48k_dir:
+            from sidon import Sidon
 
-    def open_data(self, cache_dir, audio_48k_dir, audio_24k_dir, limit, fixed):
-        a = self.args
+            self.sidon = Sidon(args.sidon_dir or None, device=self.device)
+        self.log = RunLog(args.output_dir, quiet=self.rank > 0)  # last: a mistake above leaves no folder
+
+    def open_data(self, snac, prefix: str):
+        """The dataset of --cache_dir or --data_dir (prefix "") or of their val_ twins."""
+        a, fixed = self.args, prefix == "val_"
+        at = lambda name: getattr(a, prefix + name)  # noqa: E731
+        audio_48k_dir = "" if a.heads == "24k" else at("audio_48k_dir")
+        limit = a.val_limit if fixed else a.limit
+        shared = {"seed": a.seed, "fixed": fixed, "include_unfaithful": a.include_unfaithful,
+                  "max_bad_fraction": a.max_bad_fraction}  # fmt: skip
+        if a.data_dir:
+            return RawAudioDataset(
+                at("data_dir").split(","), a.val_segment, limit, geometry=self.geometry,
+                context=encode_context(snac), align=align_samples(snac), audio_48k_dir=audio_48k_dir,
+                want_48k=a.heads != "24k", upsampler=a.upsampler, native_rate=a.native_rate, **shared,
+            )  # fmt: skip
         data = CachedCodesDataset(
-            cache_dir, audio_48k_dir, a.val_segment, limit, audio_24k_dir=audio_24k_dir, seed=a.seed,
-            fixed=fixed, include_unfaithful=a.include_unfaithful, max_bad_fraction=a.max_bad_fraction,
-        )  # fmt: skip
-        differs = self.geometry.difference(data.index.geometry)
+            at("cache_dir"), audio_48k_dir, a.val_segment, limit, audio_24k_dir=at("audio_24k_dir"), **shared
+        )
+        differs = self.geometry.difference(data.geometry)
         if differs:
-            raise UserError(f"cache {cache_dir} was made by another model "
-                            f"({data.index.geometry.pretrained_model}: "
-                            f"{differs}); make it anew with --pretrained_model "
-                            f"{a.pretrained_model}")  # fmt: skip
+            raise UserError(f"cache {at('cache_dir')} was made by another model "
+                            f"({data.geometry.pretrained_model}: {differs}); make it anew with "
+                            f"--pretrained_model {a.pretrained_model}")  # fmt: skip
         return data
 
     # -- phases: optimiser and wrapping are built once a phase --
 
     def enter_phase(self, phase: str) -> None:
-        """Freeze, build the optimiser and wrap for DDP: warmup trains head_48k only, main everything."""
-        warm = phase == "warmup"
+        """Freeze, build the optimiser and wrap for DDP."""
         self.phase = phase
-        self.model.trunk.requires_grad_(not warm)
-        self.model.head_24k.requires_grad_(not warm)
-        self.model.trunk_frozen = warm
-        groups = ("head_48k",) if warm else ("trunk", "head_48k", "head_24k")
+        groups = groups_of(self.args, phase)
+        self.model.requires_grad_(False)
+        for group in groups:
+            getattr(self.model, group).requires_grad_(True)
+        self.model.trunk_frozen = "trunk" not in groups
+        b1, b2 = (float(v) for v in self.args.adam_betas.split(","))
         self.optimizer = torch.optim.AdamW(
-            [{"params": list(getattr(self.model, g).parameters()), "name": g} for g in groups],
-            lr=0.0, betas=(0.9, 0.999), weight_decay=self.args.weight_decay, fused=self.device.type == "cuda",
+            [part for g in groups for part in self.parameters_of(g)],
+            lr=0.0, betas=(b1, b2), weight_decay=self.args.weight_decay, fused=self.device.type == "cuda",
         )  # fmt: skip
         self.wrapped = self.model
+        if self.full:
+            self.codec.from_features = phase == "features"
+            self.wrapped = self.codec
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            self.wrapped = nn.parallel.DistributedDataParallel(self.wrapped, device_ids=ids)
         if self.args.compile:
             self.wrapped = torch.compile(self.wrapped)
         self.norm = None  # the running gradient norm of another set of parameters
 
+    def parameters_of(self, group: str) -> list[dict]:
+        """Parameter groups of AdamW; from scratch Snake's alpha gets a tenth of the rate, because 1/alpha
+        explodes when a large step takes it near 0."""
+        named = [(k, p) for k, p in getattr(self.model, group).named_parameters() if p.requires_grad]
+        if not self.args.from_scratch:
+            return [{"params": [p for _, p in named], "name": group, "share": 1.0}]
+        parts = [([p for k, p in named if k.endswith("alpha") == small], 0.1 if small else 1.0)
+                 for small in (False, True)]  # fmt: skip
+        return [{"params": params, "name": group, "share": share} for params, share in parts if params]
+
+    def some_speech(self, coarse_codes: int):
+        """Segments of the training data in the order of epoch 0, about that many coarse codes: [B, 1, N]."""
+        n = math.ceil(coarse_codes / self.data.coarse_len)
+        rows = [int(i) for i in epoch_order(self.args.seed, 0, len(self.data))[:n]]
+        loader = self.loader(self.data, [rows[i : i + 64] for i in range(0, len(rows), 64)])
+        parts = [b["audio_24k"][b["valid_24k"] == b["audio_24k"].shape[-1]] for b in loader]
+        speech = torch.cat(parts)  # whole segments only: padding would teach silence
+        if not len(speech):
+            raise UserError("--from_scratch found no recording as long as the validation segment; lower "
+                            "--val_segment")  # fmt: skip
+        return speech
+
     # -- one step --
 
     def to_device(self, batch):
-        move = lambda v: v.to(self.device, non_blocking=True)  # noqa: E731
-        return {
-            k: [move(c) for c in v] if k == "codes" else v if k == "bad" else move(v)
-            for k, v in batch.items()
-        }
+        """Tensors on the device; recordings encoded and restored where the dataset left that to us."""
+        move = lambda v: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v  # noqa: E731
+        batch = {k: [move(c) for c in v] if k == "codes" else move(v) for k, v in batch.items()}
+        if self.snac is not None:
+            batch["codes"] = self.encode(batch["encode"], batch["encode_at"], batch["audio_24k"].shape[-1])
+        for i, (audio, rate, first) in batch["sources"].items():
+            self.restore_48k(batch, i, audio, rate, first)
+        return batch
+
+    @torch.no_grad()
+    def encode(self, spans, places, samples: int):
+        """Codes of slices of `samples` 24 kHz samples each: spans [m_b], cut at places (first, number) in
+        coarse codes -> codes [K] of [B, T_k], -1 past the end."""
+        g, lengths = self.geometry, {}
+        for b, span in enumerate(spans):
+            lengths.setdefault(len(span), []).append(b)
+        coarse = samples // g.coarse_samples
+        per = [g.frames_per_coarse(k) for k in range(len(g.vq_strides))]
+        out = [torch.full((len(spans), coarse * f), -1, device=self.device) for f in per]
+        for rows in lengths.values():  # only equal lengths share a batch: padding would change last frames
+            codes = encode(self.snac, torch.stack([spans[b] for b in rows])[:, None].to(self.device))
+            for k, f in enumerate(per):
+                for b, row in zip(rows, codes[k]):
+                    first, n = places[b]
+                    out[k][b, : n * f] = row[first * f : (first + n) * f]
+        return out
+
+    def restore_48k(self, batch, i: int, audio, rate: int, first: int) -> None:
+        """The 48 kHz target of item i by SIDON, from its whole recording; an unfaithful one is masked."""
+        restored, info = self.sidon.upsample(audio, rate)
+        target = batch["audio_48k"][i, 0]
+        part = torch.from_numpy(restored[first : first + target.shape[-1]]).to(self.device)
+        target[: len(part)] = part
+        target[2 * int(batch["valid_24k"][i]) :] = 0
+        if info["envelope_corr"] < self.args.min_envelope_corr and not self.args.include_unfaithful:
+            batch["valid_24k"][i] = 0
+            name = batch["names"][i]
+            if name not in self.unfaithful:
+                self.unfaithful.add(name)
+                self.log.metric(event="unfaithful", file_path=name, envelope_corr=info["envelope_corr"])
 
     def autocast(self):
         on = self.args.bf16
@@ -493,9 +749,10 @@ class Trainer:
         a, warm = self.args, self.phase == "warmup"
         rates = rates_at(a, self.plan, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rates[group["name"]]
+            group["lr"] = rates[group["name"]] * group["share"]
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict = {}
+        seen = []
         for i, batch in enumerate(micro_batches):
             self.note_bad(batch["bad"])
             batch = self.to_device(batch)
@@ -503,17 +760,11 @@ class Trainer:
             last = i == len(micro_batches) - 1
             sync = contextlib.nullcontext() if last or self.world == 1 else self.wrapped.no_sync()
             with sync:
-                self.model.set_noise(batch["noise_key"])
-                with self.autocast():
-                    audio_24k, audio_48k = self.wrapped(batch["codes"], watch_24k, True)
-                if warm and watch_24k:
-                    audio_24k = audio_24k.detach()  # monitored, not trained
-                losses = head_losses(audio_24k, audio_48k, batch, a)
-                loss = a.loss_weight_48k * losses["loss_48k"]
-                if "loss_24k" in losses:
-                    losses["loss"] = loss + a.loss_weight_24k * losses["loss_24k"]
-                    loss = loss if warm else losses["loss"]
+                losses = self.forward(self.wrapped, batch, watch_24k)
+                loss = losses["loss_48k"] * a.loss_weight_48k if warm else losses["loss"]
                 (loss.sum() * (self.world / size)).backward()  # DDP averages over ranks
+            if self.full:
+                seen.append((self.outputs[2], batch["valid_24k"]))
             for k, v in losses.items():
                 sums[k] = sums.get(k, 0) + v.detach().sum()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), a.grad_clip)
@@ -530,7 +781,69 @@ class Trainer:
                 self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()}
             current = [p.detach() for _, p in self.model.named_parameters()]
             torch._foreach_lerp_(list(self.ema.values()), current, 1 - a.ema)
+        if self.full and self.phase == "main":
+            self.note_codes(seen)
         return sums, value, True
+
+    def forward(self, module, batch, output_24k: bool = True) -> dict:
+        """Every loss of each item [B]; `loss` is their weighted sum, where all of its parts were computed."""
+        a, found = self.args, None
+        self.model.set_noise(batch["noise_key"])
+        with self.autocast():
+            if self.full:
+                audio_24k, found = module(batch["audio_24k"])
+                audio_48k = None
+            else:
+                audio_24k, audio_48k = module(batch["codes"], output_24k, True)
+        if audio_24k is not None and self.phase == "warmup":
+            audio_24k = audio_24k.detach()  # monitored, not trained
+        losses = head_losses(audio_24k, audio_48k, batch, a)
+        if a.heads != "both":
+            losses["loss"] = losses[f"loss_{a.heads}"]
+        elif audio_24k is not None:
+            losses["loss"] = a.loss_weight_24k * losses["loss_24k"] + a.loss_weight_48k * losses["loss_48k"]
+        weights = {"commitment": a.commitment_weight, "codebook": a.codebook_weight, "features": 1.0}
+        for name in set(weights) & set(found or ()):
+            losses[name] = found[name] * (batch["valid_24k"] > 0)
+            losses["loss"] = losses["loss"] + weights[name] * losses[name]
+        self.outputs = (audio_24k, audio_48k, found)
+        return losses
+
+    def note_codes(self, seen) -> None:
+        """Count the codes of a step over all ranks, seen: [(found, valid)] of its micro-batches; restart
+        entries that 10 x codebook_size codes in a row passed by (by chance that happens to one in e^10 of
+        equally likely ones)."""
+        g, size = self.geometry, self.geometry.codebook_size
+        counts = torch.zeros_like(self.counts[0])
+        for found, valid in seen:
+            for k, codes in enumerate(found["codes"]):
+                length = -(-valid // (g.hop_length * g.vq_strides[k]))
+                real = torch.arange(codes.shape[1], device=codes.device) < length[:, None]
+                counts[k] += torch.bincount(codes[real], minlength=size).cpu()
+        if self.world > 1:
+            shared = counts.to(self.device)
+            dist.all_reduce(shared)
+            counts = shared.cpu()
+        self.counts += counts
+        for k, vq in enumerate(self.model.quantizer.quantizers):
+            if self.args.freeze_vq or self.counts[1, k].sum() < 10 * size:
+                continue
+            generator = torch.Generator().manual_seed(self.args.seed + 1000003 * self.step + k)
+            latents = seen[-1][0]["latents"][k]
+            n = restart_dead_entries(vq, self.counts[1, k], latents, self.optimizer, generator)
+            if self.world > 1:
+                dist.broadcast(vq.codebook.weight.data, 0)
+            self.log.metric(event="restart", codebook=k, entries=n, step=self.step)
+            self.counts[1, k] = 0
+
+    def report_codes(self, epoch: int) -> None:
+        """Log usage and perplexity of every codebook over the epoch's training codes, and count anew."""
+        found = {f"{name}_{k}": v for k, c in enumerate(self.counts[0]) for name, v in usage(c).items()}
+        self.log.say(f"codes of epoch {epoch}: " + ", ".join(
+            f"codebook {k} {100 * found[f'usage_{k}']:.1f} % used, perplexity {found[f'perplexity_{k}']:.0f}"
+            for k in range(len(self.counts[0]))))  # fmt: skip
+        self.log.metric(event="usage", epoch=epoch, step=self.step, **found)
+        self.counts[0] = 0
 
     def note_bad(self, bad) -> None:
         """Quarantine files that could not be read: named once in the log, counted, and a reason to stop
@@ -573,8 +886,7 @@ class Trainer:
         loader = self.loader(
             self.val, [mine[i : i + a.eval_batch_size] for i in range(0, len(mine), a.eval_batch_size)]
         )
-        sums = dict.fromkeys(("l1_24k", "stft_24k", "loss_24k", "l1_48k", "stft_48k", "loss_48k", "lsd_48k",
-                              "lsd_12_24k", "count"), 0.0)  # fmt: skip
+        sums: dict[str, float] = {}
         with self.averaged_weights():
             self.model.eval()
             for batch in loader:
@@ -582,22 +894,28 @@ class Trainer:
                     return None
                 self.note_bad(batch["bad"])
                 batch = self.to_device(batch)
-                self.model.set_noise(batch["noise_key"])
-                with self.autocast():
-                    audio_24k, audio_48k = self.model(batch["codes"])
-                found = head_losses(audio_24k, audio_48k, batch, a)
-                valid = 2 * batch["valid_24k"]
-                pred, target = masked(audio_48k[:, 0].float(), valid), batch["audio_48k"][:, 0]
-                found["lsd_48k"] = lsd(pred, target, valid, 48000) * (valid > 0)
-                found["lsd_12_24k"] = lsd(pred, target, valid, 48000, 12000) * (valid > 0)
-                found["count"] = (valid > 0).double()
+                found = self.forward(self.codec or self.model, batch)
+                for name, audio, factor in (("24k", self.outputs[0], 1), ("48k", self.outputs[1], 2)):
+                    if audio is None:
+                        continue
+                    valid, target = factor * batch["valid_24k"], batch[f"audio_{name}"][:, 0]
+                    pred = masked(audio[:, 0].float(), valid)
+                    found[f"lsd_{name}"] = lsd(pred, target, valid, factor * 24000) * (valid > 0)
+                    if factor == 2:
+                        found["lsd_12_24k"] = lsd(pred, target, valid, 48000, 12000) * (valid > 0)
+                found["count"] = (batch["valid_24k"] > 0).double()
                 for k, v in found.items():
-                    sums[k] += float(v.double().sum())
+                    sums[k] = sums.get(k, 0.0) + float(v.double().sum())
             self.model.train()
+        if self.world > 1:  # a rank without rows still takes part
+            names: list = [None] * self.world
+            dist.all_gather_object(names, sorted(sums))
+            sums = {k: sums.get(k, 0.0) for k in sorted(set().union(*names))}
         total = self.all_sum(sums)
-        count = max(total.pop("count"), 1)
+        count = max(total.pop("count", 0), 1)
         result = {k: v / count for k, v in total.items()}
-        result["loss"] = a.loss_weight_24k * result["loss_24k"] + a.loss_weight_48k * result["loss_48k"]
+        if self.full:
+            result["loss"] = result["loss_24k"]  # what is heard; commitment and the like are means to it
         return result
 
     @contextlib.contextmanager
@@ -643,13 +961,20 @@ class Trainer:
             "phase": self.phase,
             "segment_length": self.plan[epoch - 1].segment,
             "args": vars(self.args),
-            "geometry": asdict(self.geometry) | {"vq_strides": list(self.geometry.vq_strides)},
+            "geometry": asdict(self.current_geometry()) | {"vq_strides": list(self.geometry.vq_strides)},
+            "codes": self.counts.clone(),
             "model_config": self.config,
             "rng": {"seed": self.args.seed},  # order, crops and noise are functions of it: no generator state
             "guard": {"norm": self.norm, "skipped": self.skipped, "in_a_row": self.in_a_row},
             "best": self.best,
             "versions": versions() | {"git": git_sha()},
         }
+
+    def current_geometry(self) -> Geometry:
+        """The geometry of the codes that this model makes now."""
+        if not self.full:
+            return self.geometry
+        return replace(self.geometry, weights_sha256=weights_hash(self.model.state_dict()))
 
     def save(self, name: str, prune: str = "") -> None:
         """Write output_dir/name; then delete all but the newest --keep_checkpoints that match the glob
@@ -667,7 +992,7 @@ class Trainer:
         """Continue from a checkpoint: model, optimiser, phase, position, best. Raises UserError if it
         doesn't fit."""
         saved = load_checkpoint(path)
-        check_fits(saved, path, self.geometry)
+        check_fits(saved, path, self.geometry, codes_change=self.full)
         if saved["scheduler"]["plan"] != [asdict(e) for e in self.plan]:
             raise UserError(f"{path} belongs to a run with another schedule or number of rows "
                             f"({sum(e['steps'] for e in saved['scheduler']['plan'])} steps there, "
@@ -678,6 +1003,9 @@ class Trainer:
         self.enter_phase(saved["phase"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.ema = saved["ema"] and {k: v.to(self.device) for k, v in saved["ema"].items()}
+        self.counts = saved["codes"].cpu()
+        baseline = Path(self.args.output_dir) / "baseline_metrics.json"
+        self.baseline = read_json(baseline) if baseline.is_file() else {}
         guard = saved["guard"]
         self.norm, self.skipped, self.in_a_row = guard["norm"], guard["skipped"], guard["in_a_row"]
 
@@ -748,6 +1076,8 @@ class Trainer:
                     )
                     last_save = time.time()
             bar.close()
+            if self.full and epoch.phase == "main" and self.validated < epoch.number:
+                self.report_codes(epoch.number)
             if not self.validate_and_keep(epoch.number):
                 return self.stop_with_checkpoint(epoch)
             if epoch.number % a.save_every == 0 or epoch.number == a.epochs:
@@ -770,8 +1100,8 @@ class Trainer:
         for which, data in (("training", self.data), ("validation", self.val)):
             for reason, n in data.left_out.items():
                 log.say(f"  left out of {which}: {n} rows, {reason}")
-        for e in self.plan:
-            log.say(f"  epoch {e.number}: {e.phase}, {e.segment:g} s, batch {e.batch}, {e.steps} steps")
+        for line in plan_lines(a, self.plan):
+            log.say("  " + line)
         log.metric(event=event, kind="train", recipe=a.recipe, step=self.step, total_steps=total,
                    epochs=a.epochs, rows=len(self.data), val_rows=len(self.val), git=git_sha())  # fmt: skip
         self.began, self.began_step = time.time(), self.step
@@ -784,13 +1114,14 @@ class Trainer:
                    for e in self.plan if e.first_step + e.steps > self.step)  # fmt: skip
         eta = pace * todo / (epoch.segment * epoch.batch)
         shown = {"loss": means.get("loss"), "24k": means.get("loss_24k"), "48k": means.get("loss_48k")}
+        rate = rates.get("head_48k", rates.get("head_24k"))
         self.log.say(step_line(self.step, total, epoch.number, self.args.epochs, epoch.phase,
                                {k: v for k, v in shown.items() if v is not None}
-                               | {"lr": rates["head_48k"], "norm": norm, "audio-s/s": speed,
+                               | {"lr": rate, "norm": norm, "audio-s/s": speed,
                                   "eta": human_time(eta)}))  # fmt: skip
         self.log.metric(step=self.step, total_steps=total, epoch=epoch.number, epochs=self.args.epochs,
                         phase=epoch.phase, segment_length=epoch.segment, batch_size=epoch.batch, **means,
-                        lr=rates["head_48k"], **{f"lr_{k}": v for k, v in rates.items()}, grad_norm=norm,
+                        lr=rate, **{f"lr_{k}": v for k, v in rates.items()}, grad_norm=norm,
                         skipped=self.skipped, audio_s_per_s=speed, eta_s=eta)  # fmt: skip
 
     def validate_and_keep(self, epoch: int) -> bool:
@@ -799,16 +1130,25 @@ class Trainer:
         if result is None:
             return False
         self.validated = epoch
-        names = {"loss": "best_model.pt", "loss_24k": "best_model_24k.pt", "loss_48k": "best_model_48k.pt"}
-        better = [k for k in names if result[k] < self.best[k]]
+        if epoch == 0:
+            self.baseline = result
+            if self.rank == 0:
+                write_json(Path(self.args.output_dir) / "baseline_metrics.json", result)
+        # a decoder that is fed true features is no codec yet: it is never the best
+        judged = self.best if self.phase in ("warmup", "main") else {}
+        better = [k for k in judged if result[k] < self.best[k]]
         self.best.update({k: result[k] for k in better})
+        gain = 100 * (1 - result["loss"] / self.baseline["loss"]) if self.baseline.get("loss") else 0.0
         self.log.say(f"validation after epoch {epoch} (step {self.step}): "
                      + " ".join(f"{k} {v:.4f}" for k, v in result.items())
+                     + (f" ({gain:+.1f} % against the start)" if epoch else "")
                      + (f" best: {', '.join(better)}" if better else ""))  # fmt: skip
-        self.log.metric(event="val", step=self.step, epoch=epoch, best=better, **result)
+        self.log.metric(
+            event="val", step=self.step, epoch=epoch, best=better, improved_percent=gain, **result
+        )
         with self.averaged_weights():
             for k in better:
-                self.save(names[k])
+                self.save(k.replace("loss", "best_model") + ".pt")
         return True
 
     def stop_with_checkpoint(self, epoch) -> int:
@@ -824,7 +1164,8 @@ class Trainer:
         )
         self.log.say(f"{reason} at step {self.step} after {human_time(spent)}{memory}; {self.skipped} "
                      "steps skipped, "
-                     f"{len(self.bad_files)} bad files")  # fmt: skip
+                     f"{len(self.bad_files)} bad files"
+                     + (f", {len(self.unfaithful)} unfaithful" if self.unfaithful else ""))  # fmt: skip
         if reason == "stopped":
             self.log.say(f"go on with: --resume auto --output_dir {self.args.output_dir}")
         if reason == "diverged":
@@ -848,15 +1189,43 @@ def check_ours(saved: dict, path) -> None:
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(missing)}")
 
 
-def check_fits(saved: dict, path, geometry: Geometry) -> None:
-    """Raises UserError unless the checkpoint is ours and its geometry and codec weights are the model's."""
+def check_fits(saved: dict, path, geometry: Geometry, codes_change: bool = False) -> None:
+    """Raises UserError unless the checkpoint is ours and its geometry and codec weights are the model's
+    (codes_change: the codec itself trains, its weights may differ)."""
     check_ours(saved, path)
     theirs = Geometry.from_json(json.dumps(saved["geometry"]))
+    if codes_change:
+        theirs = replace(theirs, weights_sha256=geometry.weights_sha256)
     differs = geometry.difference(theirs)
     if differs:
         raise UserError(f"{path} was trained on another model ({theirs.pretrained_model}: {differs}); "
                         "give that one "
                         "as --pretrained_model")  # fmt: skip
+
+
+def new_snac(path: str):
+    """A SNAC with fresh weights from a JSON file of its arguments. Raises UserError."""
+    from snac import SNAC
+
+    try:
+        return SNAC(**json.loads(Path(path).read_text(encoding="utf-8"))).eval()
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"--from_scratch {path} is no SNAC configuration: {e}") from None
+
+
+def take_phase10(snac, path: str, geometry: Geometry) -> None:
+    """Put trunk and 24 kHz head of a phase10 checkpoint into `snac`, whose codes they must have been made
+    for."""
+    saved = load_checkpoint(path)
+    check_ours(saved, path)
+    theirs = Geometry.from_json(json.dumps(saved["geometry"]))
+    if geometry.difference(theirs):
+        raise UserError(f"--phase10_checkpoint {path} has another encoder than the cache "
+                        f"({geometry.difference(theirs)}): write it out (infer.py --checkpoint {path} "
+                        "--export "
+                        "DIR), cache the codes with --pretrained_model DIR, and train on those")  # fmt: skip
+    model = DualHeadDecoder(snac, heads="24k", with_encoder=True)  # shares its modules with snac
+    load_weights(model, saved["model"], path)
 
 
 def load_weights(model, state: dict, path) -> None:

@@ -1,0 +1,205 @@
+"""The full codec as a thing to train: straight-through quantizers, their losses, dead entries, and a start
+from nothing.
+
+Used by recipe phase10 with --no-freeze_encoder / --no-freeze_vq, and by --from_scratch MODEL_CONFIG.json. A
+residual quantizer that starts at random collapses to one entry a codebook within 100 steps, and an
+autoencoder without codebooks needs many thousand steps before its latents tell vowels apart. So a codec from
+scratch starts from what is known about speech:
+
+1. start_from_features: the latents shall be log-mel features. With that the quantizers are settled at once:
+   in_proj and out_proj are principal components of what the quantizers before left, the entries k-means
+   centres. Every convolution begins with outputs of mean 0 and a set variance on real speech (LSUV, Mishkin &
+   Matas 2015): with PyTorch's default start the signal dies in 30 layers.
+2. phase "features": the encoder learns the features (a regression), the decoder to speak from the quantized
+   true ones. Neither waits for the other.
+3. phase "main": the codec as it will be used, end to end.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from snac.layers import NoiseBlock, ResidualUnit
+from torch import nn
+
+from dual_head import mel_filters
+
+
+class FullCodec(nn.Module):
+    """Audio in, audio out, through encoder and quantizers of a DualHeadDecoder that has an encoder.
+
+    align: SNAC's padding unit in samples (cache_codes.align_samples). forward(audio [B, 1, N], N whole coarse
+    codes) -> (audio_24k [B, 1, N], found): found has commitment [B], codebook [B], codes [K] of [B, T_k] and
+    latents [K] of [B, D, T_k]; with `from_features` features [B], the encoder's error, instead.
+    """
+
+    from_features = False
+
+    def __init__(self, model, align: int):
+        super().__init__()
+        self.model, self.align = model, align
+
+    def encode(self, audio):
+        """audio [B, 1, N] -> z [B, D, T], padded as SNAC pads."""
+        return self.model.encoder(F.pad(audio, (0, -audio.shape[-1] % self.align)))
+
+    def forward(self, audio):
+        z = self.encode(audio)
+        if self.from_features:
+            with torch.no_grad():
+                wanted = features(audio, z.shape[1], z.shape[-1])
+                z_q, _ = self.model.quantizer(wanted)
+            found = {"features": (z.float() - wanted).square().mean((1, 2))}
+        else:
+            z_q, found = quantize(self.model.quantizer, z)
+        return self.model(z_q, True, False)[0][..., : audio.shape[-1]], found
+
+
+def quantize(quantizer, z):
+    """SNAC's residual quantization with gradients: z [B, D, T] -> (z' [B, D, T], found as in FullCodec).
+
+    Nearest entries, straight-through; commitment pulls latents to their entries, codebook entries to their
+    latents (van den Oord et al. 2017).
+    """
+    residual, total = z, 0
+    found = {"commitment": 0, "codebook": 0, "codes": [], "latents": []}
+    for vq in quantizer.quantizers:
+        e = vq.in_proj(F.avg_pool1d(residual, vq.stride, vq.stride))  # [B, 8, T / stride]
+        entry, codes = vq.decode_latents(e.float())
+        found["codes"].append(codes)
+        found["latents"].append(e.detach())
+        found["commitment"] = found["commitment"] + (e.float() - entry.detach()).square().mean((1, 2))
+        found["codebook"] = found["codebook"] + (entry - e.float().detach()).square().mean((1, 2))
+        out = vq.out_proj(e + (entry - e).detach()).repeat_interleave(vq.stride, dim=-1)
+        total, residual = total + out, residual - out
+    return total, found
+
+
+# ---- codebooks in use ----
+
+
+def usage(counts) -> dict:
+    """Of one codebook, counts int64 [size]: share of entries that occur, and exp of the entropy."""
+    p = counts.double() / counts.sum().clamp(min=1)
+    entropy = -(p[p > 0] * p[p > 0].log()).sum()
+    return {"usage": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
+
+
+@torch.no_grad()
+def restart_dead_entries(vq, counts, latents, optimizer, generator) -> int:
+    """Move the entries that never occurred (counts int64 [size]) to random latents [B, D, T] and forget their
+    momentum. Returns how many."""
+    weight = vq.codebook.weight
+    dead = torch.nonzero(counts.to(weight.device) == 0)[:, 0]
+    points = latents.transpose(1, 2).flatten(0, 1)
+    pick = torch.randint(len(points), (len(dead),), generator=generator).to(points.device)
+    weight[dead] = points[pick].to(weight.dtype)
+    for value in optimizer.state.get(weight, {}).values():
+        if torch.is_tensor(value) and value.shape == weight.shape:
+            value[dead] = 0
+    return len(dead)
+
+
+# ---- from scratch ----
+
+
+def features(audio, channels: int, frames: int):
+    """What the latents of a codec from scratch shall be: audio [B, 1, N] -> [B, channels, frames].
+
+    Natural log of min(80, channels) mel bands, halved to about unit variance, two hops long, frame t
+    centred on its hop of N / frames samples; further channels are 0.
+    """
+    hop, bands = audio.shape[-1] // frames, min(80, channels)
+    size = 2 * hop
+    x = F.pad(audio[:, 0].float(), ((size - hop) // 2, size - hop - (size - hop) // 2))
+    window = torch.hann_window(size, device=x.device)
+    s = torch.stft(x, size, hop, window=window, center=False, return_complex=True).abs()
+    mel = mel_filters(24000, size, bands).to(x.device) @ s
+    return F.pad((mel + 1e-2).log() / 2, (0, 0, 0, channels - bands))
+
+
+@torch.no_grad()
+def start_from_features(snac, audio, seed: int) -> None:
+    """Set quantizers, and the scale of every convolution, of a fresh SNAC from speech [B, 1, N]."""
+    frames = audio.shape[-1] // int(snac.hop_length)
+    z = torch.cat([features(part, snac.latent_dim, frames) for part in audio.split(256)])
+    fit_quantizers(snac.quantizer, z, seed)
+    few = audio[:16]
+    unit_variance(snac.encoder, snac.preprocess(few), 1.0)
+    unit_variance(snac.decoder, snac.quantizer(z[: len(few)])[0], 0.1)
+
+
+@torch.no_grad()
+def fit_quantizers(quantizer, z, seed: int) -> None:
+    """Quantizers for latents z [B, D, T]: each takes principal components of the rest, entries by k-means.
+
+    SNAC looks entries up by direction. One latent value is therefore a constant, so large that directions are
+    as far apart as the other values are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for vq in quantizer.quantizers:
+        points = F.avg_pool1d(z, vq.stride, vq.stride).transpose(1, 2).flatten(0, 1)  # [N, D]
+        mean, parts = points.mean(0), vq.codebook.weight.shape[1] - 1
+        axes = torch.linalg.eigh(torch.cov(points.T)).eigenvectors[:, -parts:].flip(1)  # [D, parts]
+        values = (points - mean) @ axes
+        constant = (4 * values.square().sum(1).mean().sqrt()).clamp(min=1e-3).view(1)
+        set_conv(vq.in_proj, torch.cat([0 * mean[None], axes.T]), torch.cat([constant, -axes.T @ mean]))
+        set_conv(vq.out_proj, torch.cat([mean[:, None] / constant, axes], 1), 0 * mean)
+        latents = torch.cat([constant.expand(len(values), 1), values], 1)
+        few = torch.randperm(len(latents), generator=generator)[: 12 * vq.codebook_size]
+        vq.codebook.weight.copy_(kmeans(latents[few], vq.codebook_size, generator))
+        z = z - vq(z)[0]
+
+
+def kmeans(points, k: int, generator, rounds: int = 15):
+    """points [N, D] -> centres [k, D], by direction as SNAC compares; an empty cluster restarts at a random
+    point."""
+    centres = points[torch.randperm(len(points), generator=generator)[torch.arange(k) % len(points)]]
+    for _ in range(rounds):
+        directions = F.normalize(centres).T
+        index = torch.cat([(F.normalize(part) @ directions).argmax(1) for part in points.split(8192)])
+        sums = torch.zeros_like(centres).index_add_(0, index, points)
+        number = torch.bincount(index, minlength=k)
+        empty = number == 0
+        sums[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
+        centres = sums / number.clamp(min=1)[:, None]
+    return centres
+
+
+def set_conv(conv, weight, bias) -> None:
+    """Set a pointwise weight-normed conv to weight [out, in]; copying into `.weight` would change nothing."""
+    norm = weight.norm(dim=1, keepdim=True)
+    conv.parametrizations.weight.original1.copy_(torch.where(norm > 0, weight, 1.0)[..., None])
+    conv.parametrizations.weight.original0.copy_(norm[..., None])  # 0 there: a row of zeros has no direction
+    conv.bias.copy_(bias)
+
+
+@torch.no_grad()
+def unit_variance(module, x, last: float) -> None:
+    """One pass of x through `module` in which every convolution is scaled to outputs of mean 0 and std 1
+    (residual branches 0.4, noise gains 0.5, the last one `last`)."""
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)]
+    wanted = {}
+    for m in module.modules():
+        if isinstance(m, ResidualUnit):
+            wanted[m.block[-1]] = 0.4
+        if isinstance(m, NoiseBlock):
+            wanted[m.linear] = 0.5
+    wanted[convs[-1]] = last
+
+    def rescale(conv, _, out):
+        mean = out.mean((0, 2))
+        by_channel = isinstance(conv, nn.Conv1d)  # a transposed one has its gains on the input side
+        std = (out - mean[:, None]).std((0, 2) if by_channel else None) + 1e-8
+        scale = wanted.get(conv, 1.0) / std
+        conv.parametrizations.weight.original0.mul_(scale.view(-1, 1, 1) if by_channel else scale)
+        column = scale[:, None] if by_channel else scale
+        if conv.bias is None:
+            return out * column
+        conv.bias.copy_((conv.bias - mean) * scale)
+        return (out - mean[:, None]) * column
+
+    hooks = [c.register_forward_hook(rescale) for c in convs]
+    module(x)
+    for h in hooks:
+        h.remove()
