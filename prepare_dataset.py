@@ -32,6 +32,9 @@ def parse_args(argv=None):
     p.add_argument(
         "--group_by", default="", help="parent, or regex:PATTERN with one parenthesis (default: each file)"
     )
+    p.add_argument(
+        "--valid_list", default="", help="file of validation paths, one a line, instead of a ratio"
+    )
     return p.parse_args(argv)
 
 
@@ -85,6 +88,19 @@ def split(
     return part, groups
 
 
+def split_by_list(files: list[str], path: str) -> dict[str, str]:
+    """{file: train|valid} by a list of the validation files. Raises UserError for one that doesn't exist."""
+    try:
+        valid = {line for line in Path(path).read_text(encoding="utf-8").splitlines() if line}
+    except OSError as e:
+        raise UserError(f"--valid_list {path} cannot be read: {e.strerror}") from None
+    unknown = sorted(valid - set(files))
+    if unknown or not 0 < len(valid) < len(files):
+        raise UserError(f"--valid_list {path} names {len(valid)} files, {len(unknown)} of them not in "
+                        f"--input_dir{f', such as {unknown[0]}' if unknown else ''}")  # fmt: skip
+    return {rel: "valid" if rel in valid else "train" for rel in files}
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
     if not 0 < args.train_ratio < 1:
@@ -93,7 +109,10 @@ def main(argv=None) -> int:
     files = find_audio(args.input_dir)
     if (out / "train").exists() or (out / "valid").exists():
         raise UserError(f"{out} already holds a split; remove it or choose another --output_dir")
-    part, groups = split(files, args.train_ratio, args.seed, args.group_by)
+    if args.valid_list:
+        part, groups = split_by_list(files, args.valid_list), {rel: [rel] for rel in files}
+    else:
+        part, groups = split(files, args.train_ratio, args.seed, args.group_by)
     for rel in files:
         place = out / part[rel] / "audio" / rel
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +125,7 @@ def main(argv=None) -> int:
     write_json(out / "manifest.json", {
         "input_dir": str(source), "mode": "copy" if args.copy else "symlink", "seed": args.seed,
         "train_ratio_asked": args.train_ratio, "train_ratio": round(counts["train"] / len(files), 4),
-        "group_by": args.group_by or None, "files": counts,
+        "group_by": args.group_by or None, "valid_list": args.valid_list or None, "files": counts,
         "groups": {p: len(g) for p, g in found.items()},
         "valid_groups": found["valid"] if args.group_by else None,
     })  # fmt: skip

@@ -1,21 +1,22 @@
-"""Every recipe on the same speech for the same number of epochs: does its validation loss fall, and how do they
+"""Every recipe on the same speech for the same number of epochs: does its validation loss fall, how do they
 compare?
 
     ./launch.sh demo
     python benchmarks/bench_recipes.py --demo demo --epochs 8 --device cpu
 
-Reads the split, codes and targets that the demonstration left in --demo. Batches are small and rates larger than
-a recipe's own by --rate_factor, the same for all, because these runs have some hundred steps instead of a
-million; segments last 1 s; each recipe keeps its init, its frozen epochs (phase11-warmup 3 of 15 and so on, in
-proportion), its heads, its schedule's shape and the ratio of its rates. One more row trains all of the codec
-(phase10 with --no-freeze_encoder --no-freeze_vq). Prints validation losses of every epoch, the ratio
-phase11-warmup / phase11-standard of each, and evaluate.py's table of all checkpoints on the same clips.
+Reads the split, codes and targets that the demonstration left in --demo. Batches are small and rates larger
+than a recipe's own by --rate_factor, the same for all, because these runs have some hundred steps instead of
+a million; segments last 1 s; each recipe keeps its init, its share of frozen epochs, its heads, its
+schedule's shape and the ratio of its rates. One more row trains all of the codec (phase10 with
+--no-freeze_encoder --no-freeze_vq). Prints validation losses of every epoch, the ratio phase11-warmup /
+phase11-standard of each, and evaluate.py's table of all checkpoints on the same clips.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ RUNS = {  # name: (recipe, raw audio instead of the cache, more flags)
 def command(name: str, args, out: Path) -> list[str]:
     recipe, raw, more = RUNS[name]
     own = T.DEFAULTS | T.RECIPES[recipe]
-    warm = max(1, round(own["warmup_epochs"] * args.epochs / own["epochs"])) if own["warmup_epochs"] else 0
+    warm = math.ceil(own["warmup_epochs"] * args.epochs / own["epochs"])
     demo = Path(args.demo)
     if raw:
         data = ["--data_dir", demo / "data/train/audio", "--val_data_dir", demo / "data/valid/audio"]
