@@ -57,49 +57,6 @@ class PositionedNoise(NoiseBlock):
 HEADS = ("24k", "48k", "both")
 
 
-class Depthwise(torch.autograd.Function):
-    """A depthwise conv1d of stride 1 whose backward pass is a conv and k sums.
-
-    On a CPU PyTorch's own gradient of a grouped conv is several times slower than its forward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, padding, dilation):
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = padding, dilation, bias is not None
-        return F.conv1d(x, weight, bias, 1, padding, dilation, weight.shape[0])
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        padding, dilation, biased = ctx.geometry
-        k, n, of_x, of_weight = weight.shape[-1], grad.shape[-1], None, None
-        if ctx.needs_input_grad[0]:
-            of_x = F.conv1d(
-                grad, weight.flip(-1), None, 1, dilation * (k - 1) - padding, dilation, len(weight)
-            )
-        if ctx.needs_input_grad[1]:
-            x = F.pad(x, (padding, padding))
-            taps = [(grad * x[..., i * dilation : i * dilation + n]).sum((0, 2)) for i in range(k)]
-            of_weight = torch.stack(taps, -1)[:, None]
-        return of_x, of_weight, grad.sum((0, 2)) if biased else None, None, None
-
-
-def speed_up_depthwise(module):
-    """Let every depthwise conv in `module` use Depthwise while it is on the CPU; GPU kernels are fine as
-    they are."""
-
-    def forward(x, weight, bias, conv):
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return nn.Conv1d._conv_forward(conv, x, weight, bias)
-        return Depthwise.apply(x, weight, bias, conv.padding[0], conv.dilation[0])
-
-    for m in module.modules():
-        if isinstance(m, nn.Conv1d) and 1 < m.groups == m.in_channels == m.out_channels and m.stride[0] == 1:
-            m._conv_forward = functools.partial(forward, conv=m)
-    return module
-
-
 class DualHeadDecoder(nn.Module):
     """SNAC codes -> (audio_24k [B, 1, N], audio_48k [B, 1, 2N]); one trunk, two heads.
 
@@ -141,7 +98,6 @@ class DualHeadDecoder(nn.Module):
                     m.noise_layer = len(self.noises)
                     self.noises.append((m, rate))
         self.trunk_frozen = False
-        speed_up_depthwise(self)
 
     @property
     def heads(self) -> str:

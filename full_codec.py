@@ -51,7 +51,8 @@ class FullCodec(nn.Module):
                 z_q, _ = self.model.quantizer(wanted)
             found = {"features": (z.float() - wanted).square().mean((1, 2))}
         else:
-            z_q, found = quantize(self.model.quantizer, z)
+            with torch.autocast(z.device.type, enabled=False):  # bf16 would pick other codes than encode()
+                z_q, found = quantize(self.model.quantizer, z.float())
         return self.model(z_q, True, False)[0][..., : audio.shape[-1]], found
 
 
@@ -65,11 +66,11 @@ def quantize(quantizer, z):
     found = {"commitment": 0, "codebook": 0, "codes": [], "latents": []}
     for vq in quantizer.quantizers:
         e = vq.in_proj(F.avg_pool1d(residual, vq.stride, vq.stride))  # [B, 8, T / stride]
-        entry, codes = vq.decode_latents(e.float())
+        entry, codes = vq.decode_latents(e)
         found["codes"].append(codes)
         found["latents"].append(e.detach())
-        found["commitment"] = found["commitment"] + (e.float() - entry.detach()).square().mean((1, 2))
-        found["codebook"] = found["codebook"] + (entry - e.float().detach()).square().mean((1, 2))
+        found["commitment"] = found["commitment"] + (e - entry.detach()).square().mean((1, 2))
+        found["codebook"] = found["codebook"] + (entry - e.detach()).square().mean((1, 2))
         out = vq.out_proj(e + (entry - e).detach()).repeat_interleave(vq.stride, dim=-1)
         total, residual = total + out, residual - out
     return total, found

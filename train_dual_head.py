@@ -592,7 +592,7 @@ class Trainer:
         self.full = trains_codec(args)
         if args.from_scratch and not args.resume:
             start_from_features(snac, self.some_speech(12 * self.geometry.codebook_size), args.seed)
-        if args.phase10_checkpoint:
+        if args.phase10_checkpoint and not args.resume:
             take_phase10(snac, args.phase10_checkpoint, self.geometry)
         self.model = DualHeadDecoder(snac, args.init, None, args.heads, args.heads == "24k").to(self.device)
         self.codec = FullCodec(self.model, align_samples(snac)) if self.full else None
@@ -684,7 +684,11 @@ class Trainer:
         n = math.ceil(coarse_codes / self.data.coarse_len)
         rows = [int(i) for i in epoch_order(self.args.seed, 0, len(self.data))[:n]]
         loader = self.loader(self.data, [rows[i : i + 64] for i in range(0, len(rows), 64)])
-        parts = [b["audio_24k"][b["valid_24k"] == b["audio_24k"].shape[-1]] for b in loader]
+        parts = []
+        for batch in loader:
+            if self.stop:
+                raise UserError("stopped before the first step: run the same command again", EXIT_STOPPED)
+            parts.append(batch["audio_24k"][batch["valid_24k"] == batch["audio_24k"].shape[-1]])
         speech = torch.cat(parts)  # whole segments only: padding would teach silence
         if not len(speech):
             raise UserError("--from_scratch found no recording as long as the validation segment; lower "
@@ -1076,7 +1080,7 @@ class Trainer:
                     )
                     last_save = time.time()
             bar.close()
-            if self.full and epoch.phase == "main" and self.validated < epoch.number:
+            if self.counts[0].any():
                 self.report_codes(epoch.number)
             if not self.validate_and_keep(epoch.number):
                 return self.stop_with_checkpoint(epoch)

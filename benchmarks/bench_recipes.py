@@ -48,7 +48,8 @@ def command(name: str, args, out: Path) -> list[str]:
         data = ["--cache_dir", demo / "codes/train", "--val_cache_dir", demo / "codes/valid"]
         data += ["--audio_48k_dir", demo / "targets/train", "--val_audio_48k_dir", demo / "targets/valid"]
     rates = [f"--{k}={own[k] * args.rate_factor:g}" for k in ("lr", "main_lr", "lr_24k_final_conv")]
-    return [sys.executable, str(ROOT / "train_dual_head.py"), "--recipe", recipe, *map(str, data), *more, *rates,
+    script = [sys.executable, str(ROOT / "train_dual_head.py"), "--recipe", recipe]
+    return [*script, *map(str, data), *more, *rates,
             "--pretrained_model", args.pretrained_model, "--device", args.device, "--output_dir", str(out),
             "--epochs", str(args.epochs), "--warmup_epochs", str(warm), "--batch_size", str(args.batch_size),
             "--epoch_ranges", f"1-{args.epochs}", "--segment_schedule", "1.0", "--batch_multiplier", "1.0",

@@ -1,0 +1,90 @@
+"""What a codec does to speech it has never seen, and how many entries of its codebooks speech uses.
+
+    python assets/measure_codec.py --codec assets/codec --held_out split/valid/audio \\
+        --speech split/train/audio
+
+Prints and writes report.json into --output_dir (default: the codec): mean LSD (AP-BWE's) and log-mel distance
+(natural log of 80 mel bands, Hann 1024) of decode(encode(clip)) over the first 6 s of every held-out file, of
+the codec and of the same one with fresh weights; per codebook the entries used and their perplexity, over the
+held-out clips and --minutes of --speech.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cache_codes import load_snac
+from corpus import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside
+from dual_head import lsd, mel_filters, spectrum
+from full_codec import usage
+from runlog import main_guard, read_json, write_json
+from train_dual_head import new_snac
+
+
+def clips(folder: str, seconds: float, limit_minutes: float = 1e9, seed: int = 0):
+    """Yield the first `seconds` of the recordings of a folder, in the seed's order, at 24 kHz: [1, 1, N]."""
+    allowed, total, files = link_roots(folder), 0, find_audio(folder)
+    for i in np.random.default_rng(seed).permutation(len(files)):
+        try:
+            x = resample(*read_audio(resolve_inside(folder, files[i], allowed)), 24000)
+        except AudioError as e:
+            print(f"left out {files[i]}: {e}")
+            continue
+        if total > limit_minutes * 60 * 24000:
+            return
+        total += len(x[: int(seconds * 24000)])
+        yield torch.from_numpy(x[: int(seconds * 24000)])[None, None]
+
+
+@torch.no_grad()
+def measure(model, held_out) -> tuple[dict, list]:
+    """({lsd, log_mel}, codes of every clip)."""
+    torch.manual_seed(0)  # the NoiseBlocks draw fresh noise
+    rows, codes, filters = [], [], mel_filters(24000, 1024)
+    for x in held_out:
+        codes.append(model.encode(x))
+        y = model.decode(codes[-1])[..., : x.shape[-1]]
+        a, b = ((filters @ spectrum(s[0], 1024, 256)[0].abs()).clamp(min=1e-2).log() for s in (y, x))
+        d = lsd(y[0], x[0], torch.tensor([x.shape[-1]]), 24000)
+        rows.append((float(d), float((a - b).abs().mean())))
+    means = np.mean(rows, 0)
+    return {"lsd": round(float(means[0]), 4), "log_mel": round(float(means[1]), 4)}, codes
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--codec", required=True, help="SNAC folder")
+    p.add_argument("--held_out", required=True, help="recordings the codec has not seen")
+    p.add_argument("--speech", required=True, help="more speech, to count entries on")
+    p.add_argument("--minutes", type=float, default=45, help="how much of it")
+    p.add_argument("--output_dir", default="", help="where report.json goes (default: --codec)")
+    args = p.parse_args()
+    model = load_snac(args.codec)
+    held_out = list(clips(args.held_out, 6.0))
+    torch.manual_seed(0)
+    fresh, _ = measure(new_snac(str(Path(args.codec) / "config.json")), held_out)
+    trained, codes = measure(model, held_out)
+    with torch.no_grad():
+        codes += [model.encode(x) for x in clips(args.speech, 30.0, args.minutes)]
+    books = []
+    for k in range(len(codes[0])):
+        all_codes = torch.cat([c[k].flatten() for c in codes])
+        found = usage(torch.bincount(all_codes, minlength=model.codebook_size))
+        books.append({"tokens": len(all_codes), **{n: round(v, 4) for n, v in found.items()}})
+    report = {"config": read_json(Path(args.codec) / "config.json"), "held_out_clips": len(held_out),
+              "held_out_seconds": round(sum(x.shape[-1] for x in held_out) / 24000, 1),
+              "fresh_weights": fresh, "codec": trained, "codebooks": books}  # fmt: skip
+    write_json(Path(args.output_dir or args.codec) / "report.json", report)
+    print(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)
