@@ -21,6 +21,7 @@ and noise is a function of position, so the samples are those of one pass.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -60,9 +61,10 @@ def parse_args(argv=None):
     )
     p.add_argument("--noise_seed", type=int, default=0, help="seed of the decoder's noise")
     p.add_argument("--export", metavar="DIR", help="write model.safetensors + config.json for load_dual_head")
+    p.add_argument("--export_onnx", metavar="FILE", help="write an ONNX graph: codes of any length -> audio")
     args = p.parse_args(argv)
-    if not args.export and not (args.input and args.output):
-        p.error("--input and --output are required (or --export DIR)")
+    if not (args.export or args.export_onnx) and not (args.input and args.output):
+        p.error("--input and --output are required (or --export DIR, --export_onnx FILE)")
     if args.output == "-" and args.sample_rate == "both":
         p.error("--output - takes one --sample_rate")
     return args
@@ -240,6 +242,66 @@ def export(checkpoint: str, folder: str) -> None:
     print(f"wrote {folder}/model.safetensors and {folder}/config.json; open with load_dual_head({folder!r})")
 
 
+class OnnxGraph(torch.nn.Module):
+    """(noise_scale, codes_0, …) -> the heads that are there. ONNX has no position-keyed noise: fresh noise
+    times noise_scale (1 as trained, 0 for comparisons)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, noise_scale, *codes):
+        for block, _ in self.model.noises:
+            block.forward = functools.partial(self.noisy, block, noise_scale)
+        return tuple(x for x in self.model(list(codes)) if x is not None)
+
+    @staticmethod
+    def noisy(block, noise_scale, x):
+        return x + noise_scale * torch.randn((x.shape[0], 1, x.shape[2])) * block.linear(x)
+
+
+def export_onnx(tts: DualHead, path: str) -> None:
+    """Write the decoder as ONNX with dynamic batch and length, and compare it with PyTorch in onnxruntime."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise UserError(f"--export_onnx needs {e.name}: pip install onnx onnxscript onnxruntime") from None
+    graph, per = (
+        OnnxGraph(tts.model),
+        [tts.geometry.frames_per_coarse(k) for k in range(len(tts.geometry.vq_strides))],
+    )
+    sample = lambda b, n: [torch.randint(tts.geometry.codebook_size, (b, n * f)) for f in per]  # noqa: E731
+    silent, free = torch.tensor(0.0), torch.export.Dim.DYNAMIC
+    heads = [f"audio_{r // 1000}k" for r in tts.rates]
+    names = ["noise_scale", *(f"codes_{k}" for k in range(len(per)))]
+    program = torch.onnx.export(
+        graph,
+        (silent, *sample(2, 5)),
+        dynamo=True,
+        verbose=False,
+        input_names=names,
+        output_names=heads,
+        dynamic_shapes=(None, tuple({0: free, 1: free} for _ in per)),
+    )
+    with atomic_file(path) as f:
+        f.write(program.model_proto.SerializeToString())
+    session, worst = onnxruntime.InferenceSession(path), 0.0
+    for batch, length in ((1, 3), (3, 17)):  # other sizes than the traced one
+        codes = sample(batch, length)
+        given = dict(zip(names, [np.zeros((), np.float32), *(c.numpy() for c in codes)]))
+        with torch.inference_mode():
+            wanted = graph(silent, *codes)
+        worst = max(
+            [worst, *(float(np.abs(a - b.numpy()).max()) for a, b in zip(session.run(heads, given), wanted))]
+        )
+    if not worst < 1e-3:
+        raise UserError(f"{path} computes something else than PyTorch (difference {worst:.2g})")
+    print(
+        f"wrote {path}: {', '.join(names)} -> {', '.join(heads)}; largest difference from PyTorch {worst:.1e}"
+    )
+
+
 # ---- files ----
 
 
@@ -279,7 +341,10 @@ def main() -> int:
         export(args.checkpoint, args.export)
         return 0
     stop = StopFlag()
-    tts = load_dual_head(args.checkpoint, args.device, args.pretrained_model)
+    tts = load_dual_head(args.checkpoint, "cpu" if args.export_onnx else args.device, args.pretrained_model)
+    if args.export_onnx:
+        export_onnx(tts, args.export_onnx)
+        return 0
     rates = {"24000": (24000,), "48000": (48000,), "both": (24000, 48000)}[args.sample_rate]
     one_file = Path(args.input).is_file()
     absent = [r for r in rates if r not in tts.rates]
