@@ -13,7 +13,8 @@ rounded to 16 bits before it is measured: that is what people will listen to.
 
 Metrics (mean over clips; lower is better except si_sdr): l1 (waveform), stft (multi-resolution magnitude +
 log-magnitude, as in training), mel (log-mel L1, 80 bands), si_sdr (dB, 24 kHz systems), lsd (0-24 kHz) and
-lsd_12_24k (12-24 kHz) as AP-BWE defines them (48 kHz systems), rtf (decoding time / audio time).
+lsd_12_24k (12-24 kHz) as AP-BWE defines them (48 kHz systems), visqol (with --visqol: MOS-LQO of ViSQOL's
+audio mode, 48 kHz systems, higher is better), rtf (decoding time / audio time).
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ def parse_args(argv=None):
     p.add_argument("--output", default="evaluation_results.json")
     p.add_argument("--samples_dir", default="comparison_samples")
     p.add_argument("--max_samples_saved", type=int, default=20, help="clips written as wav (-1 = all)")
+    p.add_argument(
+        "--visqol", action="store_true", help="also ViSQOL (pip install visqol-python; about 1 s a clip)"
+    )
     return p.parse_args(argv)
 
 
@@ -85,7 +89,20 @@ def si_sdr(pred, target) -> float:
                                   / (pred - scaled).square().sum().clamp(min=1e-12)))  # fmt: skip
 
 
-def measure(pred, target, rate: int) -> dict:
+def load_visqol():
+    """(pred [N], target [N]) at 48 kHz -> MOS-LQO. Raises UserError where the package is missing."""
+    try:
+        from visqol import VisqolApi
+    except ImportError:
+        raise UserError("--visqol needs the package visqol-python: pip install visqol-python") from None
+    api = VisqolApi()
+    api.create(mode="audio")
+    return lambda pred, target: float(
+        api.measure_from_arrays(target.double().numpy(), pred.double().numpy(), 48000).moslqo
+    )
+
+
+def measure(pred, target, rate: int, visqol=None) -> dict:
     """All metrics that apply at this rate: [N] against [N]."""
     valid = torch.tensor([len(target)])
     found = {
@@ -98,6 +115,7 @@ def measure(pred, target, rate: int) -> dict:
     return found | {
         "lsd": float(lsd(pred[None], target[None], valid, rate)),
         "lsd_12_24k": float(lsd(pred[None], target[None], valid, rate, 12000)),
+        **({"visqol": visqol(pred, target)} if visqol else {}),
     }
 
 
@@ -156,7 +174,8 @@ def label_of(path: str, among: list[str]) -> str:
 
 
 def markdown(results: dict) -> str:
-    keys = ["l1", "stft", "mel", "si_sdr", "lsd", "lsd_12_24k", "rtf"]
+    keys = ["l1", "stft", "mel", "si_sdr", "lsd", "lsd_12_24k", "visqol", "rtf"]
+    keys = [k for k in keys if any(k in row for row in results["systems"].values())]
     lines = ["| system | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for name, row in results["systems"].items():
         lines.append(f"| {name} | " + " | ".join(f"{row[k]:.4f}" if k in row else "" for k in keys) + " |")
@@ -190,7 +209,7 @@ def main() -> int:
     args = ARGS
     stop = StopFlag()
     log = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    device = pick_device(args.device)
+    device, visqol = pick_device(args.device), load_visqol() if args.visqol else None
     ours = {
         label_of(p, args.checkpoint): load_dual_head(p, device, args.pretrained_model)
         for p in args.checkpoint
@@ -244,7 +263,9 @@ def main() -> int:
         for system, (x, rate, spent) in systems.items():
             x = pcm16(x)
             signals[system] = (x, rate)
-            rows.setdefault(system, []).append(measure(x, targets[rate], rate) | {"rtf": spent / length})
+            rows.setdefault(system, []).append(
+                measure(x, targets[rate], rate, visqol) | {"rtf": spent / length}
+            )
         if args.max_samples_saved < 0 or count < args.max_samples_saved:
             for system, (x, rate) in signals.items():
                 wav = samples / f"{count:03d}_{system.replace(':', '_').replace('/', '_')}.wav"

@@ -71,7 +71,7 @@ def voice(seconds: float, rate: int, seed: int):
 def run(script: str, *args, code=0, text_ok=True, **kwargs):
     """Run one of our scripts; returns the completed process after checking its exit code. text_ok: not
     raw PCM."""
-    env = dict(os.environ, PYTHONPATH=str(ROOT), **kwargs.pop("env", {}))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=text_ok,
                           env=env, timeout=300, **kwargs)  # fmt: skip

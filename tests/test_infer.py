@@ -200,6 +200,26 @@ def test_evaluate_compares_all_systems_on_the_same_clips(checkpoint, audio_dir, 
     assert all(again[s][k] == v for s, row in r["systems"].items() for k, v in row.items() if k != "rtf")
 
 
+def test_visqol_is_asked_for_48_khz_systems_and_named_when_missing(checkpoint, audio_dir, tmp_path):
+    argv = ["evaluate.py", "--checkpoint", checkpoint, "--data_dirs", audio_dir, "--device", "cpu", "--visqol",
+            "--num_samples", 1, "--output", tmp_path / "r.json", "--samples_dir", tmp_path / "s"]  # fmt: skip
+    (tmp_path / "visqol.py").write_text("raise ImportError")
+    found = {"PYTHONPATH": f"{tmp_path}:{E.__file__[: -len('/evaluate.py')]}"}
+    assert "pip install visqol-python" in one_sentence(run(*argv, code=1, env=found))
+    (tmp_path / "visqol.py").write_text(
+        "class R: moslqo = 3.25\n"
+        "class VisqolApi:\n"
+        "    def create(self, mode): assert mode == 'audio'\n"
+        "    def measure_from_arrays(self, reference, degraded, rate):\n"
+        "        assert rate == 48000 and len(reference) == len(degraded) and any(reference != degraded)\n"
+        "        return R\n"
+    )
+    run(*argv, env=found)
+    systems = json.loads((tmp_path / "r.json").read_text())["systems"]
+    assert {s for s, row in systems.items() if row.get("visqol") == 3.25} == {"base_snac_sinc48", "ours_48k"}
+    assert "| visqol |" in (tmp_path / "r.md").read_text()
+
+
 def test_an_untrained_dual_head_scores_like_base_snac(snac_dir):
     """At initialisation our 24 kHz output is base SNAC's, so a difference in the table is a difference
     learnt."""
