@@ -850,18 +850,12 @@ class Trainer:
         self.counts[0] = 0
 
     def note_bad(self, bad) -> None:
-        """Quarantine files that could not be read: named once in the log, counted, and a reason to stop
-        if many."""
+        """Quarantine files that could not be read: named once in the log and counted; `stop_asked` judges."""
         for name, reason in bad:
             if name not in self.bad_files:
                 self.bad_files[name] = reason
                 self.log.say(f"bad file {name}: {reason}")
                 self.log.metric(event="bad_file", file_path=name, reason=reason, step=self.step)
-        if len(self.bad_files) > self.args.max_bad_fraction * (len(self.data) + len(self.val)):
-            name, reason = next(iter(self.bad_files.items()))
-            raise UserError(f"{len(self.bad_files)} files could not be read, first {name} ({reason}): "
-                            "more than "
-                            f"--max_bad_fraction {self.args.max_bad_fraction:g}", EXIT_BAD_INPUT)  # fmt: skip
 
     def all_sum(self, sums: dict) -> dict:
         """Sums over ranks as floats (one CPU-GPU sync)."""
@@ -872,12 +866,24 @@ class Trainer:
         return dict(zip(sums, values.tolist()))
 
     def stop_asked(self) -> bool:
-        """Whether any rank got a signal (all ranks must leave the loop at the same step)."""
-        if self.world == 1:
-            return bool(self.stop)
-        flag = torch.tensor(float(bool(self.stop)), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        """Whether any rank got a signal; raises, on all ranks, when too many files are bad. Every rank calls
+        it before every batch, so that all leave the loop at the same one."""
+        found, names = [float(bool(self.stop)), len(self.bad_files)], set(self.bad_files)
+        if self.world > 1:
+            shared = torch.tensor(found, device=self.device)
+            dist.all_reduce(shared)
+            found = shared.tolist()
+        limit = self.args.max_bad_fraction * (len(self.data) + len(self.val))
+        if found[1] > limit and self.world > 1:  # two ranks may have met the same file
+            every: list = [None] * self.world
+            dist.all_gather_object(every, self.bad_files)
+            self.bad_files = {name: why for part in every for name, why in part.items()}
+            names = set(self.bad_files)
+        if len(names) > limit:
+            name, reason = next(iter(self.bad_files.items()))
+            raise UserError(f"{len(names)} files could not be read, first {name} ({reason}): more than "
+                            f"--max_bad_fraction {self.args.max_bad_fraction:g}", EXIT_BAD_INPUT)  # fmt: skip
+        return found[0] > 0
 
     # -- validation: fixed crops, fixed noise, one segment length --
 
@@ -887,14 +893,14 @@ class Trainer:
         meanwhile."""
         a = self.args
         mine = list(range(self.rank, len(self.val), self.world))
-        loader = self.loader(
-            self.val, [mine[i : i + a.eval_batch_size] for i in range(0, len(mine), a.eval_batch_size)]
-        )
+        share, size = math.ceil(len(self.val) / self.world), a.eval_batch_size
+        # as many batches on every rank: ~0 is a masked filler
+        loader = self.loader(self.val, [mine[i : i + size] or [~0] for i in range(0, share, size)])
         sums: dict[str, float] = {}
         with self.averaged_weights():
             self.model.eval()
             for batch in loader:
-                if self.world == 1 and self.stop:
+                if self.stop_asked():
                     return None
                 self.note_bad(batch["bad"])
                 batch = self.to_device(batch)
@@ -911,10 +917,8 @@ class Trainer:
                 for k, v in found.items():
                     sums[k] = sums.get(k, 0.0) + float(v.double().sum())
             self.model.train()
-        if self.world > 1:  # a rank without rows still takes part
-            names: list = [None] * self.world
-            dist.all_gather_object(names, sorted(sums))
-            sums = {k: sums.get(k, 0.0) for k in sorted(set().union(*names))}
+        if self.stop_asked():
+            return None
         total = self.all_sum(sums)
         count = max(total.pop("count", 0), 1)
         result = {k: v / count for k, v in total.items()}
