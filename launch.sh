@@ -126,7 +126,7 @@ option() { # value of --NAME in the remaining arguments, or nothing
 }
 
 preflight() { # KIND GPUS ARGS...
-  local kind=$1 gpus=$2 gpu flag value count folder
+  local kind=$1 gpus=$2 gpu flag value count folder folders
   shift 2
   [[ $gpus == cpu || $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || abort "GPUS must be 3, 0,1,2,3 or cpu, not '$gpus'"
   if [ "$gpus" != cpu ]; then
@@ -136,13 +136,15 @@ preflight() { # KIND GPUS ARGS...
       [ "$gpu" -lt "$count" ] || abort "GPU $gpu isn't there: nvidia-smi lists $count"
     done
   fi
-  for flag in --cache_dir --val_cache_dir --audio_48k_dir --val_audio_48k_dir --codes_dir --data_dir --input_dir; do
-    value=$(option "$flag" "$@")
-    [ -z "$value" ] || [ -d "$value" ] || case $flag in
-      --*48k*) abort "$flag $value does not exist; make it first: ./launch.sh precompute $gpus --input_dir … --output_dir $value" ;;
-      --*cache* | --codes*) abort "$flag $value does not exist; make it first: ./launch.sh cache $gpus --data_dir … --output_dir $value" ;;
-      *) abort "$flag $value does not exist; give the folder of your recordings" ;;
-    esac
+  for flag in --cache_dir --val_cache_dir --audio_48k_dir --val_audio_48k_dir --codes_dir --data_dir --val_data_dir --input_dir; do
+    IFS=, read -ra folders <<<"$(option "$flag" "$@")" # --data_dir takes several: A,B
+    for value in "${folders[@]}"; do
+      [ -d "$value" ] || case $flag in
+        --*48k*) abort "$flag $value does not exist; make it first: ./launch.sh precompute $gpus --input_dir … --output_dir $value" ;;
+        --*cache* | --codes*) abort "$flag $value does not exist; make it first: ./launch.sh cache $gpus --data_dir … --output_dir $value" ;;
+        *) abort "$flag $value does not exist; give the folder of your recordings" ;;
+      esac
+    done
   done
   folder=$(option --output_dir "$@")
   [ -n "$folder" ] || folder=$(option --save_dir "$@")
@@ -221,13 +223,15 @@ start_train() {
   shift
   need_setup
   preflight train "$gpus" "$@"
-  run_dir=$(option --output_dir "$@")
+  # the recipe or a config names the run directory too: ask the trainer (it answers before it loads torch)
+  run_dir=$("$VENV/bin/python" "$ROOT/train_dual_head.py" "$@" --print_config) || exit $?
+  run_dir=$(awk -F"'" '/^output_dir / {print $2}' <<<"$run_dir")
   command=("$VENV/bin/python" -u "$ROOT/train_dual_head.py" --device "$gpus")
   if [[ $gpus == *,* ]]; then
     export CUDA_VISIBLE_DEVICES=$gpus
     command=("$VENV/bin/torchrun" --standalone --nproc_per_node "$(tr ',' '\n' <<<"$gpus" | wc -l)" "$ROOT/train_dual_head.py")
   fi
-  start_job "$(job_name train "$gpus")" train "$gpus" "${run_dir:-checkpoints/phase12_dual_head}" "${command[@]}" "$@"
+  start_job "$(job_name train "$gpus")" train "$gpus" "$run_dir" "${command[@]}" "$@"
 }
 
 start_rvq() {

@@ -202,7 +202,8 @@ def test_evaluate_compares_all_systems_on_the_same_clips(checkpoint, audio_dir, 
 
 def test_visqol_measures_48_khz_systems_and_is_named_when_missing(checkpoint, audio_dir, tmp_path):
     argv = ["evaluate.py", "--checkpoint", checkpoint, "--data_dirs", audio_dir, "--device", "cpu",
-            "--visqol", "--num_samples", 1, "--output", tmp_path / "r.json", "--samples_dir", tmp_path / "s"]  # fmt: skip
+            "--visqol", "--num_samples", 1, "--output", tmp_path / "r.json",
+            "--samples_dir", tmp_path / "s"]  # fmt: skip
     (tmp_path / "visqol.py").write_text("raise ImportError")
     found = {"PYTHONPATH": f"{tmp_path}:{E.__file__[: -len('/evaluate.py')]}"}
     assert "pip install visqol-python" in one_sentence(run(*argv, code=1, env=found))

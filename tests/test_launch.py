@@ -114,6 +114,15 @@ def test_preflight_and_bad_arguments(launch, tmp_path):
         assert words in launch(command, code=1), command
 
 
+def test_the_run_directory_is_the_one_of_the_recipe_or_config(launch, tmp_path):
+    for more, folder in [("--recipe phase11-fast", "phase11_fast"),
+                         (f"--config '{ROOT}/configs/phase10_curriculum.json'", "phase10_curriculum")]:  # fmt: skip
+        launch(f'start_job() {{ echo "run_dir $4" >seen; }}; main train cpu {more}')
+        assert (tmp_path / "seen").read_text() == f"run_dir checkpoints/{folder}\n"
+    assert "config nothing cannot be read" in launch("main train cpu --config nothing", code=1)
+    assert "--data_dir b does not exist" in launch("mkdir a; main train cpu --data_dir a,b", code=1)
+
+
 def test_a_hangup_of_the_terminal_leaves_the_job_alive(launch):
     """The terminal's session gets SIGHUP; the job has a session of its own."""
     snippet = f"source '{ROOT}/launch.sh'; " + sleeper(launch, "train_gpu0") + "; sleep 60"
