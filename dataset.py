@@ -370,7 +370,7 @@ class SliceDataset:
             "kind": utterance["kind"],
             "file_path": self.path(row),
             "start_pos": start,
-            "row": row,
+            "row": -1 if masked else row,
             "noise_key": int(crop.integers(0, 2**62)),
         } | self.slice(row, utterance, start, take, at)
         if not error:
@@ -530,8 +530,9 @@ def limited(keep, limit, name, left_out: dict):
 
 
 def collate(items: list[dict]) -> dict:
-    """audio_24k [B, 1, N]; audio_48k [B, 1, 2N] if there; valid_24k, phase_true, noise_key [B]; row [B];
-    codes [K] of [B, T_k] or encode (list of [m]) and encode_at; sources: {b: (samples, rate, first)}."""
+    """audio_24k [B, 1, N]; audio_48k [B, 1, 2N] if there; valid_24k, phase_true, noise_key [B]; rows: those
+    that are no fillers; codes [K] of [B, T_k], or encode (list of [m]) and encode_at; names; sources: {b:
+    (samples, rate, first)} that SIDON restores."""
     stack = lambda name: torch.stack([it[name] for it in items])  # noqa: E731
     batch = {"audio_24k": stack("audio_24k")[:, None]}
     if "audio_48k" in items[0]:
@@ -549,4 +550,5 @@ def collate(items: list[dict]) -> dict:
         "bad": [(it["file_path"], it["error"]) for it in items if it["error"]],
         "sources": {i: it["source"] for i, it in enumerate(items) if it["source"]},
         "names": [it["file_path"] for it in items],
+        "rows": [it["row"] for it in items if it["row"] >= 0],
     }

@@ -10,6 +10,7 @@ import functools
 import math
 
 import numpy as np
+import snac.layers
 import torch
 import torch.nn.functional as F
 from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d, WNConv1d
@@ -18,6 +19,32 @@ from torch import nn
 from runlog import UserError
 
 # ---- model ----
+
+
+class Snake(torch.autograd.Function):
+    """x + sin(alpha x)² / alpha (Ziyin et al. 2020): x [B, C, T], alpha [1, C, 1].
+
+    In the place of snac.layers.snake, which is TorchScript: its executor changes kernels after the first
+    calls, so that a resumed run differs from the unbroken one in the last bit; and torch.compile stops at it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.save_for_backward(x, alpha)
+        return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, alpha = ctx.saved_tensors
+        inverse, double = (alpha + 1e-9).reciprocal(), 2 * alpha * x
+        slope = torch.sin(double)
+        of_x = grad * (1 + alpha * inverse * slope)
+        half = (1 - torch.cos(double)) / 2  # sin²
+        of_alpha = (grad * inverse * (x * slope - inverse * half)).sum((0, 2), keepdim=True)
+        return of_x, of_alpha.to(alpha.dtype)
+
+
+snac.layers.snake = Snake.apply
 
 
 def counter_noise(key, layer: int, start: int, length: int):

@@ -170,8 +170,10 @@ def kmeans(points, k: int, generator, rounds: int = 15):
 def set_conv(conv, weight, bias) -> None:
     """Set a pointwise weight-normed conv to weight [out, in]; copying into `.weight` would change nothing."""
     norm = weight.norm(dim=1, keepdim=True)
-    conv.parametrizations.weight.original1.copy_(torch.where(norm > 0, weight, 1.0)[..., None])
-    conv.parametrizations.weight.original0.copy_(norm[..., None])  # 0 there: a row of zeros has no direction
+    norm = torch.where(norm > 1e-6 * norm.max(), norm, 0.0)
+    direction = torch.where(norm > 0, weight / norm, 1.0)  # any: a row of zeros has none
+    conv.parametrizations.weight.original1.copy_(direction[..., None])
+    conv.parametrizations.weight.original0.copy_(norm[..., None])
     conv.bias.copy_(bias)
 
 
@@ -191,8 +193,9 @@ def unit_variance(module, x, last: float) -> None:
     def rescale(conv, _, out):
         mean = out.mean((0, 2))
         by_channel = isinstance(conv, nn.Conv1d)  # a transposed one has its gains on the input side
-        std = (out - mean[:, None]).std((0, 2) if by_channel else None) + 1e-8
-        scale = wanted.get(conv, 1.0) / std
+        std = (out - mean[:, None]).std((0, 2) if by_channel else None)
+        # a channel that gets nothing (latents beyond the mel bands) keeps its gain: 1 / 0 would explode later
+        scale = torch.where(std > 1e-3 * std.max(), wanted.get(conv, 1.0) / std, 1.0)
         conv.parametrizations.weight.original0.mul_(scale.view(-1, 1, 1) if by_channel else scale)
         column = scale[:, None] if by_channel else scale
         if conv.bias is None:

@@ -232,8 +232,14 @@ def export(checkpoint: str, folder: str) -> None:
             at, _, rest = rest.partition(".") if part == "head_24k" else ("", "", rest)
             return f"decoder.model.{layers + int(at)}.{rest}" if at else key
 
-        # float16 halves the file; SNAC.from_pretrained casts it back
-        torch.save({name(k): v.half().clone() for k, v in state.items()}, out / "pytorch_model.bin")
+        def half(key: str, v):
+            """float16 halves the file, SNAC.from_pretrained casts it back. The direction of a weight-normed
+            row is stored at length 1: a shorter one could become 0, which has no direction."""
+            if key.endswith("weight.original1"):
+                v = torch.nn.functional.normalize(v.flatten(1), eps=1e-30).view_as(v)
+            return v.half().clone()
+
+        torch.save({name(k): half(k, v) for k, v in state.items()}, out / "pytorch_model.bin")
         write_json(out / "config.json", saved["model_config"])
         print(f"wrote a SNAC codec into {folder}; open it with --pretrained_model {folder}")
         return

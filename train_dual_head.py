@@ -116,6 +116,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "save_every_batches": (5000, "steps between step checkpoints (-1 = off)"),
         "save_every_minutes": (30.0, "minutes between time checkpoints (-1 = off)"),
         "keep_checkpoints": (3, "step and time checkpoints kept; epoch and best ones stay (-1 = all)"),
+        "sample_log": (False, "write step, epoch and rows of every step to samples.rankN.log"),
         "monitor_24k_every": (10, "steps between 24 kHz losses while the trunk is frozen"),
     },
     "schedule": {
@@ -813,6 +814,12 @@ class Trainer:
         self.outputs = (audio_24k, audio_48k, found)
         return losses
 
+    def note_samples(self, epoch: int, rows: list[int]) -> None:
+        """A line a step in --sample_log: what the committed weights have seen (`clean_up` drops the rest)."""
+        if self.args.sample_log:
+            with open(Path(self.args.output_dir) / f"samples.rank{self.rank}.log", "a") as f:
+                f.write(f"{self.step} {epoch} {' '.join(map(str, rows))}\n")
+
     def note_codes(self, seen) -> None:
         """Count the codes of a step over all ranks, seen: [(found, valid)] of its micro-batches; restart
         entries that 10 x codebook_size codes in a row passed by (by chance that happens to one in e^10 of
@@ -1012,10 +1019,21 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.ema = saved["ema"] and {k: v.to(self.device) for k, v in saved["ema"].items()}
         self.counts = saved["codes"].cpu()
+        if self.rank == 0:
+            self.clean_up(Path(self.args.output_dir))
         baseline = Path(self.args.output_dir) / "baseline_metrics.json"
         self.baseline = read_json(baseline) if baseline.is_file() else {}
         guard = saved["guard"]
         self.norm, self.skipped, self.in_a_row = guard["norm"], guard["skipped"], guard["in_a_row"]
+
+    def clean_up(self, folder: Path) -> None:
+        """Remove what a killed run left: half-written checkpoints, logged samples after the checkpoint."""
+        for path in folder.glob(".*.pt.*.tmp"):
+            path.unlink(missing_ok=True)
+        for path in folder.glob("samples.rank*.log"):
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith("\n") and int(x.split()[0]) <= self.step]
+            path.write_text("".join(kept))
 
     # -- the loop --
 
@@ -1052,7 +1070,9 @@ class Trainer:
                 if self.stop_asked():
                     return self.stop_with_checkpoint(epoch)
                 size = min(epoch.batch, len(order) - (self.step - epoch.first_step) * epoch.batch)
-                sums, norm, done = self.train_step([next(feed) for _ in range(a.accum_steps)], size)
+                parts = [next(feed) for _ in range(a.accum_steps)]
+                rows = [row for part in parts for row in part["rows"]]
+                sums, norm, done = self.train_step(parts, size)
                 self.step += 1
                 bar.update()
                 seconds += (
@@ -1065,6 +1085,7 @@ class Trainer:
                     if self.in_a_row >= 20:
                         return self.end("diverged", EXIT_DIVERGED)
                 else:
+                    self.note_samples(epoch.number, rows)
                     for k, v in sums.items():
                         window[k], items[k] = window.get(k, 0) + v, items.get(k, 0) + size
                 if self.step % a.log_every == 0 or self.step == end:

@@ -115,8 +115,8 @@ def test_preflight_and_bad_arguments(launch, tmp_path):
 
 
 def test_the_run_directory_is_the_one_of_the_recipe_or_config(launch, tmp_path):
-    for more, folder in [("--recipe phase11-fast", "phase11_fast"),
-                         (f"--config '{ROOT}/configs/phase10_curriculum.json'", "phase10_curriculum")]:  # fmt: skip
+    config = f"--config '{ROOT}/configs/phase10_curriculum.json'"
+    for more, folder in [("--recipe phase11-fast", "phase11_fast"), (config, "phase10_curriculum")]:
         launch(f'start_job() {{ echo "run_dir $4" >seen; }}; main train cpu {more}')
         assert (tmp_path / "seen").read_text() == f"run_dir checkpoints/{folder}\n"
     assert "config nothing cannot be read" in launch("main train cpu --config nothing", code=1)

@@ -1,0 +1,209 @@
+"""Kill it, damage its checkpoints, change the number of processes: the result is the unbroken run."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_train import same_state, tiny_args, trainer
+
+import train_dual_head as T
+from runlog import load_checkpoint
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import survive
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """(folder of tiny data, run directory): a run of 24 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("survive")
+    survive.prepare(folder)
+    done = subprocess.run(survive.command(folder, folder / "whole"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, folder / "whole"
+
+
+def finish(folder, out):
+    done = subprocess.run(survive.command(folder, out), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("how", ["bit", "truncated", "empty"])
+def test_killed_inside_a_checkpoint_write_and_the_one_before_damaged(unbroken, how, tmp_path):
+    folder, whole = unbroken
+    out = tmp_path / "run"
+    for _ in range(20):
+        code, half, errors = survive.one_life(survive.command(folder, out), out, 3.0, in_write=True)
+        assert code in (-9, 0), errors
+        if half or code == 0:
+            break
+    assert half and any(out.glob(".*.pt.*.tmp"))
+    while len(list(out.glob("checkpoint_*.pt"))) < 2:
+        survive.one_life(survive.command(folder, out), out, 4.0, in_write=False)
+    survive.damage(out, how)
+    assert "is damaged" in finish(folder, out).stderr
+    assert survive.differences(whole, out) == [] and survive.check_samples(out, 15) == []
+    assert not any(out.glob(".*.pt.*.tmp"))  # a killed run's gigabytes do not stay
+
+
+def test_the_comparison_would_see_a_difference(unbroken, tmp_path):
+    import shutil
+
+    import torch
+
+    _, whole = unbroken
+    other = shutil.copytree(whole, tmp_path / "other")
+    saved = load_checkpoint(other / "checkpoint_epoch6.pt")
+    next(iter(saved["ema"].values())).view(-1)[0] += 1e-6
+    torch.save(saved, other / "checkpoint_epoch6.pt")
+    lines = (other / "samples.rank0.log").read_text().splitlines()
+    (other / "samples.rank0.log").write_text("\n".join(lines[:-1]) + "\n")
+    assert len(survive.differences(whole, other)) == 1 and survive.check_samples(other, 15)
+
+
+def test_one_process_two_and_one_again(unbroken, tmp_path):
+    """World size 1 -> 2 -> 1 over resumes: the same samples, losses within 1e-5."""
+    folder, whole = unbroken
+    out = tmp_path / "run"
+
+    def until(step, processes):
+        argv = survive.command(folder, out)
+        if processes == 2:
+            argv = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                "2",
+                *argv[1:],
+            ]
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None:
+            reached = [int(p.stem.rsplit("iter", 1)[1]) for p in out.glob("checkpoint_*iter*.pt")]
+            if step and max(reached, default=0) >= step:
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.05)
+        _, errors = process.communicate(timeout=120)
+        assert step or process.returncode == 0, errors
+
+    until(6, 1)
+    until(14, 2)
+    until(None, 1)
+    seen = {}
+    for rank in (0, 1):
+        for line in (out / f"samples.rank{rank}.log").read_text().splitlines():
+            step, _, *rows = line.split()
+            seen.setdefault(int(step), []).extend(map(int, rows))
+    wanted = {}
+    for line in (whole / "samples.rank0.log").read_text().splitlines():
+        step, _, *rows = line.split()
+        wanted[int(step)] = sorted(map(int, rows))
+    assert {s: sorted(r) for s, r in seen.items()} == wanted
+    assert len((out / "samples.rank1.log").read_text()) > 0
+    a, b = (load_checkpoint(p / "checkpoint_epoch6.pt") for p in (whole, out))
+    for k, v in a["best"].items():
+        assert b["best"][k] == pytest.approx(v, rel=1e-5)
+
+
+@pytest.mark.parametrize("moment", ["start-up", "warmup", "main", "validation", "write"])
+def test_sigterm_at_any_moment_leaves_a_checkpoint_to_go_on_from(unbroken, moment, tmp_path):
+    folder, whole = unbroken
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        survive.command(folder, out), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    if moment == "start-up":
+        time.sleep(2.0)
+    elif moment == "write":
+        while not any(out.glob(".checkpoint*.tmp")):
+            assert process.poll() is None
+    else:
+        words = {"warmup": "step 3/", "main": "step 14/", "validation": "step 12/"}[moment]
+        for line in process.stdout:  # step 12 ends an epoch: its validation follows
+            if line.startswith(words):
+                break
+    began = time.time()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    spent = time.time() - began
+    if moment == "start-up":  # before the handler stands, SIGTERM itself ends the process
+        assert process.returncode in (3, -15) and spent < 10
+    else:
+        assert process.returncode == 3 and spent < 5
+        assert T.check_zip(T.find_resume("auto", str(out))) is None
+    finish(folder, out)
+    assert survive.differences(whole, out) == []
+
+
+def test_a_nan_step_is_as_if_that_batch_had_never_been(
+    cache_dir, targets_dir, snac_dir, tmp_path, monkeypatch
+):
+    import math
+
+    import torch
+
+    def run_with(out, spoil):
+        t = trainer(cache_dir, targets_dir, snac_dir, out)
+        original = t.train_step
+
+        def step(parts, size):
+            if t.step != 7:
+                return original(parts, size)
+            if spoil == "nan":
+                with torch.no_grad():
+                    parts[0]["audio_48k"][0, 0, 0] = math.nan
+                return original(parts, size)
+            return {}, math.nan, False  # the batch is left out
+
+        t.train_step = step
+        assert t.train() == 0
+        return t
+
+    a, b = run_with(tmp_path / "a", "nan"), run_with(tmp_path / "b", "leave out")
+    assert a.skipped == 1
+    same_state(tmp_path / "a" / "checkpoint_epoch3.pt", tmp_path / "b" / "checkpoint_epoch3.pt")
+    assert np.isfinite(list(a.best.values())).all() and a.best == b.best
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(cache_dir, targets_dir, snac_dir, tmp_path):
+    """A file size limit below a checkpoint's size fails as a full disk does (EFBIG for ENOSPC)."""
+    argv = tiny_args(
+        cache_dir, targets_dir, snac_dir, tmp_path / "run", "--ema", 0.9, "--save_every_batches", 1
+    )
+    small = (
+        "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (400000, 400000)); sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = str(ROOT / "train_dual_head.py")
+    t = trainer(cache_dir, targets_dir, snac_dir, tmp_path / "run", "--ema", 0.9, "--save_every_batches", 1)
+    original = t.train_step
+
+    def stop(*a):
+        if t.step == 4:
+            t.stop.signal = "SIGTERM"
+        return original(*a)
+
+    t.train_step = stop
+    assert t.train() == 3
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pt")}
+    done = subprocess.run(
+        [sys.executable, "-c", small, script, *argv, "--resume", "auto"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.pt")} == before
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    done = subprocess.run([sys.executable, script, *argv, "--resume", "auto"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert trainer(cache_dir, targets_dir, snac_dir, tmp_path / "whole", "--ema", 0.9).train() == 0
+    same_state(tmp_path / "run" / "checkpoint_epoch3.pt", tmp_path / "whole" / "checkpoint_epoch3.pt")
