@@ -158,7 +158,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         raise UserError(f"checkpoint {path} could not be written: {e.strerror}; free some space or choose "
                         "another --output_dir, then --resume the previous checkpoint") from e  # fmt: skip
     except RuntimeError as e:  # torch's zip writer reports a full disk this way
-        if "write" not in str(e) and "PytorchStreamWriter" not in str(e):
+        if not any(word in str(e) for word in ("write", "PytorchStreamWriter", "inline_container")):
             raise
         raise UserError(f"checkpoint {path} could not be written (disk full?): {str(e).splitlines()[0]}; "
                         "free some space, then --resume from the previous checkpoint") from e  # fmt: skip

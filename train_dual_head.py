@@ -757,7 +757,7 @@ class Trainer:
             group["lr"] = rates[group["name"]] * group["share"]
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict = {}
-        seen = []
+        seen, total = [], 0.0
         for i, batch in enumerate(micro_batches):
             self.note_bad(batch["bad"])
             batch = self.to_device(batch)
@@ -768,12 +768,17 @@ class Trainer:
                 losses = self.forward(self.wrapped, batch, watch_24k)
                 loss = losses["loss_48k"] * a.loss_weight_48k if warm else losses["loss"]
                 (loss.sum() * (self.world / size)).backward()  # DDP averages over ranks
+            total = total + loss.detach().sum()
             if self.full:
                 seen.append((self.outputs[2], batch["valid_24k"]))
             for k, v in losses.items():
                 sums[k] = sums.get(k, 0) + v.detach().sum()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), a.grad_clip)
-        value = float(norm)  # CPU-GPU sync point; the same on every rank, so all skip or none
+        # a loss of NaN can have finite gradients (|x| at NaN), and on one rank only: all skip or none
+        total = total.double().reshape(1)
+        if self.world > 1:
+            dist.all_reduce(total)
+        value = float(norm + 0 * total)  # CPU-GPU sync point
         outlier, self.norm = judge_norm(value, self.norm, a.outlier_factor)
         if outlier:
             self.skipped += 1
