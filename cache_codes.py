@@ -86,9 +86,18 @@ class Geometry:
         return "; ".join(found) or None
 
     @staticmethod
-    def from_json(text: str) -> Geometry:
-        d = json.loads(text)
-        return Geometry(**(d | {"vq_strides": tuple(d["vq_strides"])}))
+    def from_json(text: str, where: str = "codec geometry") -> Geometry:
+        """Raises UserError beginning with `where` when it is no geometry a codec can have."""
+        try:
+            d = json.loads(text)
+            g = Geometry(**(d | {"vq_strides": tuple(d["vq_strides"])}))
+            sizes = (g.sampling_rate, g.hop_length, g.codebook_size, *g.vq_strides)
+            whole = all(isinstance(n, int) and n > 0 for n in sizes) and g.vq_strides
+            if not whole or any(g.vq_strides[0] % s for s in g.vq_strides):
+                raise ValueError("a size that no codec has")
+            return g
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise UserError(f"{where}: {str(text)[:80]!r} describes no codec ({e})") from None
 
 
 def slice_at(start: int, coarse_len: int, hop_length: int, vq_strides) -> dict:
@@ -358,7 +367,8 @@ def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> No
         columns[f"codes_scale_{k}"] = pa.array([rows[r][1][k] for r in rels], pa.list_(pa.int16()))
     meta = {"snac": json.dumps(asdict(geometry)), "data_dir": str(Path(data_dir).resolve())}
     with atomic_file(path) as f:
-        pq.write_table(pa.table(columns).replace_schema_metadata(meta), f)
+        table = pa.table(columns).replace_schema_metadata(meta)
+        pq.write_table(table, f, write_page_checksum=True)  # a flipped bit is an error, not another code
 
 
 # ---- the job ----

@@ -9,13 +9,14 @@ import json
 import math
 import os
 import socket
+import stat
 import struct
 import threading
 import time
 import uuid
 from pathlib import Path
 
-from runlog import UserError, atomic_file, read_json, write_json
+from runlog import UserError, atomic_file, read_json, sweep_leftovers, temporary, write_json
 
 AUDIO_SUFFIXES = (
     ".wav",
@@ -81,7 +82,11 @@ def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -
     if not rel or "\0" in rel or rel.startswith(("/", "\\")) or ".." in rel.split("/") or rel[1:3] == ":\\":
         raise AudioError(f"unsafe path {rel!r}: must be relative, without '..'")
     path = Path(root) / rel
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as e:  # a link to itself, a name too long for the file system
+        raise AudioError(f"path {rel[:80]!r} leads nowhere: {getattr(e, 'strerror', None) or 'a loop of links'}"
+                         ) from None  # fmt: skip
     if not any(real.is_relative_to(r) for r in allowed or (Path(root).resolve(),)):
         raise AudioError(f"{rel} is a link that leaves {root}")
     return path
@@ -146,6 +151,29 @@ def wav_layout(f) -> tuple[int, int, int, int, int]:
     return fmt[0], fmt[1], fmt[2], offset, length
 
 
+def check_regular(path: str | Path) -> None:
+    """Raises AudioError for what would block or never end when opened: a pipe, a device, a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise AudioError("file not found") from None
+    except OSError as e:
+        raise AudioError(f"unreadable: {e.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise AudioError("not a regular file (a folder, pipe or device)")
+
+
+def check_rate(rate: int) -> None:
+    """Raises AudioError for a rate that no recording has: resampling "1 Hz" would make hours of a second."""
+    if not 1000 <= rate <= 1_000_000:
+        raise AudioError(f"sampling rate {rate} Hz in the header")
+
+
+def why(e: Exception) -> str:
+    """What libsndfile or the system says of a file it can't read."""
+    return getattr(e, "error_string", None) or getattr(e, "strerror", None) or str(e) or type(e).__name__
+
+
 def check_audio(x, rel: str = "") -> None:
     """Raises AudioError for zero samples or NaN / infinite ones."""
     import numpy as np
@@ -164,11 +192,13 @@ def audio_blocks(path: str | Path, block_seconds: float = 60.0):
     """
     import soundfile as sf
 
+    check_regular(path)
     try:
         if str(path).lower().endswith(".wav"):
             with open(path, "rb") as f:
                 wav_layout(f)
         with sf.SoundFile(path) as f:
+            check_rate(f.samplerate)
             expected, rate, done = f.frames, f.samplerate, 0
             while len(x := f.read(max(1, int(block_seconds * rate)), dtype="float32", always_2d=True)):
                 done += len(x)
@@ -178,9 +208,7 @@ def audio_blocks(path: str | Path, block_seconds: float = 60.0):
     except FileNotFoundError:
         raise AudioError("file not found") from None
     except (sf.LibsndfileError, OSError, RuntimeError, ValueError, MemoryError) as e:
-        raise AudioError(
-            f"unreadable: {getattr(e, 'error_string', None) or getattr(e, 'strerror', None) or e}"
-        ) from None
+        raise AudioError(f"unreadable: {why(e)}") from None
     if done == 0:
         raise AudioError("0 samples")
     if 0 < expected < 2**62 and done < expected * 0.999 - 4096:  # mp3 and ogg only estimate their length
@@ -246,6 +274,7 @@ class SharedWork:
     def __init__(self, output_dir: str | Path, files: list[str], unit_size: int, settings: dict):
         self.dir = Path(output_dir) / "work"
         self.dir.mkdir(parents=True, exist_ok=True)
+        sweep_leftovers(self.dir)
         self.unit_size = unit_size
         self.token = uuid.uuid4().hex
         self.claims: dict[int, Path] = {}  # units that are ours now
@@ -259,7 +288,7 @@ class SharedWork:
 
     def _create(self, name: str, content: bytes) -> bool:
         """Create a file with its whole content, or return False because it exists."""
-        tmp = self.dir / f".{name}.{self.token}.tmp"
+        tmp = temporary(self.dir / name, f"{self.token}.")
         with open(tmp, "wb") as f:
             f.write(content)
             f.flush()
@@ -379,10 +408,15 @@ def write_jsonl(path: str | Path, rows) -> None:
 
 # ---- spans: what a trainer reads of a file ----
 
+SHORT_S = 0.05  # a file may end this much early: encoders' padding and rounding
 
-def read_audio_span(path: str | Path, start: int, count: int, rate: int):
+
+def read_audio_span(path: str | Path, start: int, count: int, rate: int, need: int = 0):
     """Mono float32 samples [start, start + count) of a file as if resampled whole to `rate`; zeros past
     its end.
+
+    need: how many of them must lie in the file; a file that ends more than SHORT_S earlier is an AudioError,
+    because training on the zeros would teach silence.
 
     16-bit mono wav at `rate` is read by one seek; everything else by soundfile, resampled from a span
     that begins on a common sample of both rates, with a margin longer than the filter. Raises AudioError.
@@ -390,18 +424,28 @@ def read_audio_span(path: str | Path, start: int, count: int, rate: int):
     import numpy as np
     import soundfile as sf
 
+    def held_to(frames: int, file_rate: int) -> None:
+        if frames / file_rate < (start + need) / rate - SHORT_S:
+            raise AudioError(
+                f"ends after {frames / file_rate:.2f} s, {(start + need) / rate:.2f} s are needed"
+            )
+
     out = np.zeros(count, np.float32)
+    check_regular(path)
     try:
         if str(path).lower().endswith(".wav"):
             with open(path, "rb") as f:
                 tag, channels, file_rate, offset, held = wav_layout(f)
                 if tag == 1 and channels == 1 and file_rate == rate and _bits(f) == 16:
+                    held_to(held // 2, rate)
                     raw = os.pread(f.fileno(), max(0, min(2 * count, held - 2 * start)), offset + 2 * start)
                     x = np.frombuffer(raw, "<i2", len(raw) // 2)
                     out[: len(x)] = x
                     out /= 32768.0
                     return out
         with sf.SoundFile(path) as f:
+            check_rate(f.samplerate)
+            held_to(f.frames, f.samplerate)
             g = math.gcd(f.samplerate, rate)
             p, q = f.samplerate // g, rate // g  # q output samples lie exactly on p input samples
             margin = 0 if p == q else 64 * max(1, math.ceil(rate / f.samplerate)) + 512
@@ -416,8 +460,8 @@ def read_audio_span(path: str | Path, start: int, count: int, rate: int):
                     out[: len(y)] = y
     except FileNotFoundError:
         raise AudioError("file not found") from None
-    except (sf.LibsndfileError, OSError, RuntimeError, ValueError) as e:
-        raise AudioError(f"unreadable: {getattr(e, 'error_string', None) or e}") from None
+    except (sf.LibsndfileError, OSError, RuntimeError, ValueError, MemoryError) as e:
+        raise AudioError(f"unreadable: {why(e)}") from None
     return out
 
 

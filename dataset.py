@@ -12,8 +12,10 @@ below), and the crop, a function of (seed, epoch, row), which resuming relies on
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -33,7 +35,16 @@ from corpus import (
     resolve_inside,
     target_names,
 )
-from runlog import EXIT_BAD_INPUT, UserError, atomic_file, read_json, write_json
+from runlog import (
+    EXIT_BAD_INPUT,
+    UserError,
+    atomic_file,
+    first_line,
+    read_json,
+    sweep_leftovers,
+    temporary,
+    write_json,
+)
 
 # ---- data: the index beside the cache ----
 
@@ -104,26 +115,39 @@ class CodeIndex:
         return parts
 
     def _build(self, shards):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        tmp = self.cache_dir / f".index.{os.uname().nodename}.{os.getpid()}.tmp"
-        shutil.rmtree(tmp, ignore_errors=True)
+        sweep_leftovers(self.cache_dir)
+        tmp = temporary(self.cache_dir / "index")
         try:
             tmp.mkdir()
         except OSError as e:
             raise UserError(
                 f"the index of cache {self.cache_dir} can't be written there: {e.strerror}"
             ) from None
+        try:
+            self._build_in(tmp, shards)
+            os.rename(tmp, self.folder)
+        except OSError as e:
+            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those: another process was first
+                raise
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+        for old in self.cache_dir.glob("index-*"):
+            if old != self.folder:
+                shutil.rmtree(old, ignore_errors=True)  # of an earlier state of the cache
+
+    def _build_in(self, tmp, shards):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         geometry, data_dir, seen = None, None, set()
         offsets, lengths, path_ends = [np.zeros(1, np.int64)], [], [np.zeros(1, np.int64)]
         bad, bad_rows = {}, []
         with open(tmp / "codes.i16", "wb") as codes_file, open(tmp / "paths.bin", "wb") as paths_file:
             for shard in shards:
                 try:
-                    table = pq.read_table(shard)
-                except (pa.ArrowException, OSError) as e:
-                    raise UserError(f"cache file {shard} is corrupt ({str(e).splitlines()[0]}); delete it "
+                    table = pq.read_table(shard, page_checksum_verification=True)
+                except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
+                    raise UserError(f"cache file {shard} is corrupt ({first_line(e)}); delete it "
                                     "and run "
                                     "cache_codes.py again (remove its unit in work/ "
                                     "too)") from None  # fmt: skip
@@ -132,7 +156,7 @@ class CodeIndex:
                     raise UserError(f"cache file {shard} does not say which model made it (no 'snac' "
                                     "metadata); "
                                     "make the cache anew with cache_codes.py")  # fmt: skip
-                found = Geometry.from_json(meta[b"snac"].decode())
+                found = Geometry.from_json(meta[b"snac"].decode(errors="replace"), f"cache file {shard}")
                 geometry = geometry or found
                 data_dir = data_dir or meta.get(b"data_dir", b"").decode()
                 if geometry.difference(found):
@@ -141,7 +165,7 @@ class CodeIndex:
                 try:
                     block, n, length, names, reasons = shard_arrays(table, geometry, seen)
                 except (KeyError, TypeError, ValueError, pa.ArrowException) as e:
-                    raise UserError(f"cache file {shard} has an unexpected layout: {e}") from None
+                    raise UserError(f"cache file {shard} has an unexpected layout: {first_line(e)}") from None
                 for row, reason in reasons.items():
                     bad[reason] = bad.get(reason, 0) + 1
                     bad_rows.append({"shard": shard.name, "row": row, "reason": reason})
@@ -156,16 +180,8 @@ class CodeIndex:
         np.concatenate([p for p in path_ends if len(p)]).astype(np.int64).tofile(tmp / "path_offsets.i64")
         (tmp / "bad_rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in bad_rows))
         if sum(map(len, lengths)) == 0:
-            shutil.rmtree(tmp)
             raise UserError(f"cache {self.cache_dir} has no usable row: {bad}")
         write_json(tmp / "index.json", {"snac": asdict(geometry), "data_dir": data_dir, "bad": bad})
-        for old in self.cache_dir.glob("index-*"):
-            if old != self.folder:
-                shutil.rmtree(old, ignore_errors=True)  # of an earlier state of the cache
-        try:
-            os.rename(tmp, self.folder)
-        except OSError:  # another process built the same index first
-            shutil.rmtree(tmp, ignore_errors=True)
 
 
 def shard_arrays(table, geometry: Geometry, seen: set[int]):
@@ -174,6 +190,8 @@ def shard_arrays(table, geometry: Geometry, seen: set[int]):
 
     seen: hashes of the paths of earlier shards, extended here; a path that comes twice is a bad row.
     """
+    import pyarrow as pa
+
     rows, scales = table.num_rows, range(len(geometry.vq_strides))
     reasons: dict[int, str] = {}
 
@@ -200,12 +218,13 @@ def shard_arrays(table, geometry: Geometry, seen: set[int]):
             seen.add(hash(name))
     values, ends = [], []
     for k in scales:
+        kind = table[f"codes_scale_{k}"].type
+        if not hasattr(kind, "value_type") or not pa.types.is_integer(kind.value_type):
+            raise ValueError(f"codes_scale_{k} is {kind}, not a list of integers")
         column = table[f"codes_scale_{k}"].combine_chunks()
         column = column.chunk(0) if hasattr(column, "chunk") else column
         refuse(np.asarray(column.is_null()), "no codes")
-        flat = column.flatten()
-        if flat.null_count:
-            raise ValueError(f"null codes in codes_scale_{k}")
+        flat = column.flatten().fill_null(-1)
         counts = np.asarray(column.value_lengths().fill_null(0).cast("int64"))
         values.append(np.asarray(flat.cast("int64")))
         ends.append(np.concatenate([[0], np.cumsum(counts)]))
@@ -216,8 +235,11 @@ def shard_arrays(table, geometry: Geometry, seen: set[int]):
         out = (values[k] < 0) | (values[k] >= geometry.codebook_size)
         total = np.concatenate([[0], np.cumsum(out)])
         refuse(total[ends[k][1:]] - total[ends[k][:-1]] > 0, "code outside the codebook")
+    # SNAC pads to whole coarse codes and to whole windows of its attention, 32 latent frames where it has one
+    padding = geometry.hop_length * math.lcm(geometry.vq_strides[0], 32)
+    coded = coarse * geometry.coarse_samples
     refuse(
-        (length <= 0) | (length > coarse * geometry.coarse_samples),
+        (length <= 0) | (length > coded) | (length <= coded - padding),
         "audio length that doesn't match the codes",
     )
     good = np.array([r not in reasons for r in range(rows)], bool)
@@ -323,10 +345,11 @@ class Targets:
             data.left_out["unfaithful 48 kHz target"] = int(unfaithful.sum())
         return keep
 
-    def read(self, row: int, start: int, count: int, rate: int):
-        """Samples [start, start + count) of the row's target at `rate`, at the source's level: float32."""
+    def read(self, row: int, start: int, count: int, rate: int, need: int):
+        """Samples [start, start + count) of the row's target at `rate`, at the source's level: float32. At
+        least `need` of them must exist."""
         path = resolve_inside(self.folder, self.paths[row], self.allowed)
-        return read_audio_span(path, start, count, rate) / self.levels[row]
+        return read_audio_span(path, start, count, rate, need) / self.levels[row]
 
 
 class SliceDataset:
@@ -425,7 +448,10 @@ class CachedCodesDataset(SliceDataset):
 
     def open(self, row: int) -> dict:
         kind = KINDS[self.targets.kinds[row]] if self.targets else "copied"
-        return {"coarse": self.index.coarse(row), "samples": int(self.index.lengths[row]), "kind": kind}
+        samples = int(self.index.lengths[row])
+        # codes of the padding past the end have no audio: a crop never begins there
+        coarse = min(self.index.coarse(row), math.ceil(samples / self.geometry.coarse_samples))
+        return {"coarse": coarse, "samples": samples, "kind": kind}
 
     def slice(self, row: int, utterance: dict, start: int, take: int, at: dict) -> dict:
         codes = []
@@ -437,13 +463,15 @@ class CachedCodesDataset(SliceDataset):
 
     def audio(self, row: int, utterance: dict, at: dict) -> dict:
         found, rate = {}, self.geometry.sampling_rate
+        low, n = at["start_sample_24k"], at["samples_24k"]
+        need = min(n, utterance["samples"] - low)
         if self.targets:
-            found["audio_48k"] = self.targets.read(row, at["start_sample_48k"], at["samples_48k"], 2 * rate)
+            found["audio_48k"] = self.targets.read(row, 2 * low, 2 * n, 2 * rate, 2 * need)
         if utterance["kind"] == "copied" and not self.force_24k:
-            found["audio_24k"] = self.targets.read(row, at["start_sample_24k"], at["samples_24k"], rate)
+            found["audio_24k"] = self.targets.read(row, low, n, rate, need)
         else:
             source = resolve_inside(self.audio_24k_dir, self.path(row), self.allowed_24k)
-            found["audio_24k"] = read_audio_span(source, at["start_sample_24k"], at["samples_24k"], rate)
+            found["audio_24k"] = read_audio_span(source, low, n, rate, need)
         return found
 
 
@@ -484,7 +512,7 @@ class RawAudioDataset(SliceDataset):
         x, rate = read_audio(resolve_inside(folder, self.path(row), allowed))
         audio = resample(x, rate, self.geometry.sampling_rate)
         padded = -(-len(audio) // self.align) * self.align
-        found = {"coarse": padded // self.geometry.coarse_samples, "samples": len(audio), "kind": "copied",
+        found = {"coarse": math.ceil(len(audio) / self.geometry.coarse_samples), "samples": len(audio), "kind": "copied",
                  "audio": np.pad(audio, (0, padded - len(audio))), "source": (x, rate)}  # fmt: skip
         if self.targets:
             found["kind"] = KINDS[self.targets.kinds[row]]
@@ -512,7 +540,8 @@ class RawAudioDataset(SliceDataset):
         if self.want_48k:
             first, n, (x, rate) = at["start_sample_48k"], at["samples_48k"], utterance["source"]
             if self.targets:
-                found["audio_48k"] = self.targets.read(row, first, n, 48000)
+                need = min(n, 2 * (utterance["samples"] - first // 2))
+                found["audio_48k"] = self.targets.read(row, first, n, 48000, need)
             elif utterance["kind"] == "sidon":
                 found["source"] = (x, rate, first)
             else:

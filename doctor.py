@@ -22,7 +22,7 @@ import math
 from pathlib import Path
 from statistics import median
 
-from runlog import EXIT_DIVERGED, UserError, atomic_file, load_checkpoint, main_guard
+from runlog import EXIT_DIVERGED, UserError, atomic_file, first_line, load_checkpoint, main_guard
 
 COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
     "file": "{}", "kind": None, "epoch": "{}", "step": "{}", "val_loss": "{:.4f}", "best_val": "{:.4f}",
@@ -114,11 +114,16 @@ def examine(path: str, args, before: tuple | None) -> tuple[dict, dict | None]:
         raise UserError(f"{path} is not a checkpoint of train_rvq.py or train_dual_head.py")
     best = state.get("best")
     best = best.get("loss") if isinstance(best, dict) else best
+    if not isinstance(state["global_step"], int):
+        raise UserError(f"{path} is malformed: global_step {state['global_step']!r}")
     row = {"file": Path(path).name, "kind": state.get("kind", "dual_head"), "epoch": state.get("epoch"),
            "step": state["global_step"], "best_val": best, "val_loss": state.get("val_loss"),
            "train_loss": state.get("train_loss"), "lr": state.get("lr"),
            "skipped": (state.get("guard") or {}).get("skipped")}  # fmt: skip
-    row |= weights_stats(state)
+    try:
+        row |= weights_stats(state)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path} is malformed ({type(e).__name__}: {first_line(e)})") from None
     if before is not None:
         row["delta"] = distance(state["model"], before[1]["model"])
         steps = row["step"] - before[0]["step"]

@@ -35,6 +35,7 @@ from runlog import (
     UserError,
     atomic_file,
     guarded,
+    first_line,
     load_checkpoint,
     main_guard,
     pick_device,
@@ -192,8 +193,11 @@ def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
         described = read_json(folder / "config.json")
         config, geometry = described["model_config"], described["geometry"]
         state = load_file(folder / "model.safetensors")
-    geometry = Geometry.from_json(json.dumps(geometry))
-    model = from_state(state, config)
+    geometry = Geometry.from_json(json.dumps(geometry, default=str), path)
+    try:
+        model = from_state(state, config)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path} describes no model ({type(e).__name__}: {first_line(e)})") from None
     load_weights(model, state, path)
     return DualHead(model, geometry, config, device, pretrained_model or geometry.pretrained_model)
 

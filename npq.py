@@ -281,7 +281,7 @@ def snac_fps(source: dict) -> float:
 
 
 def read_shard(path: str | Path):
-    """One parquet file of a cache -> (source, [frames int16 [T, K] of each good row]). Raises NpqError."""
+    """One parquet file of a cache -> (source, [frames int16 [T, K] of each row]). Raises NpqError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -289,11 +289,13 @@ def read_shard(path: str | Path):
     from dataset import shard_arrays
 
     try:
-        table = pq.read_table(path)
-        geometry = Geometry.from_json(table.schema.metadata[b"snac"].decode())
-        block, coarse, _, _, _ = shard_arrays(table, geometry, set())
-    except (KeyError, TypeError, ValueError, OSError, pa.ArrowException) as e:
+        table = pq.read_table(path, page_checksum_verification=True)
+        geometry = Geometry.from_json(table.schema.metadata[b"snac"].decode(), str(path))
+        block, coarse, _, _, bad = shard_arrays(table, geometry, set())
+    except (KeyError, TypeError, ValueError, OSError, UserError, pa.ArrowException) as e:
         raise NpqError(f"not a parquet file of cache_codes.py: {str(e).splitlines()[0]}") from None
+    if bad:  # row numbers would silently mean other rows
+        raise NpqError(f"{len(bad)} bad rows, first row {min(bad)}: {bad[min(bad)]}")
     frames = block[:, slot_order(geometry.vq_strides)]
     return snac_source(geometry), np.split(frames, np.cumsum(coarse)[:-1])
 

@@ -6,9 +6,12 @@ Imported by every script (torch only inside the functions that need it, so that 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,18 +53,62 @@ def guarded(function, *args):
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         leave(EXIT_OK)
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        where = f"{e.filename} could not be written" if e.filename else "a file could not be written"
+        with contextlib.suppress(OSError):  # stderr may lie on the same disk
+            print(f"{Path(sys.argv[0]).name}: error: {where}: {e.strerror}; free some space, then run the same "
+                  "command again (a training: with --resume auto)", file=sys.stderr, flush=True)  # fmt: skip
+        leave(EXIT_ERROR)
 
 
 def leave(code: int) -> None:
     """Exit; under launch.sh the code is left in $JOB_EXIT_FILE, by which status tells FINISHED from DEAD."""
+    note_exit(code)
+    for stream in (sys.stdout, sys.stderr):  # what a full disk did not take would turn the exit code into 120
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def note_exit(code: int) -> None:
     path = os.environ.get("JOB_EXIT_FILE")
     if path and os.environ.get("RANK", "0") == "0":
-        Path(path).write_text(f"{code}\n")
-    sys.exit(code)
+        with contextlib.suppress(OSError):  # a full disk: the process still ends with the code
+            Path(path).write_text(f"{code}\n")
 
 
 def main_guard(main, *args) -> None:
     leave(guarded(main, *args) or EXIT_OK)
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def stop_at_once() -> None:
+    """While a program starts, a stop signal ends it at once with EXIT_STOPPED: there is nothing to save yet.
+
+    A thread does it, told by the C part of Python's signal handling: the main thread may be inside a long
+    call (importing torch, waiting for the other processes), where no Python handler runs. Until StopFlag.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch():
+        name = signal.Signals(os.read(read, 1)[0]).name
+        note_exit(EXIT_STOPPED)
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: stopped by {name} while starting; nothing was changed, the same "
+                  "command starts again", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(EXIT_STOPPED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.set_wakeup_fd(write)
+    for sig in STOP_SIGNALS:
+        signal.signal(sig, lambda *_: None)
 
 
 class StopFlag:
@@ -69,8 +116,9 @@ class StopFlag:
 
     def __init__(self):
         self.signal: str | None = None
-        for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for sig in STOP_SIGNALS:
             signal.signal(sig, self._handle)
+        signal.set_wakeup_fd(-1)  # stop_at_once has had its time; in this order no signal is lost
 
     def _handle(self, number, frame):
         if self.signal and number == signal.SIGINT:
@@ -83,11 +131,40 @@ class StopFlag:
 
 def ignore_stop_signals(*_) -> None:
     """For workers: `launch.sh stop` signals the whole process group, but the main process decides."""
-    for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for sig in STOP_SIGNALS:
         signal.signal(sig, signal.SIG_IGN)
 
 
 # ---- atomic files ----
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file size limit
+
+
+def temporary(path: Path, tag: str = "") -> Path:
+    """Where the content of `path` waits until it is whole; sweep_leftovers reads host and PID out of it."""
+    owner = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    return path.with_name(f".{path.name}.{tag}{owner}.tmp")
+
+
+def sweep_leftovers(folder: str | Path) -> int:
+    """Delete what killed processes were writing in `folder`: without this every kill -9 inside a checkpoint
+    write would cost the disk a checkpoint for ever. Returns how many.
+
+    A temporary file is a leftover when its process on this host is gone (or has our own PID: we have only
+    just begun), or when nobody has touched it for an hour (another host, a container that is no more).
+    """
+    found = 0
+    for path in Path(folder).glob(".*.tmp"):
+        pid = re.search(r"\.(\d+)\.\d+\.tmp$", path.name)
+        if not pid:
+            continue
+        here = f".{socket.gethostname()}.{pid[1]}." in path.name
+        gone = here and (int(pid[1]) == os.getpid() or not Path(f"/proc/{pid[1]}").exists())
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
+            if gone or time.time() - path.stat().st_mtime > 3600:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                found += 1
+    return found
 
 
 def fsync_folder(folder: Path) -> None:
@@ -105,7 +182,7 @@ def atomic_file(path: str | Path, mode: str = "wb", **kwargs):
     Written beside it, fsynced, renamed, folder fsynced. A failed body (disk full, say) leaves the old file.
     """
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.tmp")
+    tmp = temporary(path)
     try:
         with open(tmp, mode, **kwargs) as f:
             yield f
@@ -168,10 +245,17 @@ def check_zip(path: Path) -> str | None:
     """Reason why a torch checkpoint is damaged, or None. torch.load never checks the zip's CRCs."""
     try:
         with zipfile.ZipFile(path) as z:
+            for entry in z.infolist():  # torch.save stores plainly; inflating could also fill the memory
+                if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+                    return f"{entry.filename} is compressed or encrypted"
             broken = z.testzip()
         return f"CRC error in {broken}" if broken else None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as e:
-        return str(e) or type(e).__name__
+    except Exception as e:  # a flipped bit in a header can make zipfile raise nearly anything
+        return first_line(e)
+
+
+def first_line(e: Exception) -> str:
+    return (str(e) or type(e).__name__).splitlines()[0]
 
 
 def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
@@ -190,24 +274,28 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:
-        raise UserError(f"checkpoint {path} was refused: {str(e).splitlines()[0]}") from None
+        reason = first_line(e)
+        if "weights_only" in str(e):  # torch goes on to say how to run the code all the same
+            named = re.search(r"Unsupported (?:global: GLOBAL|class|operand) ([\w.]+)", str(e))
+            reason = f"it holds more than tensors and numbers{f' ({named[1]})' if named else ''} and could run code"
+        raise UserError(f"checkpoint {path} was refused: {reason}") from None
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a dict")
 
-    def walk(value, where):
+    todo, seen = [("state", state)], set()
+    while todo:  # no recursion: a pickle may nest as deep as it likes, or hold itself
+        where, value = todo.pop()
         if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_quantized:
-                raise UserError(
-                    f"checkpoint {path}: {where} is a {value.layout} tensor; only dense ones are read"
-                )
-        elif isinstance(value, dict):
-            for k, v in value.items():
-                walk(v, f"{where}.{k}")
-        elif isinstance(value, (list, tuple)):
-            for i, v in enumerate(value):
-                walk(v, f"{where}[{i}]")
-
-    walk(state, "state")
+            odd = value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta
+            if odd:
+                kind = "nested" if value.is_nested else "empty" if value.is_meta else value.layout
+                raise UserError(f"checkpoint {path}: {where} is a {kind} tensor; only dense ones are read")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UserError(f"checkpoint {path}: {where} claims {value.numel()} numbers and holds fewer")
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            todo += [(f"{where[:200]}.{k}", v) for k, v in items]
     return state
 
 
@@ -256,29 +344,67 @@ class RunLog:
         if quiet:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
-        if self.metrics.tell():  # a killed writer may have left half a line; ours must start on its own
-            with open(self.dir / "metrics.jsonl", "rb") as f:
-                f.seek(-1, os.SEEK_END)
-                if f.read(1) != b"\n":
-                    self.metrics.write("\n")
-        self.log = open(self.dir / log_name, "a", encoding="utf-8")
+        sweep_leftovers(self.dir)
+        self.metrics = append_to(self.dir / "metrics.jsonl")
+        self.log = append_to(self.dir / log_name)
 
     def say(self, text: str) -> None:
         if self.quiet:
             return
         print(text, flush=True)
-        self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self.log.flush()
+        write_all(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metric(self, **values) -> None:
         """One line of metrics.jsonl; `event=` for start, resume, checkpoint, val, skip, end."""
         if self.quiet:
             return
-        self.metrics.write(
-            json.dumps(finite_json({"t": round(time.time(), 3), **values}), allow_nan=False) + "\n"
-        )
-        self.metrics.flush()
+        write_all(self.metrics, json.dumps(finite_json({"t": round(time.time(), 3), **values}), allow_nan=False)
+                  + "\n")  # fmt: skip
+
+
+def append_to(path: Path):
+    """The file, open to append unbuffered: what a full disk refuses must not wait in a buffer."""
+    f = open(path, "ab+", buffering=0)
+    if f.tell():  # a killed writer may have left half a line; ours must start on its own
+        f.seek(-1, os.SEEK_END)
+        if f.read(1) != b"\n":
+            f.write(b"\n")
+    return f
+
+
+def write_all(f, text: str) -> None:
+    """Raises OSError naming the file when the disk is full."""
+    data = text.encode()
+    try:
+        while data:
+            data = data[f.write(data) :]
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, f.name) from None
+
+
+class SampleLog:
+    """`step row row …` for each committed optimiser step: the rows of the cache that the weights have seen.
+
+    Truncated to `step` when a run starts or resumes, so that what was lost by a kill is not counted twice.
+    """
+
+    def __init__(self, path: str | Path, step: int):
+        path, keep = Path(path), 0
+        if path.exists():
+            with open(path, "rb") as f:
+                for line in f:
+                    if not line.endswith(b"\n") or int(line.split()[0]) > step:
+                        break
+                    keep += len(line)
+            os.truncate(path, keep)
+        self.file = append_to(path)
+
+    def add(self, step: int, rows: list[int]) -> None:
+        write_all(self.file, " ".join(map(str, [step, *rows])) + "\n")
+
+    def sync(self) -> None:
+        """Before a checkpoint is written: it must never be ahead of the log, even when the power fails."""
+        os.fsync(self.file.fileno())
 
 
 def step_line(step: int, total: int, epoch: int, epochs: int, phase: str, values: dict) -> str:

@@ -51,7 +51,7 @@ from runlog import (
     RunLog,
     StopFlag,
     UserError,
-    check_zip,
+    first_line,
     git_sha,
     guarded,
     human_time,
@@ -271,6 +271,19 @@ def convert(name: str, value, where: str):
         raise UserError(f"{where} must be {kind.__name__}, not {value!r}") from None
 
 
+OURS = ("model", "geometry", "model_config", "args", "global_step")  # what every checkpoint has
+TO_RESUME = (*OURS, "optimizer", "scheduler", "ema", "validated_epoch", "phase", "guard", "best")
+
+
+def check_ours(saved: dict, path, keys=OURS) -> None:
+    """Raises UserError unless `saved` has what a checkpoint of this script has."""
+    missing = [k for k in keys if k not in saved]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(missing)}")
+    if not isinstance(saved["args"], dict) or not isinstance(saved["global_step"], int):
+        raise UserError(f"{path} is not a checkpoint of train_dual_head.py: malformed args or global_step")
+
+
 def find_resume(value: str, output_dir: str) -> Path | None:
     """--resume as a file: itself; a folder or auto: the newest checkpoint_*.pt whose content verifies."""
     if value != "auto" and not Path(value).is_dir():
@@ -280,14 +293,11 @@ def find_resume(value: str, output_dir: str) -> Path | None:
     folder = Path(output_dir if value == "auto" else value)
     found = sorted(folder.glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
     for path in found:
-        reason = check_zip(path)
-        if reason is None:
+        try:
+            check_ours(load_checkpoint(path), path, TO_RESUME)
             return path
-        print(
-            f"warning: {path} is damaged ({reason}); falling back to the one before",
-            file=sys.stderr,
-            flush=True,
-        )
+        except UserError as e:
+            print(f"warning: {e}; falling back to the one before", file=sys.stderr, flush=True)
     if value != "auto":
         raise UserError(f"--resume {value}: no usable checkpoint_*.pt in that folder")
     return None
@@ -324,13 +334,17 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict]:
         ckpt = find_resume(typed["resume"], places["output_dir"])
         typed["resume"] = str(ckpt) if ckpt else ""
         if ckpt:  # a resumed run keeps its values unless a flag says otherwise
-            saved = load_checkpoint(ckpt)["args"]
-            if recipe not in ("", saved.get("recipe", "phase12")):
-                raise UserError(f"{ckpt} is of recipe {saved.get('recipe')}, not {recipe}")
-            recipe = saved.get("recipe", "phase12")
+            state = load_checkpoint(ckpt)
+            check_ours(state, ckpt, TO_RESUME)
+            if recipe not in ("", state["args"].get("recipe", "phase12")):
+                raise UserError(f"{ckpt} is of recipe {state['args'].get('recipe')}, not {recipe}")
+            recipe = state["args"].get("recipe", "phase12")
+            if recipe not in RECIPES:
+                raise UserError(f"{ckpt} is of an unknown recipe, {recipe!r}")
+            kept = {k: v for k, v in state["args"].items() if k in DEFAULTS and k != "resume"}
+            saved = {k: convert(k, v, f"{ckpt}: {k}") for k, v in kept.items()}
     recipe = recipe or "phase12"
-    layers = [("default", DEFAULTS), ("recipe", RECIPES[recipe])]
-    layers.append(("checkpoint", {k: v for k, v in saved.items() if k in DEFAULTS and k != "resume"}))
+    layers = [("default", DEFAULTS), ("recipe", RECIPES[recipe]), ("checkpoint", saved)]
     layers += [("config", config), ("flag", typed)]
     values, origin = {}, {}
     for source, layer in layers:
@@ -1012,17 +1026,37 @@ class Trainer:
         """Continue from a checkpoint: model, optimiser, phase, position, best. Raises UserError if it
         doesn't fit."""
         saved = load_checkpoint(path)
-        check_fits(saved, path, self.geometry, codes_change=self.full)
+        check_fits(saved, path, self.geometry, TO_RESUME, codes_change=self.full)
+        try:
+            self.take_over(saved, path)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{path} can't be resumed: malformed ({type(e).__name__}: {first_line(e)})"
+            ) from None
+
+    def take_over(self, saved: dict, path) -> None:
         if saved["scheduler"]["plan"] != [asdict(e) for e in self.plan]:
             raise UserError(f"{path} belongs to a run with another schedule or number of rows "
                             f"({sum(e['steps'] for e in saved['scheduler']['plan'])} steps there, "
                             f"{self.plan[-1].first_step + self.plan[-1].steps} here): resume it with its "
                             "own flags and data")  # fmt: skip
         load_weights(self.model, saved["model"], path)
-        self.step, self.validated, self.best = saved["global_step"], saved["validated_epoch"], saved["best"]
+        self.step, self.validated = saved["global_step"], saved["validated_epoch"]
+        if not 0 <= self.step <= self.plan[-1].first_step + self.plan[-1].steps:
+            raise ValueError(f"global_step {self.step} is outside the schedule")
+        if saved["phase"] not in {e.phase for e in self.plan}:
+            raise ValueError(f"phase {saved['phase']!r} is not in the schedule")
+        self.best = {k: float(saved["best"][k]) for k in self.best}
         self.enter_phase(saved["phase"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.ema = saved["ema"] and {k: v.to(self.device) for k, v in saved["ema"].items()}
+        for parameter, moments in self.optimizer.state.items():
+            if any(moments[k].shape != parameter.shape for k in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("the optimiser's moments have other shapes than the weights")
+        if saved["ema"] is not None:
+            shapes = {k: p.shape for k, p in self.model.named_parameters()}
+            if {k: v.shape for k, v in saved["ema"].items()} != shapes:
+                raise ValueError("the averaged weights differ from the model's in name or shape")
+            self.ema = {k: v.to(self.device) for k, v in saved["ema"].items()}
         self.counts = saved["codes"].cpu()
         if self.rank == 0:
             self.clean_up(Path(self.args.output_dir))
@@ -1216,18 +1250,11 @@ class Trainer:
 # ---- checkpoints: what fits what ----
 
 
-def check_ours(saved: dict, path) -> None:
-    """Raises UserError unless `saved` has what every checkpoint of this script has."""
-    missing = [k for k in ("model", "geometry", "model_config", "args", "global_step") if k not in saved]
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(missing)}")
-
-
-def check_fits(saved: dict, path, geometry: Geometry, codes_change: bool = False) -> None:
+def check_fits(saved: dict, path, geometry: Geometry, keys=OURS, codes_change: bool = False) -> None:
     """Raises UserError unless the checkpoint is ours and its geometry and codec weights are the model's
     (codes_change: the codec itself trains, its weights may differ)."""
-    check_ours(saved, path)
-    theirs = Geometry.from_json(json.dumps(saved["geometry"]))
+    check_ours(saved, path, keys)
+    theirs = Geometry.from_json(json.dumps(saved["geometry"], default=str), str(path))
     if codes_change:
         theirs = replace(theirs, weights_sha256=geometry.weights_sha256)
     differs = geometry.difference(theirs)
@@ -1264,11 +1291,9 @@ def take_phase10(snac, path: str, geometry: Geometry) -> None:
 
 def load_weights(model, state: dict, path) -> None:
     """load_state_dict after checking keys, shapes and dtypes: one sentence instead of a page."""
-    own = model.state_dict()
-    wrong = sorted(set(own) ^ set(state))
-    wrong += [
-        k for k in own if k in state and (own[k].shape != state[k].shape or own[k].dtype != state[k].dtype)
-    ]
+    own = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
+    theirs = {k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else None for k, v in dict(state).items()}
+    wrong = sorted(map(str, set(own) ^ set(theirs))) + [k for k in own if k in theirs and own[k] != theirs[k]]
     if wrong:
         raise UserError(f"weights in {path} don't fit this model: {len(wrong)} tensors differ in name, "
                         "shape or dtype, "
