@@ -132,7 +132,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "val_segment": (2.0, "validation segment in seconds, one value for the whole run"),
     },
     "optimiser": {
-        "lr": (2e-4, "rate before the main phase, constant: of the 48 kHz head, or of --feature_epochs"),
+        "lr": (2e-4, "rate before the main phase: of the 48 kHz head (constant), or of --feature_epochs"),
         "main_lr": (5e-5, "rate of trunk and 48 kHz head (onecycle: its peak)"),
         "lr_24k_final_conv": (1e-5, "the same of the 24 kHz head beside a 48 kHz one"),
         "scheduler": ("onecycle", "main phase: onecycle, cosine (from the rate down) or constant"),
@@ -369,7 +369,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict]:
 
 def trains_codec(args) -> bool:
     """Whether encoder or quantizers are trained: codes then change at every step."""
-    return not (args.freeze_encoder and args.freeze_vq)
+    return bool(args.from_scratch) or not (args.freeze_encoder and args.freeze_vq)
 
 
 def check_schedule(args) -> None:
@@ -387,8 +387,8 @@ def check_schedule(args) -> None:
         raise UserError("encoder and quantizers train with --recipe phase10 only (--heads 24k): a 48 kHz "
                         "head "
                         "needs codes that stay")  # fmt: skip
-    if args.from_scratch and (args.freeze_encoder or args.freeze_vq):
-        raise UserError("--from_scratch needs --no-freeze_encoder --no-freeze_vq")
+    if args.from_scratch and not args.feature_epochs and (args.freeze_encoder or args.freeze_vq):
+        raise UserError("--from_scratch needs --no-freeze_encoder --no-freeze_vq, or --feature_epochs")
     if args.feature_epochs and not args.from_scratch:
         raise UserError("--feature_epochs belongs to --from_scratch")
     if args.phase10_checkpoint and args.heads == "24k":
@@ -483,26 +483,30 @@ def groups_of(args, phase: str) -> list[str]:
     if phase == "warmup":
         return ["head_48k"]
     heads = {"24k": ["head_24k"], "48k": ["head_48k"], "both": ["head_48k", "head_24k"]}[args.heads]
-    frozen = {"encoder": args.freeze_encoder, "quantizer": args.freeze_vq or phase == "features"}
-    codec = [name for name in frozen if not frozen[name]]
+    codec = ["encoder"]  # it learns the features, whatever is frozen afterwards
+    if phase == "main":
+        frozen = {"encoder": args.freeze_encoder, "quantizer": args.freeze_vq}
+        codec = [name for name in frozen if not frozen[name]]
+    if not trains_codec(args):
+        codec = []
     return ["trunk", *heads, *codec]
 
 
 def rates_at(args, plan: list[Epoch], step: int) -> dict[str, float]:
     """Learning rate of every trained group at global step `step` (0-based: the rate of the next update)."""
-    phase, first = "main", next((e.first_step for e in plan if e.phase == "main"), math.inf)
-    if step < first:
-        phase = next(e.phase for e in plan if e.first_step <= step < e.first_step + e.steps)
+    phase = next((e.phase for e in plan if e.first_step <= step < e.first_step + e.steps), plan[-1].phase)
     groups = groups_of(args, phase)
-    if phase != "main":
-        rise = 1.0 if phase == "warmup" else min(1.0, (step + 1) / 100)
-        return dict.fromkeys(groups, args.lr * rise)
-    total = sum(e.steps for e in plan if e.phase == "main")
+    if phase == "warmup":
+        return dict.fromkeys(groups, args.lr)
+    first = next(e.first_step for e in plan if e.phase == phase)
+    total = sum(e.steps for e in plan if e.phase == phase)
     shape = {
         "onecycle": lambda rate: one_cycle(step - first, total, rate),
         "cosine": lambda rate: cosine(step - first, total, rate, args.lr_min_ratio),
         "constant": lambda rate: rate,
     }[args.scheduler]
+    if phase == "features":
+        return dict.fromkeys(groups, shape(args.lr) * min(1.0, (step + 1) / 100))
     own = {"head_24k": args.lr_24k_final_conv} if args.heads == "both" else {}
     return {group: shape(own.get(group, args.main_lr)) for group in groups}
 
