@@ -271,6 +271,7 @@ def convert(name: str, value, where: str):
         raise UserError(f"{where} must be {kind.__name__}, not {value!r}") from None
 
 
+SKIPS_IN_A_ROW = 20  # non-finite or outlier steps; then the run is declared diverged
 OURS = ("model", "geometry", "model_config", "args", "global_step")  # what every checkpoint has
 TO_RESUME = (*OURS, "optimizer", "scheduler", "ema", "validated_epoch", "phase", "guard", "best")
 
@@ -1125,7 +1126,8 @@ class Trainer:
                     why = f"gradient norm {norm:.3g}, usually {self.norm or 0:.3g}"
                     log.say(f"step {self.step} skipped: {why} ({self.skipped} skipped so far)")
                     log.metric(event="skip", step=self.step, reason=why, skipped=self.skipped)
-                    if self.in_a_row >= 20:
+                    if self.in_a_row >= SKIPS_IN_A_ROW:
+                        self.save_before_skips(epoch)
                         return self.end("diverged", EXIT_DIVERGED)
                 else:
                     self.note_samples(epoch.number, rows)
@@ -1227,6 +1229,15 @@ class Trainer:
         self.save(f"checkpoint_epoch{epoch.number}_iter{self.step}.pt", "checkpoint_epoch*_iter*.pt")
         return self.end("stopped", EXIT_STOPPED)
 
+    def save_before_skips(self, epoch) -> None:
+        """A checkpoint from before the skipped steps (of this epoch): they changed no weight, so only the
+        position goes back, and a resumed run repeats them."""
+        now = self.step, self.skipped, self.in_a_row
+        self.step = max(self.step - self.in_a_row, epoch.first_step)
+        self.skipped, self.in_a_row = self.skipped - (now[0] - self.step), 0
+        self.save(f"checkpoint_epoch{epoch.number}_iter{self.step}.pt", "checkpoint_epoch*_iter*.pt")
+        self.step, self.skipped, self.in_a_row = now
+
     def end(self, reason: str, code: int) -> int:
         spent = time.time() - self.began
         memory = (
@@ -1242,7 +1253,8 @@ class Trainer:
             self.log.say(f"go on with: --resume auto --output_dir {self.args.output_dir}")
         if reason == "diverged":
             self.log.say(
-                "20 steps in a row were skipped: resume from an earlier checkpoint with a lower --main_lr"
+                f"{SKIPS_IN_A_ROW} steps in a row were skipped; --resume auto repeats them from a checkpoint "
+                "from before: give a lower --main_lr with it"
             )
         self.log.metric(event="end", reason=reason, code=code, step=self.step, skipped=self.skipped,
                         bad_files=len(self.bad_files), seconds=round(spent, 1))  # fmt: skip
