@@ -46,6 +46,7 @@ from runlog import (
     ignore_stop_signals,
     main_guard,
     pick_device,
+    stop_at_once,
     write_json,
 )
 
@@ -541,4 +542,5 @@ def finish(
 
 
 if __name__ == "__main__":
+    stop_at_once()
     main_guard(main)

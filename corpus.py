@@ -85,8 +85,8 @@ def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as e:  # a link to itself, a name too long for the file system
-        raise AudioError(f"path {rel[:80]!r} leads nowhere: {getattr(e, 'strerror', None) or 'a loop of links'}"
-                         ) from None  # fmt: skip
+        reason = getattr(e, "strerror", None) or "a loop of links"
+        raise AudioError(f"path {rel[:80]!r} leads nowhere: {reason}") from None
     if not any(real.is_relative_to(r) for r in allowed or (Path(root).resolve(),)):
         raise AudioError(f"{rel} is a link that leaves {root}")
     return path

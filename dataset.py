@@ -511,9 +511,10 @@ class RawAudioDataset(SliceDataset):
         folder, allowed = self.roots[self.root_of[row]]
         x, rate = read_audio(resolve_inside(folder, self.path(row), allowed))
         audio = resample(x, rate, self.geometry.sampling_rate)
-        padded = -(-len(audio) // self.align) * self.align
-        found = {"coarse": math.ceil(len(audio) / self.geometry.coarse_samples), "samples": len(audio), "kind": "copied",
-                 "audio": np.pad(audio, (0, padded - len(audio))), "source": (x, rate)}  # fmt: skip
+        samples, padded = len(audio), -(-len(audio) // self.align) * self.align
+        coarse = math.ceil(samples / self.geometry.coarse_samples)
+        audio = np.pad(audio, (0, padded - samples))
+        found = {"coarse": coarse, "samples": samples, "kind": "copied", "audio": audio, "source": (x, rate)}
         if self.targets:
             found["kind"] = KINDS[self.targets.kinds[row]]
         elif self.want_48k and rate < self.native_rate:

@@ -58,6 +58,8 @@ from runlog import (
     ignore_stop_signals,
     main_guard,
     read_json,
+    stop_at_once,
+    sweep_leftovers,
     write_json,
 )
 from sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Sidon, front_end, settle
@@ -478,6 +480,8 @@ def main() -> int:
     work = SharedWork(output, files, UNIT_FILES, settings)
     stop = StopFlag()
     names = target_names(sorted(set(listed).union(*work.units)))  # others may have seen more files
+    for folder in {os.path.dirname(name) for name in names.values()} - {""}:
+        sweep_leftovers(output / folder)
     run = Job(args, files, names, job, work, log, stop)
     progress = run.progress
     log.metric(event="start", kind="precompute", files=progress.total, proc=progress.proc)
@@ -513,4 +517,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    stop_at_once()
     main_guard(main)

@@ -58,8 +58,9 @@ def guarded(function, *args):
             raise
         where = f"{e.filename} could not be written" if e.filename else "a file could not be written"
         with contextlib.suppress(OSError):  # stderr may lie on the same disk
-            print(f"{Path(sys.argv[0]).name}: error: {where}: {e.strerror}; free some space, then run the same "
-                  "command again (a training: with --resume auto)", file=sys.stderr, flush=True)  # fmt: skip
+            print(f"{Path(sys.argv[0]).name}: error: {where}: {e.strerror}; free some space, then run "
+                  "the same command again (a training: with --resume auto)",
+                  file=sys.stderr, flush=True)  # fmt: skip
         leave(EXIT_ERROR)
 
 
@@ -101,8 +102,8 @@ def stop_at_once() -> None:
         name = signal.Signals(os.read(read, 1)[0]).name
         note_exit(EXIT_STOPPED)
         with contextlib.suppress(OSError):
-            print(f"{Path(sys.argv[0]).name}: stopped by {name} while starting; nothing was changed, the same "
-                  "command starts again", file=sys.stderr, flush=True)  # fmt: skip
+            print(f"{Path(sys.argv[0]).name}: stopped by {name} while starting; nothing was changed, the "
+                  "same command starts again", file=sys.stderr, flush=True)  # fmt: skip
         os._exit(EXIT_STOPPED)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -277,7 +278,8 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
         reason = first_line(e)
         if "weights_only" in str(e):  # torch goes on to say how to run the code all the same
             named = re.search(r"Unsupported (?:global: GLOBAL|class|operand) ([\w.]+)", str(e))
-            reason = f"it holds more than tensors and numbers{f' ({named[1]})' if named else ''} and could run code"
+            what = f" ({named[1]})" if named else ""
+            reason = f"it holds more than tensors and numbers{what} and could run code"
         raise UserError(f"checkpoint {path} was refused: {reason}") from None
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}, not a dict")
@@ -358,8 +360,8 @@ class RunLog:
         """One line of metrics.jsonl; `event=` for start, resume, checkpoint, val, skip, end."""
         if self.quiet:
             return
-        write_all(self.metrics, json.dumps(finite_json({"t": round(time.time(), 3), **values}), allow_nan=False)
-                  + "\n")  # fmt: skip
+        values = finite_json({"t": round(time.time(), 3), **values})
+        write_all(self.metrics, json.dumps(values, allow_nan=False) + "\n")
 
 
 def append_to(path: Path):

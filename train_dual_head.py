@@ -62,6 +62,7 @@ from runlog import (
     read_json,
     save_checkpoint,
     step_line,
+    stop_at_once,
     versions,
     write_json,
 )
@@ -381,6 +382,8 @@ def check_schedule(args) -> None:
     for name in ("epochs", "batch_size", "eval_batch_size", "accum_steps", "log_every", "monitor_24k_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
+    if args.keep_checkpoints == 0:  # it would delete the one just written
+        raise UserError("--keep_checkpoints must be at least 1, or -1 for all")
     if args.heads == "24k" and args.warmup_epochs:
         raise UserError("--warmup_epochs trains the 48 kHz head alone, which --heads 24k does not have: "
                         "--warmup_epochs 0")  # fmt: skip
@@ -547,6 +550,7 @@ def epoch_order(seed: int, epoch: int, rows: int):
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
+    stop_at_once()
     ARGS, ORIGIN = guarded(parse_args)
 
 import numpy as np  # noqa: E402
@@ -587,7 +591,6 @@ class Trainer:
 
     def __init__(self, args):
         self.args = args
-        self.stop = StopFlag()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = args.device
         if self.world > 1 and device != "cpu":
@@ -638,6 +641,7 @@ class Trainer:
 
             self.sidon = Sidon(args.sidon_dir or None, device=self.device)
         self.log = RunLog(args.output_dir, quiet=self.rank > 0)  # last: a mistake above leaves no folder
+        self.stop = StopFlag()  # from here on a signal is answered with a checkpoint
 
     def open_data(self, snac, prefix: str):
         """The dataset of --cache_dir or --data_dir (prefix "") or of their val_ twins."""
@@ -706,8 +710,6 @@ class Trainer:
         loader = self.loader(self.data, [rows[i : i + 64] for i in range(0, len(rows), 64)])
         parts = []
         for batch in loader:
-            if self.stop:
-                raise UserError("stopped before the first step: run the same command again", EXIT_STOPPED)
             parts.append(batch["audio_24k"][batch["valid_24k"] == batch["audio_24k"].shape[-1]])
         speech = torch.cat(parts)  # whole segments only: padding would teach silence
         if not len(speech):
@@ -1325,6 +1327,11 @@ def main() -> int:
                         "in smaller "
                         "pieces), lower --batch_size, or use --bf16; then --resume "
                         "auto") from None  # fmt: skip
+    except RuntimeError as e:
+        if not str(e).startswith("DataLoader worker"):
+            raise
+        raise UserError(f"a data loader process died ({first_line(e)}): most likely the memory ran out; "
+                        "lower --num_workers, then --resume auto") from None  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -50,11 +50,13 @@ from runlog import (
     atomic_file,
     git_sha,
     human_time,
+    ignore_stop_signals,
     load_checkpoint,
     main_guard,
     pick_device,
     save_checkpoint,
     step_line,
+    stop_at_once,
     versions,
     write_json,
 )
@@ -213,6 +215,9 @@ if __name__ == "__main__" and {"-h", "--help"} & set(
     sys.argv
 ):  # help without the seconds torch takes to import
     (generate_parser() if sys.argv[1] == "generate" else training_parser()).parse_args(["--help"])
+
+if __name__ == "__main__" and sys.argv[1:2] != ["generate"]:
+    stop_at_once()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -509,7 +514,6 @@ class Stopped(Exception):
 
 
 def train(args) -> int:
-    stop = StopFlag()
     device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -541,6 +545,7 @@ def train(args) -> int:
     ahead = {"prefetch_factor": args.prefetch, "persistent_workers": args.persistent_workers}
     loader = torch.utils.data.DataLoader(train_set, batch_sampler=batches, collate_fn=pad_batch,
                                          num_workers=args.num_workers, pin_memory=device.type == "cuda",
+                                         worker_init_fn=ignore_stop_signals,
                                          **(ahead if args.num_workers else {}))  # fmt: skip
 
     # model, optimiser, where to begin
@@ -604,6 +609,7 @@ def train(args) -> int:
             f"{corpus.fps:.2f} frames/s, {arch['pattern']} on {device}; {len(own)} files, {len(train_set)} "
             f"windows, {per_epoch} steps an epoch; held out {len(val)} and {len(val_set)}")  # fmt: skip
 
+    stop = StopFlag()  # from here on a signal is answered with a checkpoint
     val_loss = train_loss = None
     pace, peak = None, peak_flops(device)
     flops = model.flops_per_frame(min(args.ctx, int(corpus.lengths.max())))

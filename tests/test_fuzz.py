@@ -72,9 +72,10 @@ def wav_folder(tmp_path_factory):
 
 def test_bad_wavs_are_listed_by_the_cache_with_their_reason(wav_folder, snac_dir, tmp_path):
     folder, cases = wav_folder
-    assert cache_codes.main(["--data_dir", str(folder), "--output_dir", str(tmp_path), "--device", "cpu",
-                             "--pretrained_model", str(snac_dir), "--num_workers", "0", "--min_seconds", "0.1",
-                             "--max_bad_fraction", "1"]) == 0  # fmt: skip
+    flags = {"--data_dir": folder, "--output_dir": tmp_path, "--device": "cpu",
+             "--pretrained_model": snac_dir,
+             "--num_workers": 0, "--min_seconds": 0.1, "--max_bad_fraction": 1}  # fmt: skip
+    assert cache_codes.main([str(v) for pair in flags.items() for v in pair]) == 0
     skipped = {r["file_path"]: r["reason"] for r in map(json.loads, open(tmp_path / "skipped.jsonl"))}
     rows = [r for p in tmp_path.glob("*.parquet") for r in pq.read_table(p).to_pylist()]
     kept = {r["file_path"] for r in rows}
