@@ -18,8 +18,6 @@ import npq  # noqa: E402
 import train_rvq  # noqa: E402
 from runlog import UserError, load_checkpoint, save_checkpoint  # noqa: E402
 
-torch.set_num_threads(1)
-
 
 def make_data(folder):
     folder.mkdir()

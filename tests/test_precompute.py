@@ -32,9 +32,6 @@ from precompute_48k import Sidon  # noqa: E402
 from runlog import UserError  # noqa: E402
 from sidon import NOTHING, RATE, Fbank, HighPass, Resampler, SincResampler, front_end  # noqa: E402
 
-torch.set_num_threads(1)
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-
 
 @pytest.fixture(scope="session")
 def modules(tmp_path_factory) -> Path:
@@ -51,7 +48,7 @@ def command(*args) -> list[str]:
 
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args), capture_output=True, text=True, env=ENV, timeout=120, **kwargs)
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=120, **kwargs)
 
 
 def rows_of(folder: Path, name: str = "manifest.jsonl") -> list[dict]:
@@ -400,7 +397,7 @@ def test_killed_twice_with_others_at_work(finished, corpus, modules, tmp_path):
     out = tmp_path / "out"
     args = command("--input_dir", corpus, "--output_dir", out, "--sidon_dir", modules, "--device", "cpu",
                    "--num_workers", 1)  # fmt: skip
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": ENV}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     others = [subprocess.Popen(args, **quiet)]
     for _ in range(2):
         victim = subprocess.Popen(args, **quiet)
@@ -424,7 +421,7 @@ def test_killed_twice_with_others_at_work(finished, corpus, modules, tmp_path):
 def test_stop_and_continue(finished, corpus, modules, tmp_path):
     out = tmp_path / "out"
     args = ("--input_dir", corpus, "--output_dir", out, "--sidon_dir", modules, "--device", "cpu")
-    p = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, env=ENV)
+    p = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL)
     while p.poll() is None and not list((out / "work").glob("*.claim")):
         time.sleep(0.01)
     p.send_signal(signal.SIGTERM)

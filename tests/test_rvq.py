@@ -23,7 +23,6 @@ import token_lm  # noqa: E402
 import train_rvq  # noqa: E402
 from runlog import UserError, load_checkpoint  # noqa: E402
 
-torch.set_num_threads(1)
 PATTERNS = ["depth", "parallel", "delay", "flatten"]
 META = {"pretrained_model": "toy", "weights_sha256": "0" * 64, "sampling_rate": 24000, "hop_length": 512,
         "vq_strides": [4, 2, 1], "codebook_size": 16}  # fmt: skip
@@ -574,7 +573,7 @@ def test_resume_flags_and_architecture(tmp_path, capsys):
 
 
 def start(argv, **kw):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, str(ROOT / "train_rvq.py"), *argv], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)  # fmt: skip
 
