@@ -157,7 +157,6 @@ class RunState:
         self.series: dict[str, Series] = {}
         self.vals: list[dict] = []
         self.marks: list[tuple] = []  # (step, phase, segment_length) where these changed
-        self.stretch: tuple | None = None  # phase and segment length as last seen
         self.bad = array("I")  # steps whose loss was not finite
         self.skips, self.skip_reason = 0, None
         self.recent: deque = deque(maxlen=50)  # per step line "", "nan" or "skip"
@@ -216,12 +215,10 @@ class RunState:
         if self.step is not None and step < self.step:
             self.rewind(step)
         self.step, self.end = step, None
-        mark = (self.raw.get("phase"), self.raw.get("segment_length"))
-        if mark != self.stretch or not self.marks:
-            self.stretch, mark = mark, (clean(mark[0] or "")[:24], number(mark[1]))
-            if not self.marks or self.marks[-1][1:] != mark:
-                self.marks.append((step, *mark))
-                self.window.clear()
+        mark = (str(self.raw.get("phase") or "")[:24], number(self.raw.get("segment_length")))
+        if not self.marks or self.marks[-1][1:] != mark:
+            self.marks.append((step, *mark))
+            self.window.clear()
         bad = self.draw(step, r)
         self.recent.append("nan" if bad else "")
         if bad:
@@ -255,7 +252,7 @@ class RunState:
         for s in self.series.values():
             s.cut(step)
         self.vals = [v for v in self.vals if v["step"] < step]
-        self.marks, self.stretch = [m for m in self.marks if m[0] < step], None
+        self.marks = [m for m in self.marks if m[0] < step]
         self.bad = array("I", [b for b in self.bad if b < step])
         if self.step is not None and self.step >= step:
             self.step = max((s.xs[-1] for s in self.series.values() if s.xs), default=None)
@@ -265,9 +262,9 @@ class RunState:
         """What validations are compared by: the 48 kHz head, else `loss` (24 kHz alone, rvq)."""
         return "loss_48k" if any("loss_48k" in v for v in self.vals) else "loss"
 
-    def best(self) -> dict | None:
-        """The validation with the lowest `judged` loss, of those that the trainer counts where it says so."""
-        key = self.judged
+    def best(self, key: str = "") -> dict | None:
+        """The validation of the lowest `key` (`judged`), of those that the trainer counts where it says so."""
+        key = key or self.judged
         found = [v for v in self.vals if math.isfinite(v.get(key, math.nan))]
         found = [v for v in found if v["best"] is None or key in v["best"]] or found
         return min(found, key=lambda v: v[key], default=None)
@@ -282,6 +279,15 @@ class RunState:
 
 
 # ---- files that grow ----
+
+
+def read_at(path: Path, start: int, size: int) -> bytes:
+    try:
+        with open(path, "rb") as f:
+            f.seek(start)
+            return f.read(size)
+    except OSError:
+        return b""
 
 
 class Tailer:
@@ -329,8 +335,8 @@ class Tailer:
         return lines
 
     def _read(self, limit: int) -> list[str]:
-        st = os.fstat(self.file.fileno())
-        if st.st_size < self.pos or not self._same():
+        self.file.seek(self.pos - len(self.mark))
+        if self.file.read(len(self.mark)) != self.mark:  # truncated, even where it has grown past us again
             self.begin()
         self.file.seek(self.pos)
         data = self.file.read(limit)
@@ -343,11 +349,6 @@ class Tailer:
         if self.skipping or len(self.partial) > LONGEST:
             self.partial, self.skipping = b"", True
         return [p.decode("utf-8", "replace") for p in pieces if p and len(p) <= LONGEST]
-
-    def _same(self) -> bool:
-        """Are the last bytes read still there? Not after truncation and regrowth past our position."""
-        self.file.seek(self.pos - len(self.mark))
-        return self.file.read(len(self.mark)) == self.mark
 
 
 class Pager:
@@ -362,20 +363,12 @@ class Pager:
     def size(self) -> int:
         return os.path.getsize(self.path) if os.path.exists(self.path) else 0
 
-    def read(self, start: int, length: int) -> bytes:
-        try:
-            with open(self.path, "rb") as f:
-                f.seek(start)
-                return f.read(length)
-        except OSError:
-            return b""
-
     def start_before(self, end: int, n: int) -> int:
         """Offset of the n-th line before `end` (a line's start, or the size), or of the first there is."""
         starts: list[int] = []
         while end > 0 and len(starts) < n:
             base = max(0, end - self.BLOCK)
-            data = self.read(base, end - base - 1)  # the last byte ends the last line, or is of it
+            data = read_at(self.path, base, end - base - 1)  # the last byte ends the last line, or is of it
             found = [base + m.end() for m in re.finditer(b"\n", data)]
             if base == 0 or not found:  # the file's first line, or a piece of a very long one
                 found.insert(0, base)
@@ -388,11 +381,11 @@ class Pager:
             self.top = None
         if self.top is None:
             start, self.new = self.start_before(size, height), 0
-            data = self.read(start, size - start)
+            data = read_at(self.path, start, size - start)
         else:
             if size > self.counted:
-                self.new += self.read(self.counted, min(size - self.counted, 16 << 20)).count(b"\n")
-            data = self.read(self.top, self.BLOCK * 2)
+                self.new += read_at(self.path, self.counted, min(size - self.counted, 16 << 20)).count(b"\n")
+            data = read_at(self.path, self.top, 2 * self.BLOCK)
         self.counted = size
         lines = data.removesuffix(b"\n").split(b"\n")[:height] if data else []
         bars = (next((p for p in reversed(x.split(b"\r")) if p), b"") for x in lines)  # the latest bar
@@ -404,13 +397,9 @@ class Pager:
         if n < 0:
             self.top = self.start_before(top, -n)
         else:
-            ends = [m.end() for m in islice(re.finditer(b"\n", self.read(top, self.BLOCK * 2)), n)]
+            ends = [m.end() for m in islice(re.finditer(b"\n", read_at(self.path, top, 2 * self.BLOCK)), n)]
             top += ends[-1] if ends else self.BLOCK
             self.top = None if top >= last else top
-
-    def percent(self) -> int:
-        size = self.size()
-        return 100 if self.top is None or not size else 100 * self.top // size
 
 
 # ---- processes, GPUs, system ----
@@ -631,12 +620,7 @@ class Run:
             self.past, self.at = RunState(), max(0, tail.before - HISTORY_BYTES)
             self.cut = self.at
         end, old = tail.pos - len(tail.partial), self.at < tail.before
-        try:
-            with open(tail.path, "rb") as f:
-                f.seek(self.at)
-                data = f.read(min(CHUNK, (tail.before if old else end) - self.at))
-        except OSError:
-            data = b""
+        data = read_at(tail.path, self.at, min(CHUNK, (tail.before if old else end) - self.at))
         size = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1 or len(data)
         needle = b"" if not (events_only and old) else b'"event"' if self.metrics else b"[Val]"
         for line in re.split(rb"[\r\n]+", data[:size]):
@@ -1185,11 +1169,14 @@ def overview(fleet: Fleet, ui: Ui, width: int, height: int, everything: bool = F
         whole = f"{r.name}: {text}"
         for i, part in enumerate([whole] if everything else textwrap.wrap(whole, width - 4)[:2]):
             ui.zones.append((len(lines), 0, width, "select", r.name))
-            start = "   " if i else "!! " if loud else " · "
-            lines.append([(start, "bold red"), (part, "red" if loud else "")])
+            lines.append(alarm_line(loud, part, i > 0))
     if height - len(lines) > 8 and not everything:
         lines += [[], *grid(now, ui, width, height - len(lines) - 1, len(lines) + 1, panels_of(now)[:2])]
     return lines
+
+
+def alarm_line(loud: bool, text: str, goes_on: bool = False) -> list:
+    return [("   " if goes_on else "!! " if loud else " · ", "bold red"), (text, "red" if loud else "")]
 
 
 def details(fleet: Fleet, run: Run, width: int) -> list:
@@ -1229,7 +1216,7 @@ def boundaries(run: Run) -> list[tuple[int, str]]:
     """Where the phase or the segment length changes (the first entry is the run's beginning)."""
     found = []
     for (_, p0, l0), (step, p1, l1) in pairwise(run.state.marks):
-        found.append((step, " ".join([f"{short(l1)}s"] * (l1 != l0) + [str(p1)] * (p1 != p0))))
+        found.append((step, " ".join([f"{short(l1)}s"] * (l1 != l0) + [clean(p1)] * (p1 != p0))))
     return found
 
 
@@ -1281,7 +1268,7 @@ def panel(run: Run, ui: Ui, width: int, height: int, spec: tuple) -> list:
             curves.append((c, style, not sign, sign))
             head.append((f" {'val' if train else label} {short(c.ys[-1])}", style))
             if not sign:
-                at = s.best() if key == s.judged else min(s.vals, key=lambda v, k=key: v.get(k, math.inf))
+                at = s.best(key)
                 head.append((f" best {short(at[key])}@{short(at['epoch'])}", "bold yellow"))
                 best = best or (at["step"], at[key])
     edges = [v["step"] for v in s.vals] + [x for c in s.series.values() if c.xs for x in (c.xs[0], c.xs[-1])]
@@ -1318,8 +1305,8 @@ def run_view(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
         return [[("No run selected.", "")]]
     s, tail, specs = run.state, run.source, panels_of(run)
     lines = details(fleet, run, width)
-    alarms = [[("!! " if loud else " · ", "bold red"), (t, "red" if loud else "")] for loud, t in run.alarms]
-    height -= len(lines) + 1 + len(alarms[:2])
+    alarms = [alarm_line(*alarm) for alarm in run.alarms[:2]]
+    height -= len(lines) + 1 + len(alarms)
     across, down = layout(len(specs), width, height)
     hidden = 0 if ui.panel else len(specs) - across * down
     specs = [specs[(ui.panel - 1) % len(specs)]] if ui.panel else specs
@@ -1331,7 +1318,7 @@ def run_view(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
     elif run.cut:
         notes.append(f"latest {human_size(HISTORY_BYTES)} only")
     lines.append([("★ best  • validation  ┊ new phase or segment  ", "dim"), (" · ".join(notes), "cyan")])
-    lines += alarms[:2]
+    lines += alarms
     return lines + grid(run, ui, width, height, len(lines), specs)
 
 
@@ -1375,7 +1362,8 @@ def log_view(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
         ui.pager = Pager(path)
     pager, lines = ui.pager, ui.pager.page(height - 1)
     c = pager.column
-    where = [(" following the end ", "green")] if pager.top is None else [(f" {pager.percent()}% ", "")]
+    share = 100 * (pager.top or 0) // max(1, pager.size())
+    where = [(" following the end ", "green")] if pager.top is None else [(f" {share}% ", "")]
     if pager.top is not None and pager.new:
         where += [(f" {pager.new} new line{'s' * (pager.new != 1)} below, G or End follows ", LOUD)]
         ui.zones.append((0, 0, width, "bottom", None))

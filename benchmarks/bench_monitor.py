@@ -113,7 +113,8 @@ def drawn_dots(svg: str) -> str:
                 if ord(char) & bit:
                     path += f"M{x + 12.2 * i + 1.6 + 6.1 * c:.1f} {y - 17.5 + 6.15 * r:.1f}h3v3h-3z"
         kept = re.sub("[\u2800-\u28ff]", "&#160;", text)
-        return f'<path class="{css}" d="{path}"/><text class="{css}" x="{found[2]}" y="{found[3]}"{rest}>{kept}</text>'
+        drawn = f'<path class="{css}" d="{path}"/>'
+        return drawn + f'<text class="{css}" x="{found[2]}" y="{found[3]}"{rest}>{kept}</text>'
 
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S).replace("Fira Code", "DejaVu Sans Mono")
     braille = r'<text class="([^"]+)" x="([\d.]+)" y="([\d.]+)"([^>]*)>([^<]*[\u2801-\u28ff][^<]*)</text>'
