@@ -36,6 +36,7 @@ TAIL_BYTES = 1 << 18  # read before the first paint; what lies before comes in a
 CHUNK = 1 << 19  # bytes of history read in one go
 HISTORY_BYTES = 1 << 26  # what lies further back is left unread (500,000 lines of a log)
 CURVES = 64  # per run
+POINTS = 1 << 18  # per curve; beyond, groups of 8 keep their lowest and highest
 LONGEST = 1 << 20  # a longer line is skipped
 
 # ---- parser ----
@@ -145,6 +146,13 @@ class Series:
         i = bisect_left(self.xs, x)
         del self.xs[i:], self.ys[i:]
 
+    def thin(self) -> None:
+        kept = []
+        for i in range(0, len(self.xs), 8):
+            group = self.ys[i : i + 8]
+            kept += sorted({i + group.index(min(group)), i + group.index(max(group))})
+        self.xs, self.ys = (array(a.typecode, [a[i] for i in kept]) for a in (self.xs, self.ys))
+
 
 class RunState:
     """What the records of one run add up to. Steps that come again (resume, restart) replace the old ones."""
@@ -245,6 +253,8 @@ class RunState:
                 s = series.get(key) or series.setdefault(key, Series())
                 s.xs.append(step)
                 s.ys.append(y)
+                if len(s.xs) > POINTS:
+                    s.thin()
         return bad
 
     def rewind(self, step: int) -> None:
@@ -263,7 +273,7 @@ class RunState:
         return "loss_48k" if any("loss_48k" in v for v in self.vals) else "loss"
 
     def best(self, key: str = "") -> dict | None:
-        """The validation of the lowest `key` (`judged`), of those that the trainer counts where it says so."""
+        """The validation of the lowest `key`, of those that the trainer counts where it says so."""
         key = key or self.judged
         found = [v for v in self.vals if math.isfinite(v.get(key, math.nan))]
         found = [v for v in found if v["best"] is None or key in v["best"]] or found

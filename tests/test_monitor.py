@@ -247,6 +247,14 @@ def test_a_single_look_knows_the_best_of_a_long_run(tmp_path, monkeypatch, chunk
     )
 
 
+def test_spikes_survive_thinning():
+    s = m.RunState()
+    for x in range(m.POINTS + 5000):
+        s.draw(x, {"loss": 99.0 if x == 77777 else 1.0})
+    s = s.series["loss"]
+    assert len(s.xs) < m.POINTS and max(s.ys) == 99 and s.xs[s.ys.index(99.0)] == 77777
+
+
 def test_clock_going_back():
     records = [fake.train_record(s) | {"t": 1000.0 - s} for s in range(1, 100)]
     s = state_of(records)
