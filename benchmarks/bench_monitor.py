@@ -2,15 +2,19 @@
 
     python benchmarks/bench_monitor.py            all of it: 1 GB of disk in $TMPDIR, about 2 minutes
     python benchmarks/bench_monitor.py --gb 0.1   a quick look
+    python benchmarks/bench_monitor.py --pictures DIR [--log_dir LOGS]   every view, as SVG and text
 
 Prints a Markdown table. CPU time is user + system of the monitor's process from /proc, bytes are what it
 writes to the terminal, memory is resident memory (VmRSS, peak VmHWM).
 """
 
 import argparse
+import asyncio
 import fcntl
+import html
 import os
 import pty
+import re
 import resource
 import select
 import statistics
@@ -98,11 +102,61 @@ def big_log(folder: Path, gb: float) -> None:
         f.write("step 99999998/99999999 epoch 15/15 main loss 0.1234 24k 0.4 48k 0.5 lr 1.00e-05\n")
 
 
+def drawn_dots(svg: str) -> str:
+    """Braille as small squares, and no font from the net: the picture looks the same everywhere."""
+
+    def squares(found):
+        css, x, y, rest, text, path = found[1], float(found[2]), float(found[3]), found[4], found[5], ""
+        dots = [(r, c, bit) for r, row in enumerate(m.DOTS) for c, bit in enumerate(row)]
+        for i, char in enumerate(html.unescape(text)):
+            for r, c, bit in dots if "\u2800" < char <= "\u28ff" else ():
+                if ord(char) & bit:
+                    path += f"M{x + 12.2 * i + 1.6 + 6.1 * c:.1f} {y - 17.5 + 6.15 * r:.1f}h3v3h-3z"
+        kept = re.sub("[\u2800-\u28ff]", "&#160;", text)
+        drawn = f'<path class="{css}" d="{path}"/>'
+        return drawn + f'<text class="{css}" x="{found[2]}" y="{found[3]}"{rest}>{kept}</text>'
+
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S).replace("Fira Code", "DejaVu Sans Mono")
+    braille = r'<text class="([^"]+)" x="([\d.]+)" y="([\d.]+)"([^>]*)>([^<]*[\u2801-\u28ff][^<]*)</text>'
+    return re.sub(braille, squares, svg)
+
+
+def export(fleet: m.Fleet, folder: Path, sizes=((80, 24), (120, 40))) -> list[Path]:
+    """A picture (SVG) and a text of every view at each size, drawn by the app itself without a terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+
+    async def pictures(width, height):
+        app = m.make_app(fleet, m.Ui(), Path("launch.sh"))
+        async with app.run_test(size=(width, height)) as pilot:
+            for view in m.VIEWS:
+                app.do(view)
+                await pilot.pause()
+                svg = drawn_dots(app.export_screenshot(title="monitor.py"))
+                text = "".join("".join(t for t, _ in line).rstrip() + "\n" for line in app.pane.lines)
+                for suffix, content in (("svg", svg), ("txt", text)):
+                    written.append(folder / f"{view}_{width}x{height}.{suffix}")
+                    written[-1].write_text(content, encoding="utf-8")
+
+    for size in sizes:
+        asyncio.run(pictures(*size))
+    return written
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--gb", type=float, default=1.0, help="size of the big log")
     p.add_argument("--seconds", type=float, default=30, help="length of the live measurement")
+    p.add_argument("--pictures", type=Path, metavar="DIR", help="write pictures of every view and leave")
+    p.add_argument("--log_dir", type=Path, default=ROOT / "logs", help="of the runs in the pictures")
     a = p.parse_args()
+    if a.pictures:
+        fleet = m.Fleet(a.log_dir)
+        fleet.poll()
+        while fleet.load_older(60):
+            pass
+        print(*export(fleet, a.pictures), sep="\n")
+        return
     rows, load = [], os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)

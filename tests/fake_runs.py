@@ -75,8 +75,11 @@ def dump(records) -> str:
     return "".join(json.dumps(finite_json(r)) + "\n" for r in records)
 
 
-def train_records(upto: int, total: int = 3000, seed: int = 0, every: int = 5) -> list[dict]:
-    out = [{"t": NOW - 2 * total - 5, "event": "start", "step": 0, "total_steps": total, "epochs": 15}]
+def train_records(
+    upto: int, total: int = 3000, seed: int = 0, every: int = 5, recipe: str = "phase12"
+) -> list[dict]:
+    out = [{"t": NOW - 2 * total - 5, "event": "start", "kind": "train", "recipe": recipe, "step": 0,
+            "total_steps": total, "epochs": 15}]  # fmt: skip
     for step in range(1, upto + 1):
         if step % every == 0 or step == 1:
             out.append(train_record(step, total, seed=seed))
@@ -145,9 +148,7 @@ class FakeNvml:
         return call
 
 
-def add_run(
-    root: Path, name: str, kind: str, gpus, pid=None, ticks=5000, records=(), log: str = "", args=None
-) -> Path:
+def add_run(root: Path, name: str, kind: str, gpus, pid=None, ticks=5000, records=(), log: str = "") -> Path:
     logs, run_dir = root / "logs", root / "runs" / name
     logs.mkdir(parents=True, exist_ok=True)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -168,8 +169,6 @@ def add_run(
     (logs / f"{name}.log").write_text(log)
     if records:
         (run_dir / "metrics.jsonl").write_text(dump(records))
-    if args:
-        (run_dir / "args.json").write_text(json.dumps(args))
     return run_dir
 
 
@@ -197,24 +196,41 @@ def file_records(phase: str, n: int = 400, total: int = 1000) -> list[dict]:
     ]
 
 
-def rvq_records(n: int = 1438) -> list[dict]:
-    return [
-        {
-            "t": NOW - 1.5 * (n - i),
-            "step": i,
-            "total_steps": 4 * n,
-            "epoch": 1 + i // 400,
-            "epochs": 350,
-            "phase": "train",
-            "loss": 2 + 6 * math.exp(-i / 300),
-            "ppl": math.exp(2 + 6 * math.exp(-i / 300)),
-            "bits_per_s": 900 - i / 10,
-            "ce": [2.0, 3.0],
-            "lr": 2e-4,
-            "eta_s": 9000.0,
+def rvq_records(n: int = 1438, codebooks: int = 3) -> list[dict]:
+    """As train_rvq.py writes them: a cross-entropy for each codebook, the later the higher."""
+    out = []
+    for i in range(1, n, 10):
+        ce = [2 + k / 2 + (6 - k / 2) * math.exp(-i / 300) for k in range(codebooks)]
+        loss = sum(ce) / codebooks
+        sums = {"ppl": math.exp(loss), "bits_per_s": 900 - i / 10, "ce": ce}
+        epoch = 1 + i // 400
+        out.append({"t": NOW - 1.5 * (n - i), "step": i, "total_steps": 4 * n, "epoch": epoch, "epochs": 350,
+                    "phase": "train", "loss": loss, "lr": 2e-4, "eta_s": 9000.0, **sums})  # fmt: skip
+        if i // 400 > (i - 10) // 400:
+            out.append({"event": "val", "step": i, "epoch": epoch - 1, "val_loss": loss + 0.1, **sums})
+    return out
+
+
+def one_head_records(head: str, upto: int = 1480) -> list[dict]:
+    """phase11 ("48k") or phase10 ("24k", the full codec): one head, its loss the loss, codebooks counted."""
+    other, out = {"24k": "48k", "48k": "24k"}[head], []
+    for r in train_records(upto, recipe="phase10" if head == "24k" else "phase11-fast"):
+        r = {
+            k: v for k, v in r.items() if not k.endswith(other) and not (head == "24k" and k == "lsd_12_24k")
         }
-        for i in range(1, n, 10)
-    ]
+        if f"loss_{head}" in r:
+            r["loss"] = r[f"loss_{head}"]
+        if r.get("event") == "val":
+            r |= {"best": ["loss", f"loss_{head}"] if r["epoch"] <= 6 else [], f"lsd_{head}": 1.0}
+        out.append(r)
+        if head == "24k" and r.get("event") == "val":
+            books = {f"usage_{k}": 1 - 0.1 * k for k in range(3)} | {
+                f"perplexity_{k}": 900.0 for k in range(3)
+            }
+            out.append({"event": "usage", "step": r["step"], "epoch": r["epoch"], **books})
+        elif head == "24k" and "loss" in r:
+            r |= {"phase": "features" if r["epoch"] == 1 else "main", "commitment": 0.02, "codebook": 0.02}
+    return out
 
 
 def fleet_of_every_kind(root: Path) -> FakeProc:
@@ -223,17 +239,20 @@ def fleet_of_every_kind(root: Path) -> FakeProc:
     for pid in (103, 102, 110, 111, 112):
         proc.add(pid)
     r = train_records(1480)
-    add_run(root, "train_gpu3", "train", [3], 103, records=r, log=human(r), args={"recipe": "phase12"})
+    add_run(root, "train_gpu3", "train", [3], 103, records=r, log=human(r))
     r = train_records(700, seed=1)
     oom = 'Traceback (most recent call last):\n  File "train_dual_head.py", line 1, in <module>\n'
     oom += "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n"
-    add_run(root, "train_gpu0", "train", [0], 100, records=r, log=human(r) + oom, args={"recipe": "phase12"})
-    r = [*train_records(3000, seed=2), {"t": NOW, "event": "end", "reason": "finished", "step": 3000}]
-    add_run(root, "train_gpu1", "train", [1], 101, records=r, log=human(r), args={"recipe": "phase11-fast"})
+    add_run(root, "train_gpu0", "train", [0], 100, records=r, log=human(r) + oom)
+    r = [
+        *train_records(3000, seed=2, recipe="phase11-fast"),
+        {"t": NOW, "event": "end", "reason": "finished", "step": 3000},
+    ]
+    add_run(root, "train_gpu1", "train", [1], 101, records=r, log=human(r))
     r = train_records(900, seed=3)
     r[-1] |= {"loss": math.nan, "loss_48k": math.inf}
     r.append({"t": NOW, "event": "skip", "step": 901, "reason": "non-finite loss"})
-    add_run(root, "train_gpu2", "train", [2], 102, records=r, log=human(r), args={"recipe": "phase12"})
+    add_run(root, "train_gpu2", "train", [2], 102, records=r, log=human(r))
     add_run(root, "cache_gpu0", "cache", [0], 110, records=file_records("cache"))
     add_run(root, "precompute_gpu1", "precompute", [1], 111, records=file_records("precompute"))
     add_run(root, "rvq_gpu0", "rvq", [0], 112, records=rvq_records())
