@@ -207,3 +207,41 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(cache_dir, targets_di
     assert done.returncode == 0, done.stderr
     assert trainer(cache_dir, targets_dir, snac_dir, tmp_path / "whole", "--ema", 0.9).train() == 0
     same_state(tmp_path / "run" / "checkpoint_epoch3.pt", tmp_path / "whole" / "checkpoint_epoch3.pt")
+
+
+FILL = """
+set -e
+mount -t tmpfs -o size="$2" none "$1"
+folder=$1; out=$3; shift 3
+code=0; "$@" || code=$?
+echo "exit code $code"
+cp -r "$folder" "$out/full"
+mount -o remount,size=1g "$folder"
+"$@"
+cp -r "$folder" "$out/freed"
+"""
+
+
+def test_a_full_file_system_then_space_again(cache_dir, targets_dir, snac_dir, tmp_path):
+    """A tmpfs of three checkpoints and a half, in a mount namespace of its own."""
+    space = ["unshare", "--user", "--map-root-user", "--mount"]
+    allowed = subprocess.run([*space, "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True)
+    if allowed.returncode:
+        pytest.skip(f"no file system can be mounted here: {allowed.stderr.decode().strip()}")
+    (tmp_path / "run").mkdir()
+    flags = cache_dir, targets_dir, snac_dir
+    extra = "--ema", 0.9, "--save_every_batches", 1
+    assert trainer(*flags, tmp_path / "whole", *extra).train() == 0
+    last = tmp_path / "whole" / "checkpoint_epoch3.pt"
+    argv = tiny_args(*flags, tmp_path / "run", *extra, "--resume", "auto")
+    command = [sys.executable, str(ROOT / "train_dual_head.py"), *argv]
+    done = subprocess.run([*space, "bash", "-c", FILL, "-", str(tmp_path / "run"),
+                           f"{3.5 * last.stat().st_size // 1024:.0f}k", str(tmp_path), *command],
+                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "exit code 1" in done.stdout and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("could not be written") == 1 and "free some space" in done.stderr
+    kept = list((tmp_path / "full").glob("*.pt"))
+    assert kept and all(load_checkpoint(path)["global_step"] >= 0 for path in kept)
+    assert not list((tmp_path / "full").glob(".*.tmp"))
+    same_state(tmp_path / "freed" / "checkpoint_epoch3.pt", last)
