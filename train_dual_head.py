@@ -841,7 +841,7 @@ class Trainer:
         return losses
 
     def note_samples(self, epoch: int, rows: list[int]) -> None:
-        """A line a step in --sample_log: what the committed weights have seen (`clean_up` drops the rest)."""
+        """A line a step in --sample_log; what no checkpoint has seen is cut off on resume."""
         if self.args.sample_log:
             with open(Path(self.args.output_dir) / f"samples.rank{self.rank}.log", "a") as f:
                 f.write(f"{self.step} {epoch} {' '.join(map(str, rows))}\n")
@@ -1066,16 +1066,14 @@ class Trainer:
             self.ema = {k: v.to(self.device) for k, v in saved["ema"].items()}
         self.counts = saved["codes"].cpu()
         if self.rank == 0:
-            self.clean_up(Path(self.args.output_dir))
+            self.cut_sample_logs(Path(self.args.output_dir))
         baseline = Path(self.args.output_dir) / "baseline_metrics.json"
         self.baseline = read_json(baseline) if baseline.is_file() else {}
         guard = saved["guard"]
         self.norm, self.skipped, self.in_a_row = guard["norm"], guard["skipped"], guard["in_a_row"]
 
-    def clean_up(self, folder: Path) -> None:
-        """Remove what a killed run left: half-written checkpoints, logged samples after the checkpoint."""
-        for path in folder.glob(".*.pt.*.tmp"):
-            path.unlink(missing_ok=True)
+    def cut_sample_logs(self, folder: Path) -> None:
+        """Drop the steps after the checkpoint: they come again."""
         for path in folder.glob("samples.rank*.log"):
             lines = path.read_text().splitlines(keepends=True)
             kept = [x for x in lines if x.endswith("\n") and int(x.split()[0]) <= self.step]
