@@ -727,7 +727,8 @@ class Fleet:
         self.ticks, self.cpu_percent = cpu_ticks(), None
         self.ram: tuple = (None, None)
         for file in map(Path, files):
-            if file.is_dir() or file.name == "metrics.jsonl":
+            ours = file.name == "training.log" and (file.parent / "metrics.jsonl").is_file()
+            if file.is_dir() or file.name == "metrics.jsonl" or ours:
                 folder = file if file.is_dir() else file.parent
                 if not (folder / "metrics.jsonl").is_file():
                     raise UserError(f"{folder} holds no metrics.jsonl; name a run directory or a log file")

@@ -264,7 +264,7 @@ def compare(source: tuple, output: tuple) -> dict:
     fine = [source[0][:n], output[0][:n]]
     power = [np.square(np.pad(e, (0, -n % 40))).reshape(-1, 40).mean(axis=1) for e in fine]
     a, b = (float(p.sum()) for p in power)
-    rms = [np.sqrt(p) - np.sqrt(p).mean() for p in power]
+    rms = [np.sqrt(p) - np.sqrt(p).mean() if n else p for p in power]
     squares = [float(np.dot(r, r)) for r in rms]
     flat = min(squares) < 1e-12  # a steady tone: nothing to correlate
     hann = np.hanning(52)[1:-1]  # 25 ms: the pitch periods of a vocoder lie anywhere
