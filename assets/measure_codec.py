@@ -7,6 +7,12 @@ Prints and writes report.json into --output_dir (default: the codec): mean LSD (
 (natural log of 80 mel bands, Hann 1024) of decode(encode(clip)) over the first 6 s of every held-out file, of
 the codec and of the same one with fresh weights; per codebook the entries used and their perplexity, over the
 held-out clips and --minutes of --speech.
+
+    pip install pocketsphinx==5.1.1
+    python assets/measure_codec.py --codec assets/codec --words /usr/share/sounds/alsa
+
+Counts the words that a recogniser (its own English model, a grammar of nothing but these words) hears in
+recordings named after what they say (Front_Left.wav), before and after decode(encode(recording)).
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +31,7 @@ from cache_codes import load_snac
 from corpus import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside
 from dual_head import lsd, mel_filters, spectrum
 from full_codec import usage
-from runlog import main_guard, read_json, write_json
+from runlog import UserError, main_guard, read_json, write_json
 from train_dual_head import new_snac
 
 
@@ -58,15 +65,53 @@ def measure(model, held_out) -> tuple[dict, list]:
     return {"lsd": round(float(means[0]), 4), "log_mel": round(float(means[1]), 4)}, codes
 
 
+@torch.no_grad()
+def recognised(model, folder: str) -> dict:
+    """{original, codec, of}: words heard at their place in the recordings Word_Word.wav of a folder."""
+    try:
+        from pocketsphinx import Decoder
+    except ImportError:
+        raise UserError("--words needs a recogniser: pip install pocketsphinx==5.1.1") from None
+    files = [f for f in sorted(Path(folder).glob("[A-Z]*_[A-Z]*.wav")) if "Noise" not in f.name]
+    if not files:
+        raise UserError(f"{folder} holds no Word_Word.wav (Debian: the package alsa-utils)")
+    said = [f.stem.lower().split("_") for f in files]
+    places = " ".join(f"({' | '.join(sorted(set(words)))})" for words in zip(*said, strict=True))
+    found = {"original": 0, "codec": 0, "of": sum(map(len, said))}
+    with tempfile.NamedTemporaryFile("w", suffix=".gram") as grammar:
+        grammar.write(f"#JSGF V1.0;\ngrammar words;\npublic <said> = {places};\n")
+        grammar.flush()
+        for file, words in zip(files, said, strict=True):
+            x = resample(*read_audio(file), 24000)
+            torch.manual_seed(0)
+            spoken = model.decode(model.encode(torch.from_numpy(x)[None, None]))[0, 0].numpy()
+            for name, y in (("original", x), ("codec", spoken)):
+                y = resample(y, 24000, 16000)
+                y = np.pad(y * (0.1 / max(float(y.std()), 1e-6)), 4800)
+                decoder = Decoder(samprate=16000, jsgf=grammar.name, loglevel="FATAL")
+                decoder.start_utt()
+                decoder.process_raw((np.clip(y, -1, 1) * 32767).astype("<i2").tobytes(), full_utt=True)
+                decoder.end_utt()
+                heard = decoder.hyp().hypstr.split() if decoder.hyp() else []
+                found[name] += sum(a == b for a, b in zip(words, heard))
+    return found
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--codec", required=True, help="SNAC folder")
-    p.add_argument("--held_out", required=True, help="recordings the codec has not seen")
-    p.add_argument("--speech", required=True, help="more speech, to count entries on")
+    p.add_argument("--held_out", default="", help="recordings the codec has not seen")
+    p.add_argument("--speech", default="", help="more speech, to count entries on")
+    p.add_argument("--words", default="", help="instead: recordings named after their words")
     p.add_argument("--minutes", type=float, default=45, help="how much of it")
     p.add_argument("--output_dir", default="", help="where report.json goes (default: --codec)")
     args = p.parse_args()
     model = load_snac(args.codec)
+    if args.words:
+        print(json.dumps(recognised(model, args.words)))
+        return 0
+    if not (args.held_out and args.speech):
+        raise UserError("name --held_out and --speech, or --words")
     held_out = list(clips(args.held_out, 6.0))
     torch.manual_seed(0)
     fresh, _ = measure(new_snac(str(Path(args.codec) / "config.json")), held_out)
