@@ -148,14 +148,12 @@ class CodeIndex:
                     table = pq.read_table(shard, page_checksum_verification=True)
                 except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
                     raise UserError(f"cache file {shard} is corrupt ({first_line(e)}); delete it "
-                                    "and run "
-                                    "cache_codes.py again (remove its unit in work/ "
+                                    "and run cache_codes.py again (remove its unit in work/ "
                                     "too)") from None  # fmt: skip
                 meta = table.schema.metadata or {}
                 if b"snac" not in meta:
                     raise UserError(f"cache file {shard} does not say which model made it (no 'snac' "
-                                    "metadata); "
-                                    "make the cache anew with cache_codes.py")  # fmt: skip
+                                    "metadata); make the cache anew with cache_codes.py")  # fmt: skip
                 found = Geometry.from_json(meta[b"snac"].decode(errors="replace"), f"cache file {shard}")
                 geometry = geometry or found
                 data_dir = data_dir or meta.get(b"data_dir", b"").decode()

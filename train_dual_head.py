@@ -81,8 +81,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
                               "recordings"),
         "val_audio_48k_dir": ("", "48 kHz targets of the validation codes"),
         "audio_24k_dir": ("", "originals of any rate for the 24 kHz target (default: the cache's "
-                              "data_dir; rows "
-                              "of kind copied take both from the 48 kHz file)"),
+                              "data_dir; rows of kind copied take both from the 48 kHz file)"),
         "val_audio_24k_dir": ("", "the same for validation"),
         "upsampler": ("", "with --data_dir and without --audio_48k_dir, 48 kHz targets of recordings below "
                           "--native_rate: sidon (restored at every step: precompute_48k.py does it once) or "
@@ -389,8 +388,7 @@ def check_schedule(args) -> None:
                         "--warmup_epochs 0")  # fmt: skip
     if trains_codec(args) and args.heads != "24k":
         raise UserError("encoder and quantizers train with --recipe phase10 only (--heads 24k): a 48 kHz "
-                        "head "
-                        "needs codes that stay")  # fmt: skip
+                        "head needs codes that stay")  # fmt: skip
     if args.from_scratch and not args.feature_epochs and (args.freeze_encoder or args.freeze_vq):
         raise UserError("--from_scratch needs --no-freeze_encoder --no-freeze_vq, or --feature_epochs")
     if args.feature_epochs and not args.from_scratch:
@@ -584,6 +582,10 @@ def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: 
 
 
 # ---- the run ----
+
+
+class TooManyBadFiles(UserError):
+    """More than --max_bad_fraction of the recordings could not be read."""
 
 
 class Trainer:
@@ -914,8 +916,12 @@ class Trainer:
             names = set(self.bad_files)
         if len(names) > limit:
             name, reason = next(iter(self.bad_files.items()))
-            raise UserError(f"{len(names)} files could not be read, first {name} ({reason}): more than "
-                            f"--max_bad_fraction {self.args.max_bad_fraction:g}", EXIT_BAD_INPUT)  # fmt: skip
+            raise TooManyBadFiles(
+                f"{len(names)} files could not be read, first {name} ({reason}): more than "
+                f"--max_bad_fraction {self.args.max_bad_fraction:g}; mend them or raise it, then "
+                "--resume auto",
+                EXIT_BAD_INPUT,
+            )
         return found[0] > 0
 
     # -- validation: fixed crops, fixed noise, one segment length --
@@ -1082,13 +1088,20 @@ class Trainer:
     # -- the loop --
 
     def train(self) -> int:
+        """From the current step to the end: the exit code. Raises UserError when too many files are bad."""
+        try:
+            return self.run_epochs()
+        except TooManyBadFiles:
+            self.stop_with_checkpoint("too many bad files", EXIT_BAD_INPUT)
+            raise
+
+    def run_epochs(self) -> int:
         a, log, total = self.args, self.log, self.plan[-1].first_step + self.plan[-1].steps
         self.announce(total)
         last_save = time.time()
-        if self.validated < 0 and not self.validate_and_keep(
-            0
-        ):  # the start, so that "improved by" has a base
-            return self.stop_with_checkpoint(self.plan[0])
+        # the start is judged too, so that "improved by" has a base
+        if self.validated < 0 and not self.validate_and_keep(0):
+            return self.stop_with_checkpoint()
         for epoch in self.plan:
             end = epoch.first_step + epoch.steps
             if self.step >= end and self.validated >= epoch.number:
@@ -1112,7 +1125,7 @@ class Trainer:
             window, items, seconds, since = {}, {}, 0.0, time.time()
             while self.step < end:
                 if self.stop_asked():
-                    return self.stop_with_checkpoint(epoch)
+                    return self.stop_with_checkpoint()
                 size = min(epoch.batch, len(order) - (self.step - epoch.first_step) * epoch.batch)
                 parts = [next(feed) for _ in range(a.accum_steps)]
                 rows = [row for part in parts for row in part["rows"]]
@@ -1140,9 +1153,7 @@ class Trainer:
                     bar.set_postfix({k: f"{v:.3f}" for k, v in means.items() if k.startswith("loss")})
                     window, items, seconds, since = {}, {}, 0.0, time.time()
                 if a.save_every_batches > 0 and self.step % a.save_every_batches == 0:
-                    self.save(
-                        f"checkpoint_epoch{epoch.number}_iter{self.step}.pt", "checkpoint_epoch*_iter*.pt"
-                    )
+                    self.save_step()
                 if a.save_every_minutes > 0 and time.time() - last_save > 60 * a.save_every_minutes:
                     stamp = time.strftime("%Y%m%d_%H%M%S")
                     self.save(
@@ -1153,7 +1164,7 @@ class Trainer:
             if self.counts[0].any():
                 self.report_codes(epoch.number)
             if not self.validate_and_keep(epoch.number):
-                return self.stop_with_checkpoint(epoch)
+                return self.stop_with_checkpoint()
             if epoch.number % a.save_every == 0 or epoch.number == a.epochs:
                 self.save(f"checkpoint_epoch{epoch.number}.pt")
         return self.end("finished", 0)
@@ -1167,10 +1178,10 @@ class Trainer:
                         "geometry": asdict(self.geometry), "model_config": self.config,
                         "plan": [asdict(e) for e in self.plan]})  # fmt: skip
         event = "resume" if self.step else "start"
-        log.say(f"{event}: recipe {a.recipe}, {len(self.data)} rows ({len(self.val)} validation), {total} "
-                "steps, "
-                f"from step {self.step}, {self.world} process(es) on {self.device}, init "
-                f"{a.init}")  # fmt: skip
+        log.say(
+            f"{event}: recipe {a.recipe}, {len(self.data)} rows ({len(self.val)} validation), {total} steps, "
+            f"from step {self.step}, {self.world} process(es) on {self.device}, init {a.init}"
+        )
         for which, data in (("training", self.data), ("validation", self.val)):
             for reason, n in data.left_out.items():
                 log.say(f"  left out of {which}: {n} rows, {reason}")
@@ -1225,9 +1236,13 @@ class Trainer:
                 self.save(k.replace("loss", "best_model") + ".pt")
         return True
 
-    def stop_with_checkpoint(self, epoch) -> int:
+    def save_step(self) -> None:
+        epoch = next((e for e in self.plan if self.step <= e.first_step + e.steps), self.plan[-1])
         self.save(f"checkpoint_epoch{epoch.number}_iter{self.step}.pt", "checkpoint_epoch*_iter*.pt")
-        return self.end("stopped", EXIT_STOPPED)
+
+    def stop_with_checkpoint(self, reason: str = "stopped", code: int = EXIT_STOPPED) -> int:
+        self.save_step()
+        return self.end(reason, code)
 
     def save_before_skips(self, epoch) -> None:
         """A checkpoint from before the skipped steps (of this epoch): they changed no weight, so only the
@@ -1235,7 +1250,7 @@ class Trainer:
         now = self.step, self.skipped, self.in_a_row
         self.step = max(self.step - self.in_a_row, epoch.first_step)
         self.skipped, self.in_a_row = self.skipped - (now[0] - self.step), 0
-        self.save(f"checkpoint_epoch{epoch.number}_iter{self.step}.pt", "checkpoint_epoch*_iter*.pt")
+        self.save_step()
         self.step, self.skipped, self.in_a_row = now
 
     def end(self, reason: str, code: int) -> int:
@@ -1246,8 +1261,7 @@ class Trainer:
             else ""
         )
         self.log.say(f"{reason} at step {self.step} after {human_time(spent)}{memory}; {self.skipped} "
-                     "steps skipped, "
-                     f"{len(self.bad_files)} bad files"
+                     f"steps skipped, {len(self.bad_files)} bad files"
                      + (f", {len(self.unfaithful)} unfaithful" if self.unfaithful else ""))  # fmt: skip
         if reason == "stopped":
             self.log.say(f"go on with: --resume auto --output_dir {self.args.output_dir}")
@@ -1276,8 +1290,7 @@ def check_fits(saved: dict, path, geometry: Geometry, keys=OURS, codes_change: b
     differs = geometry.difference(theirs)
     if differs:
         raise UserError(f"{path} was trained on another model ({theirs.pretrained_model}: {differs}); "
-                        "give that one "
-                        "as --pretrained_model")  # fmt: skip
+                        "give that one as --pretrained_model")  # fmt: skip
 
 
 def new_snac(path: str):
@@ -1297,10 +1310,11 @@ def take_phase10(snac, path: str, geometry: Geometry) -> None:
     check_ours(saved, path)
     theirs = Geometry.from_json(json.dumps(saved["geometry"]))
     if geometry.difference(theirs):
-        raise UserError(f"--phase10_checkpoint {path} has another encoder than the cache "
-                        f"({geometry.difference(theirs)}): write it out (infer.py --checkpoint {path} "
-                        "--export "
-                        "DIR), cache the codes with --pretrained_model DIR, and train on those")  # fmt: skip
+        raise UserError(
+            f"--phase10_checkpoint {path} has another encoder than the cache ({geometry.difference(theirs)}): "
+            f"write it out (infer.py --checkpoint {path} --export DIR), cache the codes with "
+            "--pretrained_model DIR, and train on those"
+        )
     model = DualHeadDecoder(snac, heads="24k", with_encoder=True)  # shares its modules with snac
     load_weights(model, saved["model"], path)
 
@@ -1312,8 +1326,7 @@ def load_weights(model, state: dict, path) -> None:
     wrong = sorted(map(str, set(own) ^ set(theirs))) + [k for k in own if k in theirs and own[k] != theirs[k]]
     if wrong:
         raise UserError(f"weights in {path} don't fit this model: {len(wrong)} tensors differ in name, "
-                        "shape or dtype, "
-                        f"first {wrong[0]}")  # fmt: skip
+                        f"shape or dtype, first {wrong[0]}")  # fmt: skip
     model.load_state_dict(state)
 
 
@@ -1321,10 +1334,10 @@ def main() -> int:
     try:
         return Trainer(ARGS).train()
     except torch.OutOfMemoryError as e:
-        raise UserError(f"GPU out of memory ({str(e).splitlines()[0]}): raise --accum_steps (same result "
-                        "in smaller "
-                        "pieces), lower --batch_size, or use --bf16; then --resume "
-                        "auto") from None  # fmt: skip
+        raise UserError(
+            f"GPU out of memory ({str(e).splitlines()[0]}): raise --accum_steps (same result in smaller "
+            "pieces), lower --batch_size, or use --bf16; then --resume auto"
+        ) from None
     except RuntimeError as e:
         if not str(e).startswith("DataLoader worker"):
             raise

@@ -133,7 +133,7 @@ def test_sigterm_at_any_moment_leaves_a_checkpoint_to_go_on_from(unbroken, momen
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     spent = time.time() - began
-    assert process.returncode == 3 and spent < 5
+    assert process.returncode == 3 and spent < 20  # about a second; a busy machine takes longer
     assert T.find_resume("auto", str(out))
     finish(folder, out)
     assert survive.differences(whole, out) == []
