@@ -1311,9 +1311,9 @@ def take_phase10(snac, path: str, geometry: Geometry) -> None:
     theirs = Geometry.from_json(json.dumps(saved["geometry"]))
     if geometry.difference(theirs):
         raise UserError(
-            f"--phase10_checkpoint {path} has another encoder than the cache ({geometry.difference(theirs)}): "
-            f"write it out (infer.py --checkpoint {path} --export DIR), cache the codes with "
-            "--pretrained_model DIR, and train on those"
+            f"--phase10_checkpoint {path} has another encoder than the cache "
+            f"({geometry.difference(theirs)}): write it out (infer.py --checkpoint {path} --export DIR), "
+            "cache the codes with --pretrained_model DIR, and train on those"
         )
     model = DualHeadDecoder(snac, heads="24k", with_encoder=True)  # shares its modules with snac
     load_weights(model, saved["model"], path)

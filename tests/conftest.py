@@ -3,6 +3,7 @@ audio files."""
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,12 @@ TINY = {
     "noise": True,
     "depthwise": True,
 }
+
+
+def children_cpu() -> float:
+    """CPU seconds of all ended child processes: what a command costs, however busy the machine is."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def make_snac(seed=0, **changes):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from conftest import children_cpu
 from scipy.signal import fftconvolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -564,9 +565,9 @@ def test_long_files_go_piece_by_piece(tmp_path, modules, sidon, monkeypatch, cap
 
 
 def test_help_is_fast():
-    start = time.monotonic()
+    start = children_cpu()
     assert run("--help").returncode == 0
-    assert time.monotonic() - start < 1.5
+    assert children_cpu() - start < 1.5
 
 
 def test_two_claims_at_once(tmp_path):

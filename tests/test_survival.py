@@ -225,6 +225,21 @@ def test_a_diverged_run_leaves_a_checkpoint_from_before_and_repeats_from_there(
     same_state(tmp_path / "run" / "checkpoint_epoch2.pt", tmp_path / "whole" / "checkpoint_epoch2.pt")
 
 
+def test_too_many_bad_files_end_the_run_with_a_checkpoint(cache_dir, targets_dir, snac_dir, tmp_path):
+    targets, out = shutil.copytree(targets_dir, tmp_path / "targets"), tmp_path / "run"
+    t = trainer(cache_dir, targets, snac_dir, out, "--max_bad_fraction", 0.1)
+    for wav in sorted(targets.rglob("*.wav"))[:4]:
+        wav.write_bytes(wav.read_bytes()[:30])
+    with pytest.raises(runlog.UserError, match=r"could not be read, first .* then --resume auto") as stopped:
+        t.train()
+    assert stopped.value.code == 5
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert events[-1]["reason"] == "too many bad files" and events[-1]["code"] == 5
+    assert load_checkpoint(T.find_resume("auto", str(out)))["global_step"] == t.step
+    shutil.copytree(targets_dir, targets, dirs_exist_ok=True)
+    assert trainer(cache_dir, targets, snac_dir, out, "--resume", "auto").train() == 0
+
+
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(cache_dir, targets_dir, snac_dir, tmp_path):
     """A file size limit below a checkpoint's size fails as a full disk does (EFBIG for ENOSPC)."""
     argv = tiny_args(
