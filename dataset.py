@@ -303,13 +303,14 @@ class Targets:
 
     @staticmethod
     def _read_manifest(manifest: Path) -> dict[str, tuple[str, int, float]]:
-        found = {}
+        found, present = {}, set(find_audio(manifest.parent))
         with open(manifest, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 try:
                     row = json.loads(line)
                     kind = row["kind"] if row.get("faithful", True) else "unfaithful"
-                    found[row["path"]] = (row["target"], KINDS.index(kind), float(row.get("level", 1.0)))
+                    if row["target"] in present:
+                        found[row["path"]] = row["target"], KINDS.index(kind), float(row.get("level", 1.0))
                 except (ValueError, KeyError, TypeError) as e:
                     raise UserError(f"{manifest} line {number} is not a manifest row ({e}); run "
                                     "precompute_48k.py again to rewrite it") from None  # fmt: skip
@@ -518,7 +519,7 @@ class RawAudioDataset(SliceDataset):
         elif self.want_48k and rate < self.native_rate:
             if not self.upsampler:
                 raise AudioError(f"{rate} Hz is below --native_rate {self.native_rate}: it needs --upsampler "
-                                 "sidon")  # fmt: skip
+                                 "sidon (CD-quality recordings: or --native_rate 44100)")  # fmt: skip
             found["kind"] = self.upsampler
         return found
 

@@ -129,7 +129,9 @@ def examine(path: str, args, before: tuple | None) -> tuple[dict, dict | None]:
         steps = row["step"] - before[0]["step"]
         if row["delta"] is not None and steps > 0 and before[0]["l2"]:
             row["delta_per_step"] = row["delta"] / steps / before[0]["l2"]
-    if args.probe_data and row["kind"] == "rvq" and not row["nonfinite"]:
+    if args.probe_data and row["kind"] != "rvq":
+        raise UserError(f"--probe-data measures token models; {path} is of train_dual_head.py: leave it out")
+    if args.probe_data and not row["nonfinite"]:
         row |= probe(state, args.probe_data, args.probe_windows)
     if row["kind"] == "rvq":
         row["guessing"] = sum(map(math.log, state["arch"]["vocab"])) / len(state["arch"]["vocab"])

@@ -205,6 +205,10 @@ def draw(path: Path, name: str, signals: dict) -> None:
     plt.close(fig)
 
 
+def plain(system: str) -> str:
+    return system.replace(":", "_").replace("/", "_")
+
+
 def main() -> int:
     args = ARGS
     stop = StopFlag()
@@ -268,7 +272,7 @@ def main() -> int:
             )
         if args.max_samples_saved < 0 or count < args.max_samples_saved:
             for system, (x, rate) in signals.items():
-                wav = samples / f"{count:03d}_{system.replace(':', '_').replace('/', '_')}.wav"
+                wav = samples / f"{count:03d}_{plain(system)}.wav"
                 sf.write(wav, x.numpy(), rate, subtype="PCM_16")
         high = float(spectrum(targets[48000][None], 2048, 512)[0, 512:].abs().mean())
         if high > loudest:  # the clip with most energy above 12 kHz shows the difference best
@@ -295,7 +299,7 @@ def main() -> int:
     print(
         f"\n{table}\nnumbers: {out}\ntable: {out.with_suffix('.md')}\nspectrograms: {out.with_suffix('.png')}"
     )
-    print(f"wavs: {samples}/NNN_{{{','.join(best_clip[1])}}}.wav")
+    print(f"wavs: {samples}/NNN_{{{','.join(map(plain, best_clip[1]))}}}.wav")
     return 0
 
 

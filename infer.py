@@ -25,6 +25,7 @@ import functools
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from runlog import (
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", required=True, help="checkpoint, exported folder, or hub id@COMMIT")
-    p.add_argument("--input", help="audio file, folder, or cache of cache_codes.py")
+    p.add_argument("--input", help="audio file, folder, cache of cache_codes.py, or one .parquet of it")
     p.add_argument(
         "--output", help="wav file for one input file, else a folder; - = raw 16-bit PCM to stdout"
     )
@@ -62,6 +63,7 @@ def parse_args(argv=None):
     )
     p.add_argument("--noise_seed", type=int, default=0, help="seed of the decoder's noise")
     p.add_argument("--export", metavar="DIR", help="write model.safetensors + config.json for load_dual_head")
+    p.add_argument("--half", action="store_true", help="--export of a codec: float16 weights")
     p.add_argument("--export_onnx", metavar="FILE", help="write an ONNX graph: codes of any length -> audio")
     args = p.parse_args(argv)
     if not (args.export or args.export_onnx) and not (args.input and args.output):
@@ -190,6 +192,9 @@ def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
         from safetensors.torch import load_file
 
         folder = Path(path) if Path(path).is_dir() else fetch(path)
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
+                            "given by --pretrained_model; train_dual_head.py trains its heads)")  # fmt: skip
         described = read_json(folder / "config.json")
         config, geometry = described["model_config"], described["geometry"]
         state = load_file(folder / "model.safetensors")
@@ -217,9 +222,13 @@ def fetch(name: str) -> Path:
         raise UserError(f"{name} could not be fetched from the hub ({str(e).splitlines()[0]})") from e
 
 
-def export(checkpoint: str, folder: str) -> None:
+def export(checkpoint: str, folder: str, half: bool = False) -> None:
     """Write model.safetensors (weights of quantizer, trunk and heads) and config.json; a codec of phase10 as
-    SNAC's own pytorch_model.bin and config.json, for --pretrained_model."""
+    SNAC's own pytorch_model.bin and config.json, for --pretrained_model.
+
+    half: a codec's weights as float16, which SNAC.from_pretrained casts back; weights that came as float16
+    and have not changed (a frozen encoder's) are stored so anyway: caches made with them stay valid.
+    """
     from safetensors.torch import save_file
 
     saved = load_checkpoint(checkpoint)
@@ -236,14 +245,14 @@ def export(checkpoint: str, folder: str) -> None:
             at, _, rest = rest.partition(".") if part == "head_24k" else ("", "", rest)
             return f"decoder.model.{layers + int(at)}.{rest}" if at else key
 
-        def half(key: str, v):
-            """float16 halves the file, SNAC.from_pretrained casts it back. The direction of a weight-normed
-            row is stored at length 1: a shorter one could become 0, which has no direction."""
-            if key.endswith("weight.original1"):
+        def stored(key: str, v):
+            exact = torch.equal(v.half().float(), v.float())
+            if half and not exact and key.endswith("weight.original1"):
+                # the direction of a weight-normed row at length 1: a shorter one could become 0 and have none
                 v = torch.nn.functional.normalize(v.flatten(1), eps=1e-30).view_as(v)
-            return v.half().clone()
+            return (v.half() if half or exact else v).clone()
 
-        torch.save({name(k): half(k, v) for k, v in state.items()}, out / "pytorch_model.bin")
+        torch.save({name(k): stored(k, v) for k, v in state.items()}, out / "pytorch_model.bin")
         write_json(out / "config.json", saved["model_config"])
         print(f"wrote a SNAC codec into {folder}; open it with --pretrained_model {folder}")
         return
@@ -321,6 +330,11 @@ def inputs_of(tts: DualHead, source: str):
     path = Path(source)
     if not path.exists():
         raise UserError(f"--input {source} does not exist")
+    if path.suffix == ".parquet":  # one file of a cache, or what train_rvq.py generate has written
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "codes_batch_gpu0_0.parquet").symlink_to(path.resolve())
+            yield from inputs_of(tts, folder)
+        return
     if path.is_dir() and list(path.glob("codes_batch_gpu*_*.parquet")):
         index = CodeIndex(source)
         differs = tts.geometry.difference(index.geometry)
@@ -348,7 +362,7 @@ def inputs_of(tts: DualHead, source: str):
 def main() -> int:
     args = ARGS
     if args.export:
-        export(args.checkpoint, args.export)
+        export(args.checkpoint, args.export, args.half)
         return 0
     stop = StopFlag()
     tts = load_dual_head(args.checkpoint, "cpu" if args.export_onnx else args.device, args.pretrained_model)
@@ -356,7 +370,7 @@ def main() -> int:
         export_onnx(tts, args.export_onnx)
         return 0
     rates = {"24000": (24000,), "48000": (48000,), "both": (24000, 48000)}[args.sample_rate]
-    one_file = Path(args.input).is_file()
+    one_file = Path(args.input).is_file() and not args.input.endswith(".parquet")
     absent = [r for r in rates if r not in tts.rates]
     if absent:
         raise UserError(f"{args.checkpoint} has no {absent[0]} Hz head: --sample_rate {tts.rates[0]}")

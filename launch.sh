@@ -163,6 +163,8 @@ start_job() { # NAME KIND GPUS RUN_DIR COMMAND...
   exec 9>"$LOG_DIR/$name.lock"
   flock -w 30 9 || abort "another start of $name holds $LOG_DIR/$name.lock"
   alive "$name" && abort "$name already runs (pid $PID); ./launch.sh stop $name first"
+  # a new job begins a new log: the end of an older job's would be taken for its own
+  [ -n "${KEEP_LOG:-}" ] || [ ! -s "$log" ] || mv -f "$log" "$log.old"
   printf '=== %s %s\n' "$(date '+%F %T')" "$*" >>"$log"
   tmp=$LOG_DIR/.$name.pid.$$
   rm -f "$LOG_DIR/$name.exit"
@@ -261,8 +263,10 @@ start_many() { # KIND SCRIPT GPUS ARGS...: one process a GPU, all on the same fo
 # ---- stop, resume, look ----
 
 known() {
-  [ -n "${1:-}" ] || abort "say which job: $(jobs_list | tr '\n' ' ')"
-  [ -s "$LOG_DIR/$1.json" ] || abort "no job $1 in $LOG_DIR; there are: $(jobs_list | tr '\n' ' ')"
+  local jobs
+  jobs=$(jobs_list | tr '\n' ' ')
+  [ -n "${1:-}" ] || abort "say which job: ${jobs:-there is none in $LOG_DIR}"
+  [ -s "$LOG_DIR/$1.json" ] || abort "no job $1 in $LOG_DIR; there are: ${jobs:-none}"
 }
 
 jobs_list() {
@@ -275,19 +279,20 @@ jobs_list() {
 
 stop_job() {
   known "${1:-}"
-  local name=$1 waited=0
+  local name=$1 waited=0 killed=
   alive "$name" || abort "$name does not run ($(state_of "$name")); nothing was signalled"
   echo "stopping $name (process group $PID); it finishes its step and writes a checkpoint"
   kill -TERM -- "-$PID"
   while alive "$name"; do
     if [ "$waited" -ge $((${STOP_GRACE:-60} * 5)) ]; then
       echo "still alive after ${STOP_GRACE:-60} s: KILL"
+      killed=", from the checkpoint before (STOP_GRACE=SECONDS gives it longer to write one)"
       kill -KILL -- "-$PID" 2>/dev/null || true
     fi
     sleep 0.2
     waited=$((waited + 1))
   done
-  echo "$name has stopped; go on with: ./launch.sh resume $name"
+  echo "$name has stopped; go on with: ./launch.sh resume $name$killed"
 }
 
 resume_job() {
@@ -311,7 +316,7 @@ PY
   cd "$cwd"
   preflight "$kind" "$gpus" "${command[@]:4}"
   [[ $gpus == *,* ]] && export CUDA_VISIBLE_DEVICES=$gpus
-  start_job "$name" "$kind" "$gpus" "$run_dir" "${command[@]:4}"
+  KEEP_LOG=1 start_job "$name" "$kind" "$gpus" "$run_dir" "${command[@]:4}"
 }
 
 status() {

@@ -655,6 +655,12 @@ class Run:
             return "FINISHED"
         return self.status
 
+    @property
+    def state_word(self) -> str:
+        """`shown_state` for people: a run that a signal ended is STOPPED, not dead."""
+        stopped = self.end and self.end["reason"] == "stopped" and self.status != "RUNNING"
+        return "STOPPED" if stopped else self.shown_state or "LOG"
+
     def why_dead(self) -> str:
         if self.end:
             code = f" (exit code {clean(self.end['code'])})" if self.end.get("code") else ""
@@ -1125,7 +1131,7 @@ def done(run: Run) -> str:
 
 COLUMNS = (  # of the overview: title, width, importance (0 = always), text(fleet, run, its row of --json)
     ("run", 0, 0, lambda f, r, j: r.name),
-    ("state", 9, 0, lambda f, r, j: j["state"] or "LOG"),
+    ("state", 9, 0, lambda f, r, j: r.state_word),
     ("phase", 8, 8, lambda f, r, j: j["phase"] or "–"),
     ("epoch", 6, 1, lambda f, r, j: done(r) if j["epoch"] is None else f"{j['epoch']}/{short(j['epochs'])}"),
     ("step", 13, 7, lambda f, r, j: f"{short(j['step'])}/{short(r.state.latest.get('total_steps'))}"),
@@ -1211,7 +1217,7 @@ def details(fleet: Fleet, run: Run, width: int) -> list:
         third.insert(0, f"best val {names[s.judged]} {short(best[s.judged])} {at}")
     if heads := [f"{names[k]} {short(val[k])}" for k in ("loss_24k", "loss_48k") if k in val]:
         third.insert(0, f"val {' '.join(heads)}")
-    state = [(j["state"] or "LOG ONLY", STATE_STYLE[j["state"]]), (f" pid {short(j['pid'])}", "")]
+    state = [(run.state_word, STATE_STYLE[j["state"]]), (f" pid {short(j['pid'])}", "")]
     texts = (first, second or clean(run.last_line or "no line yet"), " · ".join(third))
     return [[(head, "bold"), *state, (" " + "─" * width, "dim")], *([(text, "")] for text in texts)]
 

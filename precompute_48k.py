@@ -289,6 +289,8 @@ class Job:
         why = (
             f"{first['path']} has {first['rate']} Hz, below --native_rate {args.native_rate}: it needs SIDON"
         )
+        if 44100 <= first["rate"] < args.native_rate:
+            why += " (CD-quality recordings can be kept instead: --native_rate 44100, another --output_dir)"
         self.log.say(f"{why}: loading it")
         try:
             sums = read_sums(args.sidon_sha256) if args.sidon_sha256 else None

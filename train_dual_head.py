@@ -31,6 +31,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -352,8 +353,10 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict]:
         values.update(layer)
         origin.update(dict.fromkeys(layer, source))
     if values["codes_dir"]:
-        for name, sub in (("cache_dir", "train"), ("val_cache_dir", "val")):
-            values[name] = values[name] or str(Path(values["codes_dir"]) / sub)
+        codes = Path(values["codes_dir"])
+        val = codes / ("valid" if (codes / "valid").is_dir() and not (codes / "val").exists() else "val")
+        values["cache_dir"] = values["cache_dir"] or str(codes / "train")
+        values["val_cache_dir"] = values["val_cache_dir"] or str(val)
     args = argparse.Namespace(recipe=recipe, **values)
     if flags["print_config"]:
         print(f"{'recipe':22} {recipe!r}")
@@ -365,6 +368,11 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict]:
         print("\n".join(plan_lines(args, make_plan(args, flags["print_schedule"]))))
         sys.exit(0)
     check_data(args)
+    held = sorted(Path(args.output_dir).glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
+    if held and not args.resume and os.environ.get("RANK", "0") == "0":
+        what = "is damaged" if "resume" in typed else "would be overwritten"
+        raise UserError(f"{args.output_dir} holds a run whose {held[-1].name} {what}: go on with it by "
+                        "--resume auto, or name another --output_dir")  # fmt: skip
     return args, origin
 
 
@@ -984,6 +992,7 @@ class Trainer:
             p.copy_(values[k])
 
     def loader(self, data, index_lists):
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # for every epoch, 300 characters
         return torch.utils.data.DataLoader(
             data, batch_sampler=index_lists, collate_fn=collate, num_workers=self.args.num_workers,
             worker_init_fn=ignore_stop_signals,
@@ -993,7 +1002,7 @@ class Trainer:
     # -- checkpoints --
 
     def state(self) -> dict:
-        epoch = next((e.number for e in self.plan if self.step < e.first_step + e.steps), self.args.epochs)
+        epoch = self.epoch_of_step().number
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -1236,9 +1245,13 @@ class Trainer:
                 self.save(k.replace("loss", "best_model") + ".pt")
         return True
 
+    def epoch_of_step(self) -> Epoch:
+        """The epoch that the last step belongs to."""
+        return next(e for e in self.plan if self.step <= e.first_step + e.steps)
+
     def save_step(self) -> None:
-        epoch = next((e for e in self.plan if self.step <= e.first_step + e.steps), self.plan[-1])
-        self.save(f"checkpoint_epoch{epoch.number}_iter{self.step}.pt", "checkpoint_epoch*_iter*.pt")
+        number = self.epoch_of_step().number
+        self.save(f"checkpoint_epoch{number}_iter{self.step}.pt", "checkpoint_epoch*_iter*.pt")
 
     def stop_with_checkpoint(self, reason: str = "stopped", code: int = EXIT_STOPPED) -> int:
         self.save_step()

@@ -132,6 +132,7 @@ def test_mistakes_get_one_sentence_and_write_nothing(checkpoint, snac_dir, tmp_p
         (tmp_path / "none.pt", [], "does not exist"),
         (tmp_path / "foreign.pt", [], "not a checkpoint of train_dual_head.py"),
         ("someone/model", [], "id@COMMIT"),
+        (snac_dir, [], "is no dual-head decoder"),
         (checkpoint, ["--input", tmp_path / "none.wav"], "does not exist"),
         (checkpoint, ["--input", tmp_path / "text.wav"], "text.wav"),
         (checkpoint, ["--pretrained_model", other], "is not the one this decoder was trained with"),

@@ -65,6 +65,8 @@ def test_a_job_that_dies_at_once_shows_the_end_of_its_log_and_its_exit_code(laun
 def test_a_job_that_finishes_at_once_is_no_failure(launch):
     out = launch(f"start_job x cache cpu '' '{launch.python}' -c 'print(123)'")
     assert "already finished" in out and "123" in out
+    out = launch(f"start_job x cache cpu '' '{launch.python}' -c 'print(456)'")
+    assert "456" in out and "123" not in out and "123" in (launch.logs / "x.log.old").read_text()
 
 
 def test_of_20_starts_at_once_one_runs(launch):

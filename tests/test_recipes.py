@@ -472,7 +472,8 @@ def test_a_codec_from_scratch_uses_its_codebooks(speech_48k, tmp_path):
     # the result is a SNAC folder, and codes come out of it as out of the checkpoint
     from infer import load_dual_head
 
-    run("infer.py", "--checkpoint", tmp_path / "run" / "best_model.pt", "--export", tmp_path / "codec")
+    run("infer.py", "--checkpoint", tmp_path / "run" / "best_model.pt", "--export", tmp_path / "codec",
+        "--half")  # fmt: skip
     again = T.load_snac(str(tmp_path / "codec"))
     clip = trainer.some_speech(40)[:1]
     mine = load_dual_head(tmp_path / "run" / "best_model.pt")
@@ -503,6 +504,11 @@ def test_dead_entries_restart_and_used_ones_stay(snac):
 def test_a_phase10_checkpoint_is_a_trunk_only_for_its_own_codes(speech_48k, codes_48k, snac_dir, tmp_path):
     train("phase10", snac_dir, tmp_path / "frozen", *raw(speech_48k), "--main_lr", 1e-3).train()
     train("phase10", snac_dir, tmp_path / "full", *raw(speech_48k), "--no-freeze_encoder").train()
+    # written out as a codec, the frozen encoder has the hash it had: caches stay valid
+    run("infer.py", "--checkpoint", tmp_path / "frozen" / "best_model.pt", "--export", tmp_path / "codec")
+    old, new = (T.load_snac(str(folder)) for folder in (snac_dir, tmp_path / "codec"))
+    assert T.weights_hash(old.state_dict()) == T.weights_hash(new.state_dict())
+    assert any(not torch.equal(a, b) for a, b in zip(old.decoder.parameters(), new.decoder.parameters()))
     tuned = tmp_path / "frozen" / "checkpoint_epoch2.pt"
     data = cached(codes_48k, speech_48k)
     trainer = train("phase12", snac_dir, tmp_path / "dual", *data, "--phase10_checkpoint", tuned)

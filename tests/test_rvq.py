@@ -851,9 +851,8 @@ def test_the_circle_closes(cache_dir, snac_dir, tmp_path):
     torch.save(state, tmp_path / "dual.pt")
     assert run_here(command(tmp_path, str(cache_dir), "--epochs", "1")) == 0
     assert generate(tmp_path, "out.wav", "--decoder", str(tmp_path / "dual.pt")) == 0
-    (tmp_path / "gen").mkdir()
-    assert generate(tmp_path, "gen/codes_batch_gpu0_0.parquet") == 0
-    run("infer.py", "--checkpoint", tmp_path / "dual.pt", "--input", tmp_path / "gen",
+    assert generate(tmp_path, "out.parquet") == 0
+    run("infer.py", "--checkpoint", tmp_path / "dual.pt", "--input", tmp_path / "out.parquet",
         "--output", tmp_path / "wavs", "--device", "cpu")  # fmt: skip
     ours, rate = soundfile.read(tmp_path / "out.wav")
     theirs, _ = soundfile.read(next((tmp_path / "wavs").rglob("*.wav")))

@@ -320,12 +320,14 @@ def test_a_short_utterance_is_masked_not_padded_with_a_real_code(cache_dir, targ
 
 
 def test_a_48k_folder_that_lacks_files_says_how_many_and_which_first(cache_dir, targets_dir, tmp_path):
-    rows = [json.loads(line) for line in open(targets_dir / "manifest.jsonl")]
-    kept = [r for r in rows if "utt00" not in r["path"] and "utt03" not in r["path"]]
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    targets = shutil.copytree(targets_dir, tmp_path / "t")
+    rows = [json.loads(line) for line in open(targets / "manifest.jsonl")]
+    kept = [r for r in rows if "utt03" not in r["path"]]
+    (targets / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    (targets / "a" / "utt00.wav").unlink()  # in the manifest, not on the disk
     with pytest.raises(UserError, match=r"lacks 2 of 14 files, first a/utt00.wav"):
-        CachedCodesDataset(cache_dir, tmp_path, 1.0)
-    data = CachedCodesDataset(cache_dir, tmp_path, 1.0, max_bad_fraction=0.5)
+        CachedCodesDataset(cache_dir, targets, 1.0)
+    data = CachedCodesDataset(cache_dir, targets, 1.0, max_bad_fraction=0.5)
     assert len(data) == 12 and data.left_out == {"no 48 kHz target": 2}
 
 
@@ -340,9 +342,9 @@ def test_unfaithful_rows_are_left_out_and_counted(cache_dir, targets_dir, tmp_pa
 
 
 def test_a_vanished_target_is_an_error_item_not_silence(cache_dir, targets_dir, tmp_path):
-    shutil.copytree(targets_dir, tmp_path / "t")
+    data = CachedCodesDataset(cache_dir, shutil.copytree(targets_dir, tmp_path / "t"), 0.5)
     (tmp_path / "t" / "a" / "utt02.wav").unlink()
-    item = CachedCodesDataset(cache_dir, tmp_path / "t", 0.5)[2]
+    item = data[2]
     assert item["error"] == "file not found" and item["valid_24k"] == 0
     batch = collate([item])
     assert batch["bad"] == [("a/utt02.ogg", "file not found")]
@@ -464,6 +466,20 @@ def test_the_outlier_guard_survives_nan_and_accepts_a_lasting_change():
     assert skipped[50:56] == [True, False, True, False, True, False]
     assert skipped[56] and not any(skipped[60:])  # 500 is the new scale
     assert T.judge_norm(1e9, 1.0, -1)[0] is False and T.judge_norm(math.nan, 1.0, -1)[0] is True
+
+
+def test_a_run_is_never_overwritten(cache_dir, targets_dir, snac_dir, tmp_path):
+    flags = cache_dir, targets_dir, snac_dir, tmp_path / "run", "--epochs", 1, "--epoch_ranges", "1-1"
+    flags = *flags, "--segment_schedule", "0.3", "--batch_multiplier", "1.0", "--warmup_epochs", 0
+    assert trainer(*flags).train() == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match=r"checkpoint_epoch1.pt would be overwritten: .*--resume auto"):
+        trainer(*flags)
+    (tmp_path / "run" / "checkpoint_epoch1.pt").write_bytes(b"half of it")
+    with pytest.raises(UserError, match=r"checkpoint_epoch1.pt is damaged"):
+        trainer(*flags, "--resume", "auto")
+    before["checkpoint_epoch1.pt"] = b"half of it"
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
 def test_mistakes_get_one_sentence(cache_dir, targets_dir, snac_dir, unbroken, tmp_path):
