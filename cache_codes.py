@@ -13,7 +13,6 @@ line a file left out, with the reason) and work/ (claims). Columns: file_path (r
 
 from __future__ import annotations
 
-import argparse
 import collections
 import concurrent.futures
 import hashlib
@@ -38,6 +37,7 @@ from corpus import (
 from runlog import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
+    Parser,
     RunLog,
     StopFlag,
     UserError,
@@ -376,7 +376,7 @@ def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> No
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--data_dir", required=True, help="audio folder, read recursively")
     p.add_argument("--output_dir", required=True, help="cache folder; may be shared by several processes")
     p.add_argument("--pretrained_model", default=DEFAULT_MODEL, help="SNAC folder, hub id, or hub id@COMMIT")

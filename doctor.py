@@ -15,14 +15,13 @@ Exit code 0: all healthy; 4: the first sick checkpoint is named.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import glob
 import math
 from pathlib import Path
 from statistics import median
 
-from runlog import EXIT_DIVERGED, UserError, atomic_file, first_line, load_checkpoint, main_guard
+from runlog import EXIT_DIVERGED, Parser, UserError, atomic_file, first_line, load_checkpoint, main_guard
 
 COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
     "file": "{}", "kind": None, "epoch": "{}", "step": "{}", "val_loss": "{:.4f}", "best_val": "{:.4f}",
@@ -174,7 +173,7 @@ def report(rows: list[dict]) -> None:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--ckpts", required=True, help="glob of checkpoints of one run")
     p.add_argument("--probe-data", help=".npq glob or cache folder: entropy and loss of token models on it")
     p.add_argument("--probe-windows", type=int, default=16, help="windows of up to 256 frames (default 16)")

@@ -2,8 +2,7 @@
 heads.
 
     python evaluate.py --checkpoint checkpoints/phase12_dual_head/best_model.pt --data_dirs corpus/valid/audio
-    python evaluate.py --checkpoint a/best_model.pt b/best_model.pt --data_dirs corpus/valid/audio  # one
-table
+    python evaluate.py --checkpoint a/best_model.pt b/best_model.pt --data_dirs corpus/valid/audio
 
 Checkpoints of any recipes stand beside each other: phase10 and 12 meet at 24 kHz, 11 and 12 at 48 kHz.
 
@@ -19,17 +18,16 @@ audio mode, 48 kHz systems, higher is better), rtf (decoding time / audio time).
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
 from pathlib import Path
 
-from runlog import EXIT_STOPPED, StopFlag, UserError, guarded, main_guard, pick_device, write_json
+from runlog import EXIT_STOPPED, Parser, StopFlag, UserError, guarded, main_guard, pick_device, write_json
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--checkpoint", nargs="+", required=True, help="checkpoints or exported folders")
     p.add_argument(
         "--data_dirs", nargs="+", required=True, help="folders of held-out recordings, 44.1 kHz or more"

@@ -1,11 +1,10 @@
 """Speech or SNAC codes in, 24 and 48 kHz speech out.
 
-    python infer.py --checkpoint checkpoints/phase12_dual_head/best_model.pt --input talk.wav --output
-    talk_48k.wav python infer.py --checkpoint C --input corpus/ --output out/ --sample_rate both      # a
-    folder, recursively python infer.py --checkpoint C --input codes/val --output out/
-      # a cache of cache_codes.py python infer.py --checkpoint C --input codes/val --output - --stream |
-    aplay -f S16_LE -r 48000   # raw PCM python infer.py --checkpoint C --export exported/
-                   # safetensors + config
+    python infer.py --checkpoint C/best_model.pt --input talk.wav --output talk_48k.wav
+    python infer.py --checkpoint C --input corpus/ --output out/ --sample_rate both   # a folder, recursively
+    python infer.py --checkpoint C --input codes/val --output out/                    # a cache
+    python infer.py --checkpoint C --input codes/val --output - --stream | aplay -f S16_LE -r 48000
+    python infer.py --checkpoint C --export exported/                                 # safetensors + config
 
 In Python:
 
@@ -20,7 +19,6 @@ and noise is a function of position, so the samples are those of one pass.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
@@ -32,6 +30,7 @@ from pathlib import Path
 from runlog import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
+    Parser,
     StopFlag,
     UserError,
     atomic_file,
@@ -46,7 +45,7 @@ from runlog import (
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--checkpoint", required=True, help="checkpoint, exported folder, or hub id@COMMIT")
     p.add_argument("--input", help="audio file, folder, cache of cache_codes.py, or one .parquet of it")
     p.add_argument(

@@ -50,6 +50,7 @@ from corpus import (
 from runlog import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
+    Parser,
     RunLog,
     StopFlag,
     UserError,
@@ -408,7 +409,7 @@ def merge(work: SharedWork, output_dir: Path, min_corr: float) -> dict:
 
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     add = p.add_argument
     # data
     add("--input_dir", type=Path, required=True, help="recordings, any rate, searched recursively")

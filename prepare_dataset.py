@@ -11,7 +11,6 @@ counts and the groups.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import re
@@ -19,11 +18,11 @@ import shutil
 from pathlib import Path
 
 from corpus import find_audio
-from runlog import UserError, main_guard, write_json
+from runlog import Parser, UserError, main_guard, write_json
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--input_dir", required=True, help="audio folder, read recursively")
     p.add_argument("--output_dir", required=True, help="gets train/audio, valid/audio and manifest.json")
     p.add_argument("--train_ratio", type=float, default=0.95, help="share of the files for training")

@@ -5,7 +5,9 @@ Imported by every script (torch only inside the functions that need it, so that 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import difflib
 import errno
 import json
 import math
@@ -37,6 +39,19 @@ class UserError(Exception):
     def __init__(self, message: str, code: int = EXIT_ERROR):
         super().__init__(message)
         self.code = code
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line that names the nearest flag, not 60 lines of usage."""
+
+    def __init__(self, **kw):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | kw)
+
+    def error(self, message):
+        known, hints = [flag for action in self._actions for flag in action.option_strings], []
+        for word in re.findall(r"(?<!\S)--[\w-]+", message.partition("unrecognized arguments:")[2]):
+            hints += [f"{word}: did you mean {near}?" for near in difflib.get_close_matches(word, known, 1)]
+        self.exit(2, f"{self.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}\n")
 
 
 def guarded(function, *args):

@@ -49,6 +49,7 @@ from runlog import (
     EXIT_BAD_INPUT,
     EXIT_DIVERGED,
     EXIT_STOPPED,
+    Parser,
     RunLog,
     StopFlag,
     UserError,
@@ -307,7 +308,7 @@ def find_resume(value: str, output_dir: str) -> Path | None:
 
 def parse_args(argv=None) -> tuple[argparse.Namespace, dict]:
     """(resolved options, origin of each value: default | recipe | checkpoint | config | flag)."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: phase12)")
     p.add_argument("--config", default="", help="JSON file with values of these options or the older keys")
     p.add_argument(

@@ -44,6 +44,7 @@ from runlog import (
     EXIT_BAD_INPUT,
     EXIT_DIVERGED,
     EXIT_STOPPED,
+    Parser,
     RunLog,
     StopFlag,
     UserError,
@@ -70,8 +71,7 @@ SKIPS_IN_A_ROW = 20  # then the run is declared diverged
 # fmt: off
 
 def training_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="train_rvq.py", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="train_rvq.py", description=__doc__, allow_abbrev=False)
 
     def flag(name, default=None, help="", **kw):
         if default is not None and default != "" and not isinstance(default, bool):
@@ -149,8 +149,8 @@ def training_parser() -> argparse.ArgumentParser:
 
 
 def generate_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="train_rvq.py generate", allow_abbrev=False,
-                                description="Sample tokens from a checkpoint (EMA weights).")
+    p = Parser(prog="train_rvq.py generate", allow_abbrev=False,
+               description="Sample tokens from a checkpoint (EMA weights).")
     same = training_parser().get_default  # one default for one thing
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--output", required=True, help="out.npq, out.parquet (SNAC) or out.wav (decoded)")

@@ -3,6 +3,7 @@
 FUZZ_SEED=7 python -m pytest tests/test_fuzz.py    # another 200
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -215,7 +216,7 @@ def test_bad_checkpoints_are_refused_in_one_sentence(good_run, tmp_path):
         spoken = reason_of(load_dual_head, path)
         if spoken is None and not refused:
             assert case.expect != "bad", case.name
-        reason_of(doctor.examine, str(path), doctor.argparse.Namespace(probe_data=None), None)
+        reason_of(doctor.examine, str(path), argparse.Namespace(probe_data=None), None)
     assert not marker.exists(), "a checkpoint ran code"
     check(outcomes)
 

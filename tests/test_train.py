@@ -482,6 +482,11 @@ def test_a_run_is_never_overwritten(cache_dir, targets_dir, snac_dir, tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
+def test_an_unknown_flag_names_the_nearest():
+    done = run("train_dual_head.py", "--batchsize", 3, "--nothing_like_it", code=2)
+    assert done.stderr.count("\n") == 1 and "--batchsize: did you mean --batch_size?" in done.stderr
+
+
 def test_mistakes_get_one_sentence(cache_dir, targets_dir, snac_dir, unbroken, tmp_path):
     base = tiny_args(cache_dir, targets_dir, snac_dir, tmp_path / "run")
     other = save_snac(make_snac(9), tmp_path / "other")
