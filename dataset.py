@@ -46,6 +46,10 @@ from runlog import (
     write_json,
 )
 
+# 12 dB over full scale: nobody speaks so. Lossy codecs decode to 1.6 at most; integers stored as floats and
+# broken recordings are louder, and one in 30 steps keeps Adam's second moments off for all other weights.
+MAX_PEAK = 4.0
+
 # ---- data: the index beside the cache ----
 
 
@@ -379,7 +383,7 @@ class SliceDataset:
         masked = i < 0  # a filler that gives every rank a batch: its content does not count
         row, g = int(self.rows[~i if masked else i]), self.geometry
         crop = np.random.default_rng([self.seed, 0 if self.fixed else self.epoch, row])
-        audio, error = {}, ""
+        audio, error, left_out = {}, "", ""
         try:
             utterance = self.open(row)
         except AudioError as e:
@@ -400,7 +404,12 @@ class SliceDataset:
                 audio = self.audio(row, utterance, at)
             except AudioError as e:
                 error = str(e)
-        if masked or error:  # counted and named by the trainer; silence is never a target: nothing is valid
+        peak = max((float(np.abs(x).max(initial=0)) for k, x in audio.items() if k != "source"), default=0)
+        if peak > MAX_PEAK:
+            left_out = f"samples reach {peak:.3g} where full scale is 1"
+        if (
+            masked or error or left_out
+        ):  # counted and named by the trainer; silence is never a target: nothing is valid
             item["valid_24k"] = 0
         if not self.want_48k:
             audio.pop("audio_48k", None)
@@ -410,7 +419,7 @@ class SliceDataset:
             # past the end of the recording there is nothing to learn: silence there, masked by the loss
             x[factor * item["valid_24k"] :] = 0
             item[name] = torch.from_numpy(x)
-        return item | {"error": error, "source": audio.get("source")}
+        return item | {"error": error, "left_out": left_out, "source": audio.get("source")}
 
 
 class CachedCodesDataset(SliceDataset):
@@ -577,6 +586,7 @@ def collate(items: list[dict]) -> dict:
         "phase_true": torch.tensor([it["kind"] in ("copied", "sinc") for it in items]),
         "noise_key": torch.tensor([it["noise_key"] for it in items]),
         "bad": [(it["file_path"], it["error"]) for it in items if it["error"]],
+        "left_out": [(it["file_path"], it["left_out"]) for it in items if it["left_out"]],
         "sources": {i: it["source"] for i, it in enumerate(items) if it["source"]},
         "names": [it["file_path"] for it in items],
         "rows": [it["row"] for it in items if it["row"] >= 0],

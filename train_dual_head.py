@@ -640,6 +640,7 @@ class Trainer:
         self.phase, self.optimizer, self.ema = None, None, None
         self.bad_files: dict[str, str] = {}
         self.unfaithful: set[str] = set()
+        self.left_out: set[str] = set()
         sizes = [len(self.geometry.vq_strides), self.geometry.codebook_size]
         self.counts = torch.zeros(2, *sizes, dtype=torch.int64)  # codes [this epoch, since restarts]
         if args.resume:
@@ -791,7 +792,7 @@ class Trainer:
         sums: dict = {}
         seen, total = [], 0.0
         for i, batch in enumerate(micro_batches):
-            self.note_bad(batch["bad"])
+            self.note_bad(batch)
             batch = self.to_device(batch)
             watch_24k = not warm or self.step % a.monitor_24k_every == 0
             last = i == len(micro_batches) - 1
@@ -893,9 +894,15 @@ class Trainer:
         self.log.metric(event="usage", epoch=epoch, step=self.step, **found)
         self.counts[0] = 0
 
-    def note_bad(self, bad) -> None:
-        """Quarantine files that could not be read: named once in the log and counted; `stop_asked` judges."""
-        for name, reason in bad:
+    def note_bad(self, batch) -> None:
+        """Name once in the log, and count, files that could not be read (`stop_asked` judges how many are too
+        many) and those that are left out of the loss."""
+        for name, reason in batch["left_out"]:
+            if name not in self.left_out:
+                self.left_out.add(name)
+                self.log.say(f"left out {name}: {reason}")
+                self.log.metric(event="left_out", file_path=name, reason=reason, step=self.step)
+        for name, reason in batch["bad"]:
             if name not in self.bad_files:
                 self.bad_files[name] = reason
                 self.log.say(f"bad file {name}: {reason}")
@@ -950,7 +957,7 @@ class Trainer:
             for batch in loader:
                 if self.stop_asked():
                     return None
-                self.note_bad(batch["bad"])
+                self.note_bad(batch)
                 batch = self.to_device(batch)
                 found = self.forward(self.codec or self.model, batch)
                 for name, audio, factor in (("24k", self.outputs[0], 1), ("48k", self.outputs[1], 2)):
@@ -1102,7 +1109,9 @@ class Trainer:
         try:
             return self.run_epochs()
         except TooManyBadFiles:
-            self.stop_with_checkpoint("too many bad files", EXIT_BAD_INPUT)
+            if self.step > 0:  # before that there is nothing to lose, and the folder stays free
+                self.save_step()
+            self.end("too many bad files", EXIT_BAD_INPUT)
             raise
 
     def run_epochs(self) -> int:
@@ -1254,9 +1263,9 @@ class Trainer:
         number = self.epoch_of_step().number
         self.save(f"checkpoint_epoch{number}_iter{self.step}.pt", "checkpoint_epoch*_iter*.pt")
 
-    def stop_with_checkpoint(self, reason: str = "stopped", code: int = EXIT_STOPPED) -> int:
+    def stop_with_checkpoint(self) -> int:
         self.save_step()
-        return self.end(reason, code)
+        return self.end("stopped", EXIT_STOPPED)
 
     def save_before_skips(self, epoch) -> None:
         """A checkpoint from before the skipped steps (of this epoch): they changed no weight, so only the
@@ -1276,6 +1285,7 @@ class Trainer:
         )
         self.log.say(f"{reason} at step {self.step} after {human_time(spent)}{memory}; {self.skipped} "
                      f"steps skipped, {len(self.bad_files)} bad files"
+                     + (f", {len(self.left_out)} left out as too loud" if self.left_out else "")
                      + (f", {len(self.unfaithful)} unfaithful" if self.unfaithful else ""))  # fmt: skip
         if reason == "stopped":
             self.log.say(f"go on with: --resume auto --output_dir {self.args.output_dir}")

@@ -340,6 +340,22 @@ def test_raw_recordings_below_the_native_rate_need_an_upsampler(speech_48k, snac
     assert "feature_extractor_cpu.pt" in one_sentence(done)
 
 
+def test_a_recording_far_over_full_scale_is_left_out_by_name_and_teaches_nothing(
+    speech_48k, snac_dir, tmp_path
+):
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    for i in range(4):
+        x = voice(1.0, 48000, i)
+        sf.write(folder / f"{i}.wav", x * (40 / np.abs(x).max() if i == 2 else 1), 48000, subtype="FLOAT")
+    t = train("phase12", snac_dir, tmp_path / "run", *raw(folder))
+    assert [t.data[i]["valid_24k"] > 0 for i in range(4)] == [True, True, False, True]
+    assert t.train() == 0 and not t.bad_files
+    (event,) = metrics(tmp_path / "run", "left_out")
+    assert event["file_path"] == "2.wav" and "where full scale is 1" in event["reason"]
+    assert max(v["loss"] for v in metrics(tmp_path / "run", "val")) < 50
+
+
 def test_sidon_on_the_fly_gives_the_targets_that_precompute_writes(speech_48k, snac_dir, tmp_path):
     from standin import build
 

@@ -228,8 +228,15 @@ def test_a_diverged_run_leaves_a_checkpoint_from_before_and_repeats_from_there(
 def test_too_many_bad_files_end_the_run_with_a_checkpoint(cache_dir, targets_dir, snac_dir, tmp_path):
     targets, out = shutil.copytree(targets_dir, tmp_path / "targets"), tmp_path / "run"
     t = trainer(cache_dir, targets, snac_dir, out, "--max_bad_fraction", 0.1)
-    for wav in sorted(targets.rglob("*.wav"))[:4]:
-        wav.write_bytes(wav.read_bytes()[:30])
+    original = t.train_step
+
+    def spoil(*a):
+        if t.step == 3:
+            for wav in targets.rglob("*.wav"):
+                wav.write_bytes(wav.read_bytes()[:30])
+        return original(*a)
+
+    t.train_step = spoil
     with pytest.raises(runlog.UserError, match=r"could not be read, first .* then --resume auto") as stopped:
         t.train()
     assert stopped.value.code == 5
