@@ -65,6 +65,16 @@ def measure(model, held_out) -> tuple[dict, list]:
     return {"lsd": round(float(means[0]), 4), "log_mel": round(float(means[1]), 4)}, codes
 
 
+def books_of(codes, size: int) -> list[dict]:
+    """Of each codebook: tokens counted, share of entries met, perplexity."""
+    books = []
+    for k in range(len(codes[0])):
+        tokens = torch.cat([c[k].flatten() for c in codes])
+        found = usage(torch.bincount(tokens, minlength=size))
+        books.append({"tokens": len(tokens), **{n: round(v, 4) for n, v in found.items()}})
+    return books
+
+
 @torch.no_grad()
 def recognised(model, folder: str) -> dict:
     """{original, codec, of}: words heard at their place in the recordings Word_Word.wav of a folder."""
@@ -114,18 +124,17 @@ def main() -> int:
         raise UserError("name --held_out and --speech, or --words")
     held_out = list(clips(args.held_out, 6.0))
     torch.manual_seed(0)
-    fresh, _ = measure(new_snac(str(Path(args.codec) / "config.json")), held_out)
+    fresh, fresh_codes = measure(new_snac(str(Path(args.codec) / "config.json")), held_out)
     trained, codes = measure(model, held_out)
+    fresh["codebooks"], trained["codebooks"] = (
+        books_of(c, model.codebook_size) for c in (fresh_codes, codes)
+    )
     with torch.no_grad():
         codes += [model.encode(x) for x in clips(args.speech, 30.0, args.minutes)]
-    books = []
-    for k in range(len(codes[0])):
-        all_codes = torch.cat([c[k].flatten() for c in codes])
-        found = usage(torch.bincount(all_codes, minlength=model.codebook_size))
-        books.append({"tokens": len(all_codes), **{n: round(v, 4) for n, v in found.items()}})
     report = {"config": read_json(Path(args.codec) / "config.json"), "held_out_clips": len(held_out),
               "held_out_seconds": round(sum(x.shape[-1] for x in held_out) / 24000, 1),
-              "fresh_weights": fresh, "codec": trained, "codebooks": books}  # fmt: skip
+              "fresh_weights": fresh, "codec": trained,
+              "with_speech": books_of(codes, model.codebook_size)}  # fmt: skip
     write_json(Path(args.output_dir or args.codec) / "report.json", report)
     print(json.dumps(report, indent=1))
     return 0
