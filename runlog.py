@@ -270,8 +270,11 @@ def check_zip(path: Path) -> str | None:
         return first_line(e)
 
 
-def first_line(e: Exception) -> str:
-    return (str(e) or type(e).__name__).splitlines()[0]
+def first_line(e: BaseException) -> str:
+    """The line of a long message (TorchScript's hold whole tracebacks) that says what is wrong."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    errors = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
+    return (errors[-1] if errors else lines[0])[:300]
 
 
 def load_checkpoint(path: str | Path, map_location="cpu") -> dict:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from corpus import resampled_length
-from runlog import UserError, pick_device
+from runlog import UserError, first_line, pick_device
 
 SIDON_REPO = "sarulab-speech/sidon-v0.1"
 # The commit, and its files' SHA-256, as independent public projects record them (we had no hub to look at;
@@ -321,13 +321,6 @@ def sha256_of(path: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def first_line(e: BaseException) -> str:
-    """The line of a long message (TorchScript's hold whole tracebacks) that says what is wrong."""
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-    errors = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
-    return (errors[-1] if errors else lines[0])[:300]
 
 
 class Sidon:

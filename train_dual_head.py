@@ -919,7 +919,7 @@ class Trainer:
     def stop_asked(self) -> bool:
         """Whether any rank got a signal; raises, on all ranks, when too many files are bad. Every rank calls
         it before every batch, so that all leave the loop at the same one."""
-        found, names = [float(bool(self.stop)), len(self.bad_files)], set(self.bad_files)
+        found = [float(bool(self.stop)), len(self.bad_files)]
         if self.world > 1:
             shared = torch.tensor(found, device=self.device)
             dist.all_reduce(shared)
@@ -929,11 +929,10 @@ class Trainer:
             every: list = [None] * self.world
             dist.all_gather_object(every, self.bad_files)
             self.bad_files = {name: why for part in every for name, why in part.items()}
-            names = set(self.bad_files)
-        if len(names) > limit:
+        if len(self.bad_files) > limit:
             name, reason = next(iter(self.bad_files.items()))
             raise TooManyBadFiles(
-                f"{len(names)} files could not be read, first {name} ({reason}): more than "
+                f"{len(self.bad_files)} files could not be read, first {name} ({reason}): more than "
                 f"--max_bad_fraction {self.args.max_bad_fraction:g}; mend them or raise it, then "
                 "--resume auto",
                 EXIT_BAD_INPUT,
@@ -1000,7 +999,6 @@ class Trainer:
             p.copy_(values[k])
 
     def loader(self, data, index_lists):
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # for every epoch, 300 characters
         return torch.utils.data.DataLoader(
             data, batch_sampler=index_lists, collate_fn=collate, num_workers=self.args.num_workers,
             worker_init_fn=ignore_stop_signals,
@@ -1355,6 +1353,7 @@ def load_weights(model, state: dict, path) -> None:
 
 
 def main() -> int:
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # every epoch, 300 characters
     try:
         return Trainer(ARGS).train()
     except torch.OutOfMemoryError as e:

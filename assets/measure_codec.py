@@ -17,7 +17,6 @@ recordings named after what they say (Front_Left.wav), before and after decode(e
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from cache_codes import load_snac
 from corpus import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside
 from dual_head import lsd, mel_filters, spectrum
 from full_codec import usage
-from runlog import UserError, main_guard, read_json, write_json
+from runlog import Parser, UserError, main_guard, read_json, write_json
 from train_dual_head import new_snac
 
 
@@ -108,7 +107,7 @@ def recognised(model, folder: str) -> dict:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--codec", required=True, help="SNAC folder")
     p.add_argument("--held_out", default="", help="recordings the codec has not seen")
     p.add_argument("--speech", default="", help="more speech, to count entries on")
