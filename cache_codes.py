@@ -24,7 +24,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from corpus import (
+from snac48.audio import (
     AudioError,
     SharedWork,
     find_audio,
@@ -34,7 +34,7 @@ from corpus import (
     resolve_inside,
     write_jsonl,
 )
-from runlog import (
+from snac48.runlog import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
     Parser,

@@ -21,7 +21,15 @@ import math
 from pathlib import Path
 from statistics import median
 
-from runlog import EXIT_DIVERGED, Parser, UserError, atomic_file, first_line, load_checkpoint, main_guard
+from snac48.runlog import (
+    EXIT_DIVERGED,
+    Parser,
+    UserError,
+    atomic_file,
+    first_line,
+    load_checkpoint,
+    main_guard,
+)
 
 COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
     "file": "{}", "kind": None, "epoch": "{}", "step": "{}", "val_loss": "{:.4f}", "best_val": "{:.4f}",
@@ -84,8 +92,8 @@ def probe(state: dict, data: str, windows: int) -> dict:
     import numpy as np
     import torch
 
-    from npq import Corpus
-    from token_lm import build, token_losses
+    from snac48.token_lm import build, token_losses
+    from snac48.tokens import Corpus
     from train_rvq import pad_batch, window_table
 
     corpus, model = Corpus(data, state["args"].get("npq2", "mid")), build(state, "model")

@@ -23,7 +23,16 @@ import sys
 import time
 from pathlib import Path
 
-from runlog import EXIT_STOPPED, Parser, StopFlag, UserError, guarded, main_guard, pick_device, write_json
+from snac48.runlog import (
+    EXIT_STOPPED,
+    Parser,
+    StopFlag,
+    UserError,
+    guarded,
+    main_guard,
+    pick_device,
+    write_json,
+)
 
 
 def parse_args(argv=None):
@@ -63,9 +72,9 @@ import soundfile as sf  # noqa: E402
 import torch  # noqa: E402
 
 from cache_codes import geometry_of, load_snac  # noqa: E402
-from corpus import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside  # noqa: E402
-from dual_head import DualHeadDecoder, lsd, mel_filters, model_config, spectrum, stft_loss  # noqa: E402
 from infer import DualHead, load_dual_head  # noqa: E402
+from snac48.audio import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside  # noqa: E402
+from snac48.decoder import DualHeadDecoder, lsd, mel_filters, model_config, spectrum, stft_loss  # noqa: E402
 
 N_FFTS = (1024, 2048, 4096)
 

@@ -27,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from runlog import (
+from snac48.runlog import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
     Parser,
@@ -81,7 +81,7 @@ import torch  # noqa: E402
 from snac import SNAC  # noqa: E402
 
 from cache_codes import Geometry, encode, fold_weight_norm, geometry_of, load_snac, receptive_reach  # noqa: E402
-from corpus import (  # noqa: E402
+from snac48.audio import (  # noqa: E402
     AudioError,
     find_audio,
     link_roots,
@@ -91,8 +91,8 @@ from corpus import (  # noqa: E402
     resolve_inside,
     target_names,
 )
-from dataset import CodeIndex  # noqa: E402
-from dual_head import from_state  # noqa: E402
+from snac48.data import CodeIndex  # noqa: E402
+from snac48.decoder import from_state  # noqa: E402
 from train_dual_head import check_ours, load_weights  # noqa: E402
 
 # ---- the model, ready to decode ----

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 
-from runlog import UserError, finite_json, human_time, main_guard
+from snac48.runlog import UserError, finite_json, human_time, main_guard
 
 TAIL_BYTES = 1 << 18  # read before the first paint; what lies before comes in afterwards
 CHUNK = 1 << 19  # bytes of history read in one go

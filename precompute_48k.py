@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 # fmt: off
-from corpus import (
+from snac48.audio import (
     AudioError,
     SharedWork,
     audio_blocks,
@@ -47,7 +47,7 @@ from corpus import (
     target_names,
     write_jsonl,
 )
-from runlog import (
+from snac48.runlog import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
     Parser,
@@ -63,7 +63,7 @@ from runlog import (
     sweep_leftovers,
     write_json,
 )
-from sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Sidon, front_end, settle
+from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Sidon, front_end, settle
 
 # fmt: on
 

@@ -17,8 +17,8 @@ import re
 import shutil
 from pathlib import Path
 
-from corpus import find_audio
-from runlog import Parser, UserError, main_guard, write_json
+from snac48.audio import find_audio
+from snac48.runlog import Parser, UserError, main_guard, write_json
 
 
 def parse_args(argv=None):

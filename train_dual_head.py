@@ -45,7 +45,7 @@ from cache_codes import (
     load_snac,
     weights_hash,
 )
-from runlog import (
+from snac48.runlog import (
     EXIT_BAD_INPUT,
     EXIT_DIVERGED,
     EXIT_STOPPED,
@@ -566,14 +566,14 @@ import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from dataset import CachedCodesDataset, RawAudioDataset, collate  # noqa: E402
-from dual_head import DualHeadDecoder, head_losses, lsd, masked, model_config  # noqa: E402
-from full_codec import (  # noqa: E402
+from snac48.codebooks import (  # noqa: E402
     FullCodec,
     restart_dead_entries,
     start_from_features,
     usage,
 )
+from snac48.data import CachedCodesDataset, RawAudioDataset, collate  # noqa: E402
+from snac48.decoder import DualHeadDecoder, head_losses, lsd, masked, model_config  # noqa: E402
 
 
 def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: int) -> list[list[int]]:
@@ -649,7 +649,7 @@ class Trainer:
             self.enter_phase(self.plan[0].phase)
         self.sidon = None
         if args.upsampler == "sidon" and args.data_dir and args.heads != "24k" and not args.audio_48k_dir:
-            from sidon import Sidon
+            from snac48.sidon import Sidon
 
             self.sidon = Sidon(args.sidon_dir or None, device=self.device)
         self.log = RunLog(args.output_dir, quiet=self.rank > 0)  # last: a mistake above leaves no folder

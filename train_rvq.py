@@ -31,16 +31,7 @@ import sys
 import time
 from pathlib import Path
 
-from npq import (
-    Corpus,
-    NpqError,
-    codes_from_frames,
-    open_npq,
-    read_shard,
-    write_cache,
-    write_npq,
-)
-from runlog import (
+from snac48.runlog import (
     EXIT_BAD_INPUT,
     EXIT_DIVERGED,
     EXIT_STOPPED,
@@ -60,6 +51,15 @@ from runlog import (
     stop_at_once,
     versions,
     write_json,
+)
+from snac48.tokens import (
+    Corpus,
+    NpqError,
+    codes_from_frames,
+    open_npq,
+    read_shard,
+    write_cache,
+    write_npq,
 )
 
 DAC_REPO = "descript/dac_44khz@c1bc521685adf9cfe247bc39a5ca58917eda1ac4"
@@ -223,7 +223,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from token_lm import TokenLM, build, load_weights, sample, token_losses  # noqa: E402
+from snac48.token_lm import TokenLM, build, load_weights, sample, token_losses  # noqa: E402
 
 # ---- arithmetic of a run ----
 

@@ -27,10 +27,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cache_codes import load_snac
-from corpus import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside
-from dual_head import lsd, mel_filters, spectrum
-from full_codec import usage
-from runlog import Parser, UserError, main_guard, read_json, write_json
+from snac48.audio import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside
+from snac48.codebooks import usage
+from snac48.decoder import lsd, mel_filters, spectrum
+from snac48.runlog import Parser, UserError, main_guard, read_json, write_json
 from train_dual_head import new_snac
 
 

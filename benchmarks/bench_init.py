@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import train_dual_head as T
-from corpus import resample
-from dual_head import head_losses, lsd, masked
+from snac48.audio import resample
+from snac48.decoder import head_losses, lsd, masked
 
 
 @torch.no_grad()

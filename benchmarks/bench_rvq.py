@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import train_rvq
-from npq import Corpus
+from snac48.tokens import Corpus
 
 
 def unigram(corpus: Corpus, files, val) -> tuple[float, float]:

@@ -83,9 +83,9 @@ def cpu(source: Path, work: Path, modules: Path, files: list[str]) -> None:
     """Stages in this process, over the same files; CPU time, not the clock, so a shared machine will do."""
     import torch
 
-    from corpus import audio_blocks
     from precompute_48k import write_row
-    from sidon import NOTHING, Fbank, HighPass, Sidon, SincResampler, front_end, settle
+    from snac48.audio import audio_blocks
+    from snac48.sidon import NOTHING, Fbank, HighPass, Sidon, SincResampler, front_end, settle
 
     torch.set_num_threads(1)
     sidon = Sidon(modules)
@@ -161,7 +161,7 @@ def torchaudio_beside_ours() -> None:
 
     import torch
 
-    from sidon import NOTHING, HighPass, SincResampler
+    from snac48.sidon import NOTHING, HighPass, SincResampler
 
     torch.set_num_threads(1)
     stub = types.ModuleType("torchaudio._extension")
@@ -199,7 +199,7 @@ def main() -> None:
     args = p.parse_args()
     import standin
 
-    from corpus import find_audio
+    from snac48.audio import find_audio
 
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import soundfile as sf  # noqa: E402
 from conftest import make_snac, save_snac, voice  # noqa: E402
 
-from runlog import load_checkpoint  # noqa: E402
+from snac48.runlog import load_checkpoint  # noqa: E402
 
 EPOCHS = 6
 

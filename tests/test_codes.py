@@ -16,9 +16,17 @@ import torch
 from conftest import ROOT, make_snac, one_sentence, run, save_snac, voice
 
 from cache_codes import encode, geometry_of, receptive_reach, slice_at
-from corpus import AudioError, find_audio, read_audio, read_audio_span, resample, resolve_inside, target_names
-from dataset import CodeIndex
-from runlog import UserError
+from snac48.audio import (
+    AudioError,
+    find_audio,
+    read_audio,
+    read_audio_span,
+    resample,
+    resolve_inside,
+    target_names,
+)
+from snac48.data import CodeIndex
+from snac48.runlog import UserError
 
 
 def rows_of(cache):

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import doctor  # noqa: E402
-import npq  # noqa: E402
 import train_rvq  # noqa: E402
-from runlog import UserError, load_checkpoint, save_checkpoint  # noqa: E402
+from snac48 import tokens as npq  # noqa: E402
+from snac48.runlog import UserError, load_checkpoint, save_checkpoint  # noqa: E402
 
 
 def make_data(folder):

@@ -24,11 +24,11 @@ import cache_codes
 import doctor
 import precompute_48k
 import train_dual_head as T
-from corpus import AudioError, read_audio_span
-from dataset import CachedCodesDataset, CodeIndex
 from infer import load_dual_head
-from npq import Corpus, NpqError, read_shard
-from runlog import UserError, load_checkpoint
+from snac48.audio import AudioError, read_audio_span
+from snac48.data import CachedCodesDataset, CodeIndex
+from snac48.runlog import UserError, load_checkpoint
+from snac48.tokens import Corpus, NpqError, read_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 SEED = int(os.environ.get("FUZZ_SEED", 42))

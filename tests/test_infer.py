@@ -13,9 +13,9 @@ from test_train import trainer
 
 import evaluate as E
 from cache_codes import geometry_of
-from dual_head import DualHeadDecoder, model_config
 from infer import DualHead, load_dual_head
-from runlog import UserError, load_checkpoint, save_checkpoint
+from snac48.decoder import DualHeadDecoder, model_config
+from snac48.runlog import UserError, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")

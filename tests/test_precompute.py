@@ -27,11 +27,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import standin  # noqa: E402
 
 import precompute_48k  # noqa: E402
-import sidon as sidon_module  # noqa: E402
-from corpus import SharedWork  # noqa: E402
 from precompute_48k import Sidon  # noqa: E402
-from runlog import UserError  # noqa: E402
-from sidon import NOTHING, RATE, Fbank, HighPass, Resampler, SincResampler, front_end  # noqa: E402
+from snac48 import sidon as sidon_module  # noqa: E402
+from snac48.audio import SharedWork  # noqa: E402
+from snac48.runlog import UserError  # noqa: E402
+from snac48.sidon import NOTHING, RATE, Fbank, HighPass, Resampler, SincResampler, front_end  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, one_sentence, run, voice
 
 import train_dual_head as T
-from runlog import UserError, load_checkpoint
+from snac48.runlog import UserError, load_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -478,7 +478,7 @@ def test_a_codec_from_scratch_uses_its_codebooks(speech_48k, tmp_path):
     vals = metrics(tmp_path / "run", "val")
     assert vals[-1]["loss"] < 0.8 * vals[0]["loss"] and vals[1]["best"] == [] and any(v["best"] for v in vals)
     # without the start that makes it possible, most entries are never used
-    from full_codec import usage
+    from snac48.codebooks import usage
 
     torch.manual_seed(0)
     fresh = T.new_snac(str(config))
@@ -502,7 +502,7 @@ def test_a_codec_from_scratch_uses_its_codebooks(speech_48k, tmp_path):
 
 
 def test_dead_entries_restart_and_used_ones_stay(snac):
-    from full_codec import restart_dead_entries
+    from snac48.codebooks import restart_dead_entries
 
     vq = snac.quantizer.quantizers[0]
     before = vq.codebook.weight.clone()

@@ -19,10 +19,10 @@ from conftest import children_cpu
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import npq  # noqa: E402
-import token_lm  # noqa: E402
 import train_rvq  # noqa: E402
-from runlog import UserError, load_checkpoint  # noqa: E402
+from snac48 import token_lm  # noqa: E402
+from snac48 import tokens as npq  # noqa: E402
+from snac48.runlog import UserError, load_checkpoint  # noqa: E402
 
 PATTERNS = ["depth", "parallel", "delay", "flatten"]
 META = {"pretrained_model": "toy", "weights_sha256": "0" * 64, "sampling_rate": 24000, "hop_length": 512,
@@ -838,7 +838,7 @@ def test_the_circle_closes(cache_dir, snac_dir, tmp_path):
     from conftest import run
 
     from cache_codes import geometry_of, load_snac
-    from dual_head import DualHeadDecoder, initialise_48k, model_config
+    from snac48.decoder import DualHeadDecoder, initialise_48k, model_config
 
     snac = load_snac(str(snac_dir))
     model = DualHeadDecoder(snac)

@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT
 from test_train import same_state, tiny_args, trainer
 
-import runlog
 import train_dual_head as T
-from runlog import load_checkpoint, save_checkpoint, sweep_leftovers
+from snac48 import runlog
+from snac48.runlog import load_checkpoint, save_checkpoint, sweep_leftovers
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import survive

@@ -16,9 +16,9 @@ from conftest import ROOT, make_snac, one_sentence, run, save_snac, voice
 
 import train_dual_head as T
 from cache_codes import slice_at
-from corpus import read_audio, resample
-from dataset import CachedCodesDataset, collate
-from dual_head import (
+from snac48.audio import read_audio, resample
+from snac48.data import CachedCodesDataset, collate
+from snac48.decoder import (
     DualHeadDecoder,
     counter_noise,
     halve_rate,
@@ -27,7 +27,7 @@ from dual_head import (
     model_config,
     stft_loss,
 )
-from runlog import UserError, load_checkpoint
+from snac48.runlog import UserError, load_checkpoint
 
 INITS = ("interpolate", "average", "first", "random")
 

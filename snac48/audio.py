@@ -16,7 +16,7 @@ import time
 import uuid
 from pathlib import Path
 
-from runlog import UserError, atomic_file, read_json, sweep_leftovers, temporary, write_json
+from .runlog import UserError, atomic_file, read_json, sweep_leftovers, temporary, write_json
 
 AUDIO_SUFFIXES = (
     ".wav",

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runlog import UserError, atomic_file, main_guard
+from .runlog import UserError, atomic_file, main_guard
 
 DTYPES = {0: "<u1", 1: "<u2", 2: "<u4"}
 MAX_K = 512
@@ -286,7 +286,8 @@ def read_shard(path: str | Path):
     import pyarrow.parquet as pq
 
     from cache_codes import Geometry
-    from dataset import shard_arrays
+
+    from .data import shard_arrays
 
     try:
         table = pq.read_table(path, page_checksum_verification=True)
@@ -324,7 +325,7 @@ class Corpus:
         self.bad: list[tuple[str, str]] = []
         self.index = None
         if os.path.isdir(data) and is_cache(data):
-            from dataset import CodeIndex
+            from .data import CodeIndex
 
             self.index = CodeIndex(data)
             self.source = snac_source(self.index.geometry)
@@ -392,7 +393,7 @@ def npq_from_dac(codes, path, fps: float = 44100 / 512, codebook_size: int = 102
 
 def npq_from_cache(cache_dir, output_dir) -> int:
     """Every row of a cache -> `<output_dir>/<file_path without suffix>.npq`; the number written."""
-    from corpus import resolve_inside, target_names
+    from .audio import resolve_inside, target_names
 
     corpus = Corpus(str(cache_dir))
     if corpus.index is None:

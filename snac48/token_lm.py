@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runlog import UserError
+from .runlog import UserError
 
 # ---- model ----
 

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from cache_codes import Geometry, slice_at
-from corpus import (
+
+from .audio import (
     AudioError,
     find_audio,
     link_roots,
@@ -35,7 +36,7 @@ from corpus import (
     resolve_inside,
     target_names,
 )
-from runlog import (
+from .runlog import (
     EXIT_BAD_INPUT,
     UserError,
     atomic_file,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d, WNConv1d
 from torch import nn
 
-from runlog import UserError
+from .runlog import UserError
 
 # ---- model ----
 
