@@ -166,7 +166,7 @@ def test_a_language_model_goes_on_with_the_same_losses(before):
 
 def test_a_language_model_speaks_the_same_tokens(before):
     out = before / "tokens.npq"
-    run("train_rvq.py", "generate", "--checkpoint", before / "rvq/rvq_7cb_latest.pt", "--frames", 20,
+    run("train_rvq.py", "generate", "--checkpoint", before / "rvq/rvq_7cb_latest.pt", "--frames", 120,
         "--seed", 5, "--prompt", before / "cache/val/codes_batch_gpu0_0.parquet", "--prompt-frames", 4,
         "--device", "cpu", "--output", out)  # fmt: skip
     assert out.read_bytes() == (BEFORE / "expected/tokens.npq").read_bytes()

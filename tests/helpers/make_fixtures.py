@@ -106,7 +106,7 @@ def recordings_and_caches():
             os.utime(shard, (SHARD_TIME, SHARD_TIME))
 
 
-# What both a first start and a resumed one are told; the tests name their own folders by the same flags.
+# Of all three decoder runs: 2 + 3 + 3 steps; a resumed one keeps them by its checkpoint.
 SHORT = ["--num_workers", 0, "--log_every", 1, "--epochs", 3, "--epoch_ranges", "1-1,2-3", "--batch_size", 2,
          "--segment_schedule", "0.3,0.5", "--batch_multiplier", "2.0,1.0", "--val_segment", 0.5, "--n_ffts",
          "512,1024", "--main_lr", 5e-4]  # fmt: skip
@@ -167,7 +167,7 @@ def language_model():
     launch("rvq", *flags, "--save_dir", HERE / "rvq", code=3, STOP_AT="8")
     for path in (HERE / "rvq").glob("*_best*.pt"):
         path.unlink()
-    script("train_rvq.py", "generate", "--checkpoint", HERE / "rvq/rvq_7cb_latest.pt", "--frames", 20,
+    script("train_rvq.py", "generate", "--checkpoint", HERE / "rvq/rvq_7cb_latest.pt", "--frames", 120,
            "--seed", 5, "--prompt", HERE / "cache/val/codes_batch_gpu0_0.parquet", "--prompt-frames", 4,
            "--device", "cpu", "--output", HERE / "expected/tokens.npq")  # fmt: skip
     keep_following("rvq", "train_rvq.py", *flags, "--save_dir", HERE / "resumed/rvq", "--device", "cpu")
