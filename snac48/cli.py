@@ -41,7 +41,7 @@ class UserError(Exception):
 
 
 class Ending(Exception):
-    """Leaves a training loop; each script has one table that maps every ending to sentence, code, checkpoint."""
+    """Leaves a training loop; a table in each script maps it to sentence, exit code and checkpoint."""
 
 
 class Finished(Ending):
