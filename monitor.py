@@ -30,7 +30,9 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 
-from snac48.runlog import UserError, finite_json, human_time, main_guard
+from snac48.cli import UserError, main_guard
+from snac48.files import finite_json
+from snac48.runlog import human_time
 
 TAIL_BYTES = 1 << 18  # read before the first paint; what lies before comes in afterwards
 CHUNK = 1 << 19  # bytes of history read in one go
