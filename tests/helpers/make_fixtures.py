@@ -22,9 +22,9 @@ DEAD_PID = 999_999_999  # above every kernel's pid_max
 CHECKPOINT = "checkpoint_epoch2_iter3.pt"
 sys.path[:0] = [str(OLD), str(OLD / "tests")]
 
-import numpy as np  # noqa: E402
-import soundfile as sf  # noqa: E402
-from conftest import TINY, make_snac, save_snac, voice  # noqa: E402
+import numpy as np
+import soundfile as sf
+from conftest import TINY, make_snac, save_snac, voice
 
 SMALL = {"encoder_dim": 2, "decoder_dim": 32}  # TINY's rates and codebooks with fewer channels
 RECORDINGS = {  # name: (seconds, Hz); below 44.1 kHz the target is restored by the stand-in for SIDON
