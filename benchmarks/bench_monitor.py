@@ -29,9 +29,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import fake_runs as fake  # noqa: E402
+from helpers import fake_runs as fake  # noqa: E402
 
-import monitor as m  # noqa: E402
+from snac48.tui import views as m  # noqa: E402
 
 HZ = os.sysconf("SC_CLK_TCK")
 

@@ -17,9 +17,9 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import fake_runs as fake  # noqa: E402
+from helpers import fake_runs as fake  # noqa: E402
 
-import monitor as m  # noqa: E402
+from snac48.tui import views as m  # noqa: E402
 
 SNAPSHOTS = HERE / "monitor_snapshots"
 SCHEMA = (

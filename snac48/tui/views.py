@@ -1,17 +1,5 @@
-#!/usr/bin/env python3
-"""One window for every job: curves, ETA, best so far, alarms, true process state, GPUs. Made for SSH.
+"""The window of monitor.py: parsing, run state, plots, views, app."""
 
-    python monitor.py                       all runs of ${LOG_DIR:-logs} (what launch.sh started)
-    python monitor.py old_run/training.log  any log or run directory, of ours or of older runs (tqdm bars too)
-    python monitor.py --once | --json       one look, for scripts (never imports textual)
-    python monitor.py --readonly            no start, stop, resume
-
-Reads files and /proc, never the jobs themselves: closing it, or its crash, can't harm a run.
-"""
-
-from __future__ import annotations
-
-import argparse
 import json
 import math
 import os
@@ -19,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -30,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 
-from snac48.runlog import UserError, finite_json, human_time, main_guard
+from ..runlog import UserError, finite_json, human_time
 
 TAIL_BYTES = 1 << 18  # read before the first paint; what lies before comes in afterwards
 CHUNK = 1 << 19  # bytes of history read in one go
@@ -1724,62 +1711,3 @@ def make_app(fleet: Fleet, ui: Ui, launcher: Path, refresh_s: float = 1.0, bell:
             self.post_message(Polled())
 
     return Monitor()
-
-
-# ---- main ----
-
-
-def print_once(fleet: Fleet) -> None:
-    width = shutil.get_terminal_size((120, 24)).columns
-    for line in overview(fleet, Ui(), width, 10**6, everything=True):
-        print("".join(t for t, _ in line).rstrip())
-    gpus = [f"{g['index']} {percent(g['util_percent'])} {human_size(g['mem_used'])}" for g in fleet.gpus]
-    print(f"CPU {percent(fleet.cpu_percent)} · RAM {'/'.join(map(human_size, fleet.ram))} · disk free "
-          f"{human_size(fleet.disk_free())} · GPU {', '.join(gpus) or 'N/A'}")  # fmt: skip
-
-
-def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="*", help="log files or run directories to watch besides --log_dir")
-    root = Path(__file__).resolve().parent  # launch.sh writes into its logs from wherever it is called
-    logs = "logs" if Path("logs").is_dir() or not (root / "logs").is_dir() else root / "logs"
-    p.add_argument("--log_dir", default=os.environ.get("LOG_DIR") or logs,
-                   help="where launch.sh keeps NAME.{log,pid,json}")  # fmt: skip
-    p.add_argument("--once", action="store_true", help="print the overview as text and leave")
-    p.add_argument("--json", action="store_true", help="print everything as one JSON object and leave")
-    p.add_argument("--readonly", action="store_true", help="forbid start, stop and resume")
-    p.add_argument("--launcher", default=root / "launch.sh", type=Path, help="starts, stops, resumes")
-    p.add_argument("--refresh_s", type=float, default=1.0, help="seconds between two looks at the files")
-    p.add_argument("--quiet", action="store_true", help="no bell when an alarm appears")
-    for name, text in (("stall_s", "seconds without a new line"), ("diverge", "loss over its lowest"),
-                       ("disk_gb", "GB free where checkpoints go")):  # fmt: skip
-        p.add_argument(f"--{name}", type=float, default=getattr(Limits, name), help=f"alarm: {text}")
-    a = p.parse_args()
-    fleet = Fleet(a.log_dir, a.files, Limits(a.stall_s, a.diverge, a.disk_gb))
-    start = time.monotonic()
-    fleet.poll()
-    if not (a.once or a.json):
-        if not sys.stdout.isatty():
-            raise UserError("no terminal here; use --once or --json in scripts")
-        try:
-            app = make_app(fleet, Ui(readonly=a.readonly), a.launcher.resolve(), a.refresh_s, not a.quiet)
-        except ImportError as e:
-            raise UserError(f"{e}; pip install textual, or use --once") from None
-        app.run()
-        return 0
-    for run in fleet.runs.values():
-        while run.load_older(events_only=True):
-            pass
-        run.judge(fleet.mono(), fleet.limits)
-    time.sleep(max(0.0, 0.05 - (time.monotonic() - start)))  # CPU use is between two looks
-    fleet.measure()
-    if a.json:
-        json.dump(fleet.report(), sys.stdout, indent=2, allow_nan=False)
-        print()
-    else:
-        print_once(fleet)
-    return 0
-
-
-if __name__ == "__main__":
-    main_guard(main)
