@@ -9,8 +9,6 @@
 Reads files and /proc, never the jobs themselves: closing it, or its crash, can't harm a run.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -20,7 +18,10 @@ import time
 from pathlib import Path
 
 from snac48.runlog import UserError, main_guard
-from snac48.tui.views import Fleet, Limits, Ui, human_size, make_app, overview, percent
+from snac48.tui.runs import Fleet, Limits
+from snac48.tui.text import human_size, percent
+from snac48.tui.ui import Ui
+from snac48.tui.views import overview
 
 
 def print_once(fleet: Fleet) -> None:
@@ -28,8 +29,8 @@ def print_once(fleet: Fleet) -> None:
     for line in overview(fleet, Ui(), width, 10**6, everything=True):
         print("".join(t for t, _ in line).rstrip())
     gpus = [f"{g['index']} {percent(g['util_percent'])} {human_size(g['mem_used'])}" for g in fleet.gpus]
-    print(f"CPU {percent(fleet.cpu_percent)} · RAM {'/'.join(map(human_size, fleet.ram))} · disk free "
-          f"{human_size(fleet.disk_free())} · GPU {', '.join(gpus) or 'N/A'}")  # fmt: skip
+    machine = f"CPU {percent(fleet.cpu_percent)} · RAM {'/'.join(map(human_size, fleet.ram))} · disk free "
+    print(f"{machine}{human_size(fleet.disk_free())} · GPU {', '.join(gpus) or 'N/A'}")
 
 
 def main() -> int:
@@ -37,17 +38,19 @@ def main() -> int:
     p.add_argument("files", nargs="*", help="log files or run directories to watch besides --log_dir")
     root = Path(__file__).resolve().parent  # launch.sh writes into its logs from wherever it is called
     logs = "logs" if Path("logs").is_dir() or not (root / "logs").is_dir() else root / "logs"
-    p.add_argument("--log_dir", default=os.environ.get("LOG_DIR") or logs,
-                   help="where launch.sh keeps NAME.{log,pid,json}")  # fmt: skip
+    log_dir = os.environ.get("LOG_DIR") or logs
+    p.add_argument("--log_dir", default=log_dir, help="where launch.sh keeps NAME.{log,pid,json}")
     p.add_argument("--once", action="store_true", help="print the overview as text and leave")
     p.add_argument("--json", action="store_true", help="print everything as one JSON object and leave")
     p.add_argument("--readonly", action="store_true", help="forbid start, stop and resume")
     p.add_argument("--launcher", default=root / "launch.sh", type=Path, help="starts, stops, resumes")
     p.add_argument("--refresh_s", type=float, default=1.0, help="seconds between two looks at the files")
     p.add_argument("--quiet", action="store_true", help="no bell when an alarm appears")
-    for name, text in (("stall_s", "seconds without a new line"), ("diverge", "loss over its lowest"),
-                       ("disk_gb", "GB free where checkpoints go")):  # fmt: skip
-        p.add_argument(f"--{name}", type=float, default=getattr(Limits, name), help=f"alarm: {text}")
+    p.add_argument("--stall_s", type=float, default=Limits.stall_s, help="alarm: seconds without a new line")
+    p.add_argument("--diverge", type=float, default=Limits.diverge, help="alarm: loss over its lowest")
+    p.add_argument(
+        "--disk_gb", type=float, default=Limits.disk_gb, help="alarm: GB free where checkpoints go"
+    )
     a = p.parse_args()
     fleet = Fleet(a.log_dir, a.files, Limits(a.stall_s, a.diverge, a.disk_gb))
     start = time.monotonic()
@@ -56,10 +59,10 @@ def main() -> int:
         if not sys.stdout.isatty():
             raise UserError("no terminal here; use --once or --json in scripts")
         try:
-            app = make_app(fleet, Ui(readonly=a.readonly), a.launcher.resolve(), a.refresh_s, not a.quiet)
+            from snac48.tui.app import Monitor
         except ImportError as e:
             raise UserError(f"{e}; pip install textual, or use --once") from None
-        app.run()
+        Monitor(fleet, Ui(readonly=a.readonly), a.launcher.resolve(), a.refresh_s, not a.quiet).run()
         return 0
     for run in fleet.runs.values():
         while run.load_older(events_only=True):
