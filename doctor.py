@@ -21,15 +21,9 @@ import math
 from pathlib import Path
 from statistics import median
 
-from snac48.runlog import (
-    EXIT_DIVERGED,
-    Parser,
-    UserError,
-    atomic_file,
-    first_line,
-    load_checkpoint,
-    main_guard,
-)
+from snac48.checkpoint import load_checkpoint
+from snac48.cli import EXIT_DIVERGED, Parser, UserError, first_line, main_guard
+from snac48.files import atomic_file
 
 COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
     "file": "{}", "kind": None, "epoch": "{}", "step": "{}", "val_loss": "{:.4f}", "best_val": "{:.4f}",

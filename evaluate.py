@@ -23,16 +23,8 @@ import sys
 import time
 from pathlib import Path
 
-from snac48.runlog import (
-    EXIT_STOPPED,
-    Parser,
-    StopFlag,
-    UserError,
-    guarded,
-    main_guard,
-    pick_device,
-    write_json,
-)
+from snac48.cli import EXIT_STOPPED, Parser, StopFlag, UserError, guarded, main_guard, pick_device
+from snac48.files import write_json
 
 
 def parse_args(argv=None):
@@ -67,14 +59,14 @@ def parse_args(argv=None):
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = guarded(parse_args)
 
-import numpy as np  # noqa: E402
-import soundfile as sf  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import soundfile as sf
+import torch
 
-from cache_codes import geometry_of, load_snac  # noqa: E402
-from infer import DualHead, load_dual_head  # noqa: E402
-from snac48.audio import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside  # noqa: E402
-from snac48.decoder import DualHeadDecoder, lsd, mel_filters, model_config, spectrum, stft_loss  # noqa: E402
+from snac48.audio import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside
+from snac48.codec import geometry_of, load_snac, model_config
+from snac48.decoder import DualHead, DualHeadDecoder, load_dual_head
+from snac48.losses import lsd, mel_filters, spectrum, stft_loss
 
 N_FFTS = (1024, 2048, 4096)
 
@@ -219,7 +211,7 @@ def plain(system: str) -> str:
 def main() -> int:
     args = ARGS
     stop = StopFlag()
-    log = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    log = lambda text: print(text, file=sys.stderr, flush=True)
     device, visqol = pick_device(args.device), load_visqol() if args.visqol else None
     ours = {
         label_of(p, args.checkpoint): load_dual_head(p, device, args.pretrained_model)

@@ -20,28 +20,14 @@ and noise is a function of position, so the samples are those of one pass.
 from __future__ import annotations
 
 import functools
-import json
-import math
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from snac48.runlog import (
-    EXIT_BAD_INPUT,
-    EXIT_STOPPED,
-    Parser,
-    StopFlag,
-    UserError,
-    atomic_file,
-    first_line,
-    guarded,
-    load_checkpoint,
-    main_guard,
-    pick_device,
-    read_json,
-    write_json,
-)
+from snac48.checkpoint import load_checkpoint
+from snac48.cli import EXIT_BAD_INPUT, EXIT_STOPPED, Parser, StopFlag, UserError, guarded, main_guard
+from snac48.files import atomic_file, write_json
 
 
 def parse_args(argv=None):
@@ -75,13 +61,11 @@ def parse_args(argv=None):
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = guarded(parse_args)
 
-import numpy as np  # noqa: E402
-import soundfile as sf  # noqa: E402
-import torch  # noqa: E402
-from snac import SNAC  # noqa: E402
+import numpy as np
+import soundfile as sf
+import torch
 
-from cache_codes import Geometry, encode, fold_weight_norm, geometry_of, load_snac, receptive_reach  # noqa: E402
-from snac48.audio import (  # noqa: E402
+from snac48.audio import (
     AudioError,
     find_audio,
     link_roots,
@@ -91,134 +75,11 @@ from snac48.audio import (  # noqa: E402
     resolve_inside,
     target_names,
 )
-from snac48.data import CodeIndex  # noqa: E402
-from snac48.decoder import from_state  # noqa: E402
-from train_dual_head import check_ours, load_weights  # noqa: E402
+from snac48.cache import CodeIndex
+from snac48.checkpoint import check_ours
+from snac48.decoder import DualHead, load_dual_head
 
 # ---- the model, ready to decode ----
-
-
-class DualHead:
-    """A trained decoder with its geometry; `encode` also needs the codec's encoder (loaded when asked, unless
-    the checkpoint has its own, as those of phase10 do). `rates`: the heads that are there, in Hz."""
-
-    def __init__(self, model, geometry: Geometry, config: dict, device, encoder_from: str):
-        self.model = fold_weight_norm(model.to(device).eval().requires_grad_(False))
-        self.geometry, self.config, self.device, self.encoder_from = geometry, config, device, encoder_from
-        self.rates = {"24k": (24000,), "48k": (48000,), "both": (24000, 48000)}[model.heads]
-        self.snac = None
-        if model.encoder is not None:
-            self.snac = SNAC(**config).to(device).eval().requires_grad_(False)
-            self.snac.encoder, self.snac.quantizer = model.encoder, model.quantizer
-        stride = geometry.vq_strides[0]
-        reach, _ = receptive_reach([*model.trunk, *(model.head_48k or model.head_24k)])  # latent frames
-        self.align = math.lcm(stride, config["attn_window_size"] or 1) // stride  # coarse codes
-        self.context = math.ceil(math.ceil(reach) / stride / self.align) * self.align
-
-    def encode(self, audio_24k):
-        """audio [B, 1, N] at the model's rate -> codes [K] of [B, T_k] (like `SNAC.encode`; long clips in
-        chunks)."""
-        if self.snac is None:
-            self.snac = load_snac(self.encoder_from, self.device)
-            differs = self.geometry.difference(geometry_of(self.snac, self.encoder_from))
-            if differs:
-                raise UserError(f"encoder {self.encoder_from} is not the one this decoder was trained with "
-                                f"({differs}); give the right one as --pretrained_model")  # fmt: skip
-            fold_weight_norm(self.snac)
-        with torch.inference_mode():
-            return encode(self.snac, audio_24k.to(self.device))
-
-    def decode(self, codes, output_24k=True, output_48k=True, chunk_seconds=20.0, noise_seed=0):
-        """codes [K] of [B, T_k] -> (audio_24k [B, 1, N] | None, audio_48k [B, 1, 2N] | None)."""
-        parts = list(self.stream([codes], chunk_seconds, noise_seed, output_24k, output_48k))
-        return tuple(torch.cat(p, -1) if p[0] is not None else None for p in zip(*parts))
-
-    @torch.inference_mode()
-    def stream(self, code_chunks, chunk_seconds=0.5, noise_seed=0, output_24k=True, output_48k=True):
-        """Yield (audio_24k, audio_48k) pieces while codes arrive: code_chunks gives [K] of [B, T_k] lists.
-
-        A piece is decoded once the codes that it can see on its right are there (`context` coarse codes:
-        3 for snac_24khz, 0.26 s) or the input has ended. Joined, the pieces are the output of one pass.
-        """
-        g = self.geometry
-        chunk = max(1, g.coarse_len(chunk_seconds) // self.align) * self.align
-        held, first, done = (
-            None,
-            0,
-            0,
-        )  # codes kept; coarse position of the oldest; coarse codes already decoded
-        pending = iter(code_chunks)
-        ended = False
-        while True:
-            while not ended and (held is None or first + held[0].shape[1] < done + chunk + self.context):
-                part = next(pending, None)
-                ended = part is None
-                if part is not None:
-                    part = [c.to(self.device, torch.long) for c in part]
-                    held = part if held is None else [torch.cat(p, 1) for p in zip(held, part)]
-            if held is None:
-                raise UserError("there are no codes to decode")
-            total = first + held[0].shape[1]
-            if done >= total:
-                return
-            lo, stop = max(0, done - self.context), min(done + chunk, total)
-            hi = min(stop + self.context, total)
-            window = [c[:, (lo - first) * g.frames_per_coarse(k) : (hi - first) * g.frames_per_coarse(k)]
-                      for k, c in enumerate(held)]  # fmt: skip
-            key = torch.full((window[0].shape[0],), noise_seed, dtype=torch.int64, device=self.device)
-            self.model.set_noise(key, lo * g.vq_strides[0])
-            out = self.model(window, output_24k, output_48k)
-            a, b = (done - lo) * g.coarse_samples, (stop - lo) * g.coarse_samples
-            yield tuple(x if x is None else x[..., a * f : b * f] for f, x in zip((1, 2), out))
-            done = stop
-            drop = max(0, done - self.context) - first
-            held = [c[:, drop * g.frames_per_coarse(k) :] for k, c in enumerate(held)]
-            first += drop
-
-
-def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
-    """Open a checkpoint of train_dual_head.py, a folder of --export, or the same on the hub (id@COMMIT).
-
-    pretrained_model: where the encoder is, when not where the training found it. Raises UserError.
-    """
-    device = pick_device(device) if isinstance(device, str) else device
-    path = str(path)
-    if path.endswith(".pt"):
-        saved = load_checkpoint(path)
-        check_ours(saved, path)
-        state, config, geometry = saved["model"], saved["model_config"], saved["geometry"]
-    else:
-        from safetensors.torch import load_file
-
-        folder = Path(path) if Path(path).is_dir() else fetch(path)
-        if not (folder / "model.safetensors").is_file():
-            raise UserError(f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
-                            "given by --pretrained_model; train_dual_head.py trains its heads)")  # fmt: skip
-        described = read_json(folder / "config.json")
-        config, geometry = described["model_config"], described["geometry"]
-        state = load_file(folder / "model.safetensors")
-    geometry = Geometry.from_json(json.dumps(geometry, default=str), path)
-    try:
-        model = from_state(state, config)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path} describes no model ({type(e).__name__}: {first_line(e)})") from None
-    load_weights(model, state, path)
-    return DualHead(model, geometry, config, device, pretrained_model or geometry.pretrained_model)
-
-
-def fetch(name: str) -> Path:
-    """Folder of an exported model on the hub; the revision must be pinned: id@COMMIT."""
-    repo, _, revision = name.partition("@")
-    if repo.count("/") != 1 or not revision:
-        raise UserError(f"{name} is neither a .pt file nor a folder; a model on the hub is named id@COMMIT")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=["config.json", "model.safetensors"])
-        )
-    except Exception as e:  # network and hub errors have many classes; all mean the same to the user
-        raise UserError(f"{name} could not be fetched from the hub ({str(e).splitlines()[0]})") from e
 
 
 def export(checkpoint: str, folder: str, half: bool = False) -> None:
@@ -289,7 +150,7 @@ def export_onnx(tts: DualHead, path: str) -> None:
         OnnxGraph(tts.model),
         [tts.geometry.frames_per_coarse(k) for k in range(len(tts.geometry.vq_strides))],
     )
-    sample = lambda b, n: [torch.randint(tts.geometry.codebook_size, (b, n * f)) for f in per]  # noqa: E731
+    sample = lambda b, n: [torch.randint(tts.geometry.codebook_size, (b, n * f)) for f in per]
     silent, free = torch.tensor(0.0), torch.export.Dim.DYNAMIC
     heads = [f"audio_{r // 1000}k" for r in tts.rates]
     names = ["noise_scale", *(f"codes_{k}" for k in range(len(per)))]

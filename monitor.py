@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from snac48.runlog import UserError, main_guard
+from snac48.cli import UserError, main_guard
 from snac48.tui.runs import Fleet, Limits
 from snac48.tui.text import human_size, percent
 from snac48.tui.ui import Ui

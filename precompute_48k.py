@@ -37,33 +37,21 @@ from pathlib import Path
 import numpy as np
 
 # fmt: off
-from snac48.audio import (
-    AudioError,
-    SharedWork,
-    audio_blocks,
-    find_audio,
-    link_roots,
-    resolve_inside,
-    target_names,
-    write_jsonl,
-)
-from snac48.runlog import (
+from snac48.audio import AudioError, audio_blocks, find_audio, link_roots, resolve_inside, target_names
+from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
     Parser,
-    RunLog,
     StopFlag,
     UserError,
-    atomic_file,
-    human_time,
     ignore_stop_signals,
     main_guard,
-    read_json,
     stop_at_once,
-    sweep_leftovers,
-    write_json,
 )
+from snac48.files import atomic_file, read_json, sweep_leftovers, write_json, write_jsonl
+from snac48.runlog import RunLog, human_time
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Sidon, front_end, settle
+from snac48.work import SharedWork
 
 # fmt: on
 

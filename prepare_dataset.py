@@ -18,7 +18,8 @@ import shutil
 from pathlib import Path
 
 from snac48.audio import find_audio
-from snac48.runlog import Parser, UserError, main_guard, write_json
+from snac48.cli import Parser, UserError, main_guard
+from snac48.files import write_json
 
 
 def parse_args(argv=None):

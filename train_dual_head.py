@@ -35,39 +35,24 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cache_codes import (
-    DEFAULT_MODEL,
-    Geometry,
-    align_samples,
-    encode,
-    encode_context,
-    geometry_of,
-    load_snac,
-    weights_hash,
-)
-from snac48.runlog import (
+from snac48 import DEFAULT_MODEL
+from snac48.checkpoint import OURS, check_ours, load_checkpoint, save_checkpoint
+from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_DIVERGED,
     EXIT_STOPPED,
     Parser,
-    RunLog,
     StopFlag,
     UserError,
     first_line,
-    git_sha,
     guarded,
-    human_time,
     ignore_stop_signals,
-    load_checkpoint,
     main_guard,
     pick_device,
-    read_json,
-    save_checkpoint,
-    step_line,
     stop_at_once,
-    versions,
-    write_json,
 )
+from snac48.files import read_json, write_json
+from snac48.runlog import RunLog, git_sha, human_time, step_line, versions
 
 # ---- options: every default stands here once ----
 
@@ -274,17 +259,7 @@ def convert(name: str, value, where: str):
 
 
 SKIPS_IN_A_ROW = 20  # non-finite or outlier steps; then the run is declared diverged
-OURS = ("model", "geometry", "model_config", "args", "global_step")  # what every checkpoint has
 TO_RESUME = (*OURS, "optimizer", "scheduler", "ema", "validated_epoch", "phase", "guard", "best")
-
-
-def check_ours(saved: dict, path, keys=OURS) -> None:
-    """Raises UserError unless `saved` has what a checkpoint of this script has."""
-    missing = [k for k in keys if k not in saved]
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(missing)}")
-    if not isinstance(saved["args"], dict) or not isinstance(saved["global_step"], int):
-        raise UserError(f"{path} is not a checkpoint of train_dual_head.py: malformed args or global_step")
 
 
 def find_resume(value: str, output_dir: str) -> Path | None:
@@ -560,20 +535,28 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     stop_at_once()
     ARGS, ORIGIN = guarded(parse_args)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
 
-from snac48.codebooks import (  # noqa: E402
-    FullCodec,
-    restart_dead_entries,
-    start_from_features,
-    usage,
+from snac48.codebooks import FullCodec, restart_dead_entries, start_from_features, usage
+from snac48.codec import (
+    Geometry,
+    align_samples,
+    encode,
+    encode_context,
+    geometry_of,
+    load_snac,
+    load_weights,
+    model_config,
+    new_snac,
+    weights_hash,
 )
-from snac48.data import CachedCodesDataset, RawAudioDataset, collate  # noqa: E402
-from snac48.decoder import DualHeadDecoder, head_losses, lsd, masked, model_config  # noqa: E402
+from snac48.data import CachedCodesDataset, RawAudioDataset, collate
+from snac48.decoder import DualHeadDecoder
+from snac48.losses import head_losses, lsd, masked
 
 
 def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: int) -> list[list[int]]:
@@ -658,7 +641,7 @@ class Trainer:
     def open_data(self, snac, prefix: str):
         """The dataset of --cache_dir or --data_dir (prefix "") or of their val_ twins."""
         a, fixed = self.args, prefix == "val_"
-        at = lambda name: getattr(a, prefix + name)  # noqa: E731
+        at = lambda name: getattr(a, prefix + name)
         audio_48k_dir = "" if a.heads == "24k" else at("audio_48k_dir")
         limit = a.val_limit if fixed else a.limit
         shared = {"seed": a.seed, "fixed": fixed, "include_unfaithful": a.include_unfaithful,
@@ -733,7 +716,7 @@ class Trainer:
 
     def to_device(self, batch):
         """Tensors on the device; recordings encoded and restored where the dataset left that to us."""
-        move = lambda v: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v  # noqa: E731
+        move = lambda v: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v
         batch = {k: [move(c) for c in v] if k == "codes" else move(v) for k, v in batch.items()}
         if self.snac is not None:
             batch["codes"] = self.encode(batch["encode"], batch["encode_at"], batch["audio_24k"].shape[-1])
@@ -1315,16 +1298,6 @@ def check_fits(saved: dict, path, geometry: Geometry, keys=OURS, codes_change: b
                         "give that one as --pretrained_model")  # fmt: skip
 
 
-def new_snac(path: str):
-    """A SNAC with fresh weights from a JSON file of its arguments. Raises UserError."""
-    from snac import SNAC
-
-    try:
-        return SNAC(**json.loads(Path(path).read_text(encoding="utf-8"))).eval()
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"--from_scratch {path} is no SNAC configuration: {e}") from None
-
-
 def take_phase10(snac, path: str, geometry: Geometry) -> None:
     """Put trunk and 24 kHz head of a phase10 checkpoint into `snac`, whose codes they must have been made
     for."""
@@ -1339,17 +1312,6 @@ def take_phase10(snac, path: str, geometry: Geometry) -> None:
         )
     model = DualHeadDecoder(snac, heads="24k", with_encoder=True)  # shares its modules with snac
     load_weights(model, saved["model"], path)
-
-
-def load_weights(model, state: dict, path) -> None:
-    """load_state_dict after checking keys, shapes and dtypes: one sentence instead of a page."""
-    own = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
-    theirs = {k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else None for k, v in dict(state).items()}
-    wrong = sorted(map(str, set(own) ^ set(theirs))) + [k for k in own if k in theirs and own[k] != theirs[k]]
-    if wrong:
-        raise UserError(f"weights in {path} don't fit this model: {len(wrong)} tensors differ in name, "
-                        f"shape or dtype, first {wrong[0]}")  # fmt: skip
-    model.load_state_dict(state)
 
 
 def main() -> int:

@@ -31,36 +31,22 @@ import sys
 import time
 from pathlib import Path
 
-from snac48.runlog import (
+from snac48.checkpoint import load_checkpoint, save_checkpoint
+from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_DIVERGED,
     EXIT_STOPPED,
     Parser,
-    RunLog,
     StopFlag,
     UserError,
-    atomic_file,
-    git_sha,
-    human_time,
     ignore_stop_signals,
-    load_checkpoint,
     main_guard,
     pick_device,
-    save_checkpoint,
-    step_line,
     stop_at_once,
-    versions,
-    write_json,
 )
-from snac48.tokens import (
-    Corpus,
-    NpqError,
-    codes_from_frames,
-    open_npq,
-    read_shard,
-    write_cache,
-    write_npq,
-)
+from snac48.files import atomic_file, write_json
+from snac48.runlog import RunLog, git_sha, human_time, step_line, versions
+from snac48.tokens import Corpus, NpqError, codes_from_frames, open_npq, read_shard, write_cache, write_npq
 
 DAC_REPO = "descript/dac_44khz@c1bc521685adf9cfe247bc39a5ca58917eda1ac4"
 SKIPS_IN_A_ROW = 20  # then the run is declared diverged
@@ -219,11 +205,12 @@ if __name__ == "__main__" and {"-h", "--help"} & set(
 if __name__ == "__main__" and sys.argv[1:2] != ["generate"]:
     stop_at_once()
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import numpy as np
+import torch
+from torch import nn
 
-from snac48.token_lm import TokenLM, build, load_weights, sample, token_losses  # noqa: E402
+from snac48.codec import load_weights
+from snac48.token_lm import TokenLM, build, sample, token_losses
 
 # ---- arithmetic of a run ----
 
@@ -419,7 +406,7 @@ def load_decoder(source: dict, name: str, device):
         return None
     try:
         if source["kind"] == "snac":
-            from infer import load_dual_head
+            from snac48.decoder import load_dual_head
 
             decoder = load_dual_head(name, device)
             if decoder.geometry.weights_sha256 != source["weights_sha256"]:
@@ -577,12 +564,14 @@ def train(args) -> int:
         model.load_state_dict(fits, strict=False)
         log.say(f"--ignore-arch: {len(fits)} of {len(have)} tensors taken over, the rest new; at step 0")
     elif state:
-        load_weights(model, state["model"])
+        load_weights(model, state["model"], f"the checkpoint in {folder}")
     model.to(device)
     ema = None
     if args.ema:
         ema = TokenLM(arch).to(device).requires_grad_(False)
-        load_weights(ema, (not fresh and state.get("ema")) or model.state_dict())
+        load_weights(
+            ema, (not fresh and state.get("ema")) or model.state_dict(), f"the checkpoint in {folder}"
+        )
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=args.fused_optim or None)

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cache_codes import load_snac
 from snac48.audio import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside
+from snac48.cli import Parser, UserError, main_guard
 from snac48.codebooks import usage
-from snac48.decoder import lsd, mel_filters, spectrum
-from snac48.runlog import Parser, UserError, main_guard, read_json, write_json
-from train_dual_head import new_snac
+from snac48.codec import load_snac, new_snac
+from snac48.files import read_json, write_json
+from snac48.losses import lsd, mel_filters, spectrum
 
 
 def clips(folder: str, seconds: float, limit_minutes: float = 1e9, seed: int = 0):

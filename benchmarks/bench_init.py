@@ -20,7 +20,7 @@ import torch
 
 import train_dual_head as T
 from snac48.audio import resample
-from snac48.decoder import head_losses, lsd, masked
+from snac48.losses import head_losses, lsd, masked
 
 
 @torch.no_grad()

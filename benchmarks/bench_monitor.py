@@ -29,13 +29,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from helpers import fake_runs as fake  # noqa: E402
+from helpers import fake_runs as fake
 
-from snac48.tui.app import Monitor  # noqa: E402
-from snac48.tui.plot import DOTS  # noqa: E402
-from snac48.tui.runs import Fleet  # noqa: E402
-from snac48.tui.ui import VIEWS, Ui  # noqa: E402
-from snac48.tui.views import draw  # noqa: E402
+from snac48.tui.app import Monitor
+from snac48.tui.plot import DOTS
+from snac48.tui.runs import Fleet
+from snac48.tui.ui import VIEWS, Ui
+from snac48.tui.views import draw
 
 HZ = os.sysconf("SC_CLK_TCK")
 

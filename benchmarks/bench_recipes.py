@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train_dual_head as T  # noqa: E402
+import train_dual_head as T
 
 RUNS = {  # name: (recipe, raw audio instead of the cache, more flags)
     "phase10": ("phase10", True, []),

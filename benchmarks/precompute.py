@@ -187,7 +187,7 @@ def torchaudio_beside_ours() -> None:
     print("|---|---|---|---|---|")
     measure("high-pass", lambda: reference.highpass_biquad(wave, rate, 50.0), lambda: HighPass(rate)(x))
     down = SincResampler(rate, 16000)
-    ours = lambda: np.concatenate([down(x), down(NOTHING, last=True)])  # noqa: E731
+    ours = lambda: np.concatenate([down(x), down(NOTHING, last=True)])
     measure("to 16 kHz", lambda: reference.resample(wave, rate, 16000), ours)
 
 

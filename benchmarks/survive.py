@@ -26,10 +26,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import soundfile as sf  # noqa: E402
-from conftest import make_snac, save_snac, voice  # noqa: E402
+import soundfile as sf
+from conftest import make_snac, save_snac, voice
 
-from snac48.runlog import load_checkpoint  # noqa: E402
+from snac48.checkpoint import load_checkpoint
 
 EPOCHS = 6
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from snac.layers import NoiseBlock, ResidualUnit
 from torch import nn
 
-from .decoder import mel_filters
+from .losses import mel_filters
 
 
 class FullCodec(nn.Module):

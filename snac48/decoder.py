@@ -1,4 +1,4 @@
-"""The dual-head decoder and what judges it: model, initialisations, losses, log-spectral distance.
+"""The dual-head decoder: SNAC codes in, 24 and 48 kHz audio out. This file and codec.py open a trained one.
 
 model = DualHeadDecoder(SNAC.from_pretrained("hubertsiuzdak/snac_24khz"))
 audio_24k, audio_48k = model(codes)        # [B, 1, N], [B, 1, 2N]
@@ -6,43 +6,29 @@ audio_24k, audio_48k = model(codes)        # [B, 1, N], [B, 1, 2N]
 
 from __future__ import annotations
 
-import functools
+import json
 import math
+from pathlib import Path
 
-import numpy as np
 import snac.layers
 import torch
-import torch.nn.functional as F
+from snac import SNAC
 from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d, WNConv1d
 from torch import nn
 
-from .runlog import UserError
-
-# ---- model ----
-
-
-class Snake(torch.autograd.Function):
-    """x + sin(alpha x)² / alpha (Ziyin et al. 2020): x [B, C, T], alpha [1, C, 1].
-
-    In the place of snac.layers.snake, which is TorchScript: its executor changes kernels after the first
-    calls, so that a resumed run differs from the unbroken one in the last bit; and torch.compile stops at it.
-    """
-
-    @staticmethod
-    def forward(ctx, x, alpha):
-        ctx.save_for_backward(x, alpha)
-        return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, alpha = ctx.saved_tensors
-        inverse, double = (alpha + 1e-9).reciprocal(), 2 * alpha * x
-        slope = torch.sin(double)
-        of_x = grad * (1 + alpha * inverse * slope)
-        half = (1 - torch.cos(double)) / 2  # sin²
-        of_alpha = (grad * inverse * (x * slope - inverse * half)).sum((0, 2), keepdim=True)
-        return of_x, of_alpha.to(alpha.dtype)
-
+from .checkpoint import check_ours, load_checkpoint
+from .cli import UserError, first_line, pick_device
+from .codec import (
+    Geometry,
+    Snake,
+    encode,
+    fold_weight_norm,
+    geometry_of,
+    load_snac,
+    load_weights,
+    receptive_reach,
+)
+from .files import read_json
 
 snac.layers.snake = Snake.apply
 
@@ -170,9 +156,7 @@ def new_head_48k(layers: list, init: str, kernel: int | None):
 def from_state(state: dict, config: dict) -> DualHeadDecoder:
     """The model of a checkpoint's weights, not loaded yet: its heads and whether it holds an encoder show in
     the names."""
-    from snac import SNAC
-
-    has = lambda part: any(k.startswith(part + ".") for k in state)  # noqa: E731
+    has = lambda part: any(k.startswith(part + ".") for k in state)
     heads = "both" if has("head_24k") and has("head_48k") else "24k" if has("head_24k") else "48k"
     taps = state["head_48k.2.parametrizations.weight.original1"].shape[-1] if has("head_48k") else None
     return DualHeadDecoder(SNAC(**config), kernel=taps, heads=heads, with_encoder=has("encoder"))
@@ -224,146 +208,124 @@ def initialise_48k(model: DualHeadDecoder, init: str) -> None:
         conv.bias.copy_(model.head_24k[1].bias)
 
 
-def model_config(snac) -> dict:
-    """Arguments of SNAC(**config): with them a checkpoint opens without the pretrained folder."""
-    quantizer = snac.quantizer.quantizers[0]
-    noise = any(isinstance(m, NoiseBlock) for m in snac.decoder.modules())
-    first_unit = next(m for m in snac.encoder.modules() if isinstance(m, ResidualUnit))
-    return {
-        "sampling_rate": snac.sampling_rate,
-        "encoder_dim": snac.encoder_dim,
-        "encoder_rates": list(snac.encoder_rates),
-        "latent_dim": snac.latent_dim,
-        "decoder_dim": snac.decoder_dim,
-        "decoder_rates": list(snac.decoder_rates),
-        "attn_window_size": snac.attn_window_size,
-        "codebook_size": snac.codebook_size,
-        "codebook_dim": quantizer.codebook_dim if hasattr(quantizer, "codebook_dim") else snac.codebook_dim,
-        "vq_strides": list(snac.vq_strides),
-        "noise": noise,
-        "depthwise": first_unit.block[1].groups > 1,
-    }
+class DualHead:
+    """A trained decoder with its geometry; `encode` also needs the codec's encoder (loaded when asked, unless
+    the checkpoint has its own, as those of phase10 do). `rates`: the heads that are there, in Hz."""
+
+    def __init__(self, model, geometry: Geometry, config: dict, device, encoder_from: str):
+        self.model = fold_weight_norm(model.to(device).eval().requires_grad_(False))
+        self.geometry, self.config, self.device, self.encoder_from = geometry, config, device, encoder_from
+        self.rates = {"24k": (24000,), "48k": (48000,), "both": (24000, 48000)}[model.heads]
+        self.snac = None
+        if model.encoder is not None:
+            self.snac = SNAC(**config).to(device).eval().requires_grad_(False)
+            self.snac.encoder, self.snac.quantizer = model.encoder, model.quantizer
+        stride = geometry.vq_strides[0]
+        reach, _ = receptive_reach([*model.trunk, *(model.head_48k or model.head_24k)])  # latent frames
+        self.align = math.lcm(stride, config["attn_window_size"] or 1) // stride  # coarse codes
+        self.context = math.ceil(math.ceil(reach) / stride / self.align) * self.align
+
+    def encode(self, audio_24k):
+        """audio [B, 1, N] at the model's rate -> codes [K] of [B, T_k] (like `SNAC.encode`; long clips in
+        chunks)."""
+        if self.snac is None:
+            self.snac = load_snac(self.encoder_from, self.device)
+            differs = self.geometry.difference(geometry_of(self.snac, self.encoder_from))
+            if differs:
+                raise UserError(f"encoder {self.encoder_from} is not the one this decoder was trained with "
+                                f"({differs}); give the right one as --pretrained_model")  # fmt: skip
+            fold_weight_norm(self.snac)
+        with torch.inference_mode():
+            return encode(self.snac, audio_24k.to(self.device))
+
+    def decode(self, codes, output_24k=True, output_48k=True, chunk_seconds=20.0, noise_seed=0):
+        """codes [K] of [B, T_k] -> (audio_24k [B, 1, N] | None, audio_48k [B, 1, 2N] | None)."""
+        parts = list(self.stream([codes], chunk_seconds, noise_seed, output_24k, output_48k))
+        return tuple(torch.cat(p, -1) if p[0] is not None else None for p in zip(*parts))
+
+    @torch.inference_mode()
+    def stream(self, code_chunks, chunk_seconds=0.5, noise_seed=0, output_24k=True, output_48k=True):
+        """Yield (audio_24k, audio_48k) pieces while codes arrive: code_chunks gives [K] of [B, T_k] lists.
+
+        A piece is decoded once the codes that it can see on its right are there (`context` coarse codes:
+        3 for snac_24khz, 0.26 s) or the input has ended. Joined, the pieces are the output of one pass.
+        """
+        g = self.geometry
+        chunk = max(1, g.coarse_len(chunk_seconds) // self.align) * self.align
+        held, first, done = (
+            None,
+            0,
+            0,
+        )  # codes kept; coarse position of the oldest; coarse codes already decoded
+        pending = iter(code_chunks)
+        ended = False
+        while True:
+            while not ended and (held is None or first + held[0].shape[1] < done + chunk + self.context):
+                part = next(pending, None)
+                ended = part is None
+                if part is not None:
+                    part = [c.to(self.device, torch.long) for c in part]
+                    held = part if held is None else [torch.cat(p, 1) for p in zip(held, part)]
+            if held is None:
+                raise UserError("there are no codes to decode")
+            total = first + held[0].shape[1]
+            if done >= total:
+                return
+            lo, stop = max(0, done - self.context), min(done + chunk, total)
+            hi = min(stop + self.context, total)
+            window = [c[:, (lo - first) * g.frames_per_coarse(k) : (hi - first) * g.frames_per_coarse(k)]
+                      for k, c in enumerate(held)]  # fmt: skip
+            key = torch.full((window[0].shape[0],), noise_seed, dtype=torch.int64, device=self.device)
+            self.model.set_noise(key, lo * g.vq_strides[0])
+            out = self.model(window, output_24k, output_48k)
+            a, b = (done - lo) * g.coarse_samples, (stop - lo) * g.coarse_samples
+            yield tuple(x if x is None else x[..., a * f : b * f] for f, x in zip((1, 2), out))
+            done = stop
+            drop = max(0, done - self.context) - first
+            held = [c[:, drop * g.frames_per_coarse(k) :] for k, c in enumerate(held)]
+            first += drop
 
 
-# ---- losses ----
+def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
+    """Open a checkpoint of train_dual_head.py, a folder of --export, or the same on the hub (id@COMMIT).
 
-_WINDOWS: dict = {}
-
-
-def spectrum(x, n_fft: int, hop: int):
-    """STFT of [B, N] with a Hann window, complex [B, F, T]. Zero padding: reflect is not deterministic on
-    CUDA."""
-    key = (n_fft, x.device)
-    if key not in _WINDOWS:
-        _WINDOWS[key] = torch.hann_window(n_fft, device=x.device)
-    return torch.stft(
-        x, n_fft, hop, window=_WINDOWS[key], center=True, pad_mode="constant", return_complex=True
-    )
-
-
-def masked(x, valid):
-    """[B, N] with everything from sample valid[b] on set to 0."""
-    return x * (torch.arange(x.shape[-1], device=x.device) < valid[:, None]).to(x.dtype)
-
-
-def l1_loss(pred, target, valid):
-    """Mean |pred - target| over the valid samples: [B, N] x 2, valid [B] -> [B]."""
-    return (pred - target).abs().sum(-1) / valid.clamp(min=1)
-
-
-def frame_mean(x, valid, hop: int):
-    """Mean over frequency and over the frames that touch valid samples: [B, F, T] -> [B]."""
-    frames = (valid // hop + 1).clamp(max=x.shape[-1])
-    inside = torch.arange(x.shape[-1], device=x.device) < frames[:, None]  # [B, T]
-    return (x.mean(1) * inside).sum(-1) / frames
-
-
-def stft_loss(pred, target, valid, n_ffts, mode="magnitude"):
-    """Mean over n_ffts of |magnitude| + |log magnitude| L1, or of complex L1: [B, N] x 2 -> [B].
-
-    Magnitudes because a SIDON target has the right spectrum but not the phase: waveform and complex L1
-    against such a target are minimised by silence. 1e-3 is added before the logarithm (a full-scale
-    sine has n_fft / 4): about the rounding noise of a 16-bit file; with less, near-silent bins of magnitude m
-    rule the step by their gradient 1/m.
+    pretrained_model: where the encoder is, when not where the training found it. Raises UserError.
     """
-    total = 0
-    for n_fft in n_ffts:
-        hop = n_fft // 4
-        p, t = spectrum(pred, n_fft, hop), spectrum(target, n_fft, hop)
-        if mode == "complex":
-            d = (p.real - t.real).abs() + (p.imag - t.imag).abs()
-        else:
-            p, t = p.abs(), t.abs()
-            d = (p - t).abs() + ((p + 1e-3).log() - (t + 1e-3).log()).abs()
-        total = total + frame_mean(d, valid, hop)
-    return total / len(n_ffts)
+    device = pick_device(device) if isinstance(device, str) else device
+    path = str(path)
+    if path.endswith(".pt"):
+        saved = load_checkpoint(path)
+        check_ours(saved, path)
+        state, config, geometry = saved["model"], saved["model_config"], saved["geometry"]
+    else:
+        from safetensors.torch import load_file
+
+        folder = Path(path) if Path(path).is_dir() else fetch(path)
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
+                            "given by --pretrained_model; train_dual_head.py trains its heads)")  # fmt: skip
+        described = read_json(folder / "config.json")
+        config, geometry = described["model_config"], described["geometry"]
+        state = load_file(folder / "model.safetensors")
+    geometry = Geometry.from_json(json.dumps(geometry, default=str), path)
+    try:
+        model = from_state(state, config)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path} describes no model ({type(e).__name__}: {first_line(e)})") from None
+    load_weights(model, state, path)
+    return DualHead(model, geometry, config, device, pretrained_model or geometry.pretrained_model)
 
 
-def mel_loss(pred, target, valid, rate: int):
-    """Mean |difference| of log magnitudes in 80 mel bands (Hann 1024, hop 256): [B, N] x 2 -> [B]."""
-    filters = mel_filters(rate, 1024).to(pred.device)
-    p, t = ((filters @ spectrum(x, 1024, 256).abs() + 1e-3).log() for x in (pred, target))
-    return frame_mean((p - t).abs(), valid, 256)
+def fetch(name: str) -> Path:
+    """Folder of an exported model on the hub; the revision must be pinned: id@COMMIT."""
+    repo, _, revision = name.partition("@")
+    if repo.count("/") != 1 or not revision:
+        raise UserError(f"{name} is neither a .pt file nor a folder; a model on the hub is named id@COMMIT")
+    from huggingface_hub import snapshot_download
 
-
-def halve_rate(x):
-    """[B, 2N] at 48 kHz -> [B, N] at 24 kHz: zero-phase half-band FIR (127 taps, Kaiser 8: -80 dB from
-    12.7 kHz)."""
-    n = torch.arange(127, device=x.device, dtype=torch.float32) - 63
-    taps = torch.special.sinc(n / 2) / 2 * torch.kaiser_window(127, False, 8.0, device=x.device)
-    return F.conv1d(x[:, None], (taps / taps.sum())[None, None], stride=2, padding=63)[
-        :, 0, : x.shape[-1] // 2
-    ]
-
-
-def head_losses(audio_24k, audio_48k, batch, args) -> dict:
-    """Every loss of each item, fp32 [B], by the names of logs and flags: l1_24k, stft_24k, loss_24k, …_48k.
-
-    Either output may be None. Rows whose target is not phase-true get their 48 kHz waveform L1 in the
-    band below 12 kHz only, against the original 24 kHz audio.
-    """
-    out, valid, n_ffts = {}, batch["valid_24k"], [int(n) for n in args.n_ffts.split(",")]
-    target_24k = batch["audio_24k"][:, 0]
-    if audio_24k is not None:
-        pred = masked(audio_24k[:, 0].float(), valid)
-        out["l1_24k"] = l1_loss(pred, target_24k, valid)
-        out["stft_24k"] = stft_loss(pred, target_24k, valid, n_ffts, args.stft)
-        out["loss_24k"] = args.l1_weight * out["l1_24k"] + args.stft_weight * out["stft_24k"]
-        if args.mel_weight:
-            out["mel_24k"] = mel_loss(pred, target_24k, valid, 24000)
-            out["loss_24k"] = out["loss_24k"] + args.mel_weight * out["mel_24k"]
-    if audio_48k is not None:
-        pred, target = masked(audio_48k[:, 0].float(), 2 * valid), batch["audio_48k"][:, 0]
-        out["l1_48k"] = l1_loss(pred, target, 2 * valid)
-        if not batch["phase_true"].all():
-            low = l1_loss(halve_rate(pred), target_24k, valid)
-            out["l1_48k"] = torch.where(batch["phase_true"], out["l1_48k"], low)
-        out["stft_48k"] = stft_loss(pred, target, 2 * valid, n_ffts, args.stft)
-        out["loss_48k"] = args.l1_weight * out["l1_48k"] + args.stft_weight * out["stft_48k"]
-        if args.mel_weight:
-            out["mel_48k"] = mel_loss(pred, target, 2 * valid, 48000)
-            out["loss_48k"] = out["loss_48k"] + args.mel_weight * out["mel_48k"]
-    counted = valid > 0
-    return {k: torch.where(counted, v, torch.zeros_like(v)) for k, v in out.items()}
-
-
-def lsd(pred, target, valid, rate: int, above_hz: float = 0.0):
-    """Log-spectral distance as AP-BWE defines it (Lu et al. 2024): [B, N] x 2 -> [B].
-
-    Hann 2048, hop 512; log10 of |S|² clamped at 1e-8; root of the mean over frequency, mean over frames.
-    above_hz restricts the mean over frequency to the bins from there up.
-    """
-    first = math.ceil(above_hz * 2048 / rate)
-    p, t = (spectrum(x, 2048, 512).abs().square().clamp(min=1e-8).log10()[:, first:] for x in (pred, target))
-    return frame_mean((p - t).square().mean(1, keepdim=True).sqrt(), valid, 512)
-
-
-@functools.cache
-def mel_filters(rate: int, n_fft: int, bands: int = 80):
-    """Triangular HTK-mel filters from 0 Hz to rate/2: float32 [bands, n_fft // 2 + 1]."""
-    mel = lambda f: 2595 * np.log10(1 + f / 700)  # noqa: E731
-    edges = 700 * (10 ** (np.linspace(0, mel(rate / 2), bands + 2) / 2595) - 1)
-    f = np.linspace(0, rate / 2, n_fft // 2 + 1)
-    up = (f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    down = (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None]
-    return torch.from_numpy(np.clip(np.minimum(up, down), 0, None).astype(np.float32))
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=["config.json", "model.safetensors"])
+        )
+    except Exception as e:  # network and hub errors have many classes; all mean the same to the user
+        raise UserError(f"{name} could not be fetched from the hub ({str(e).splitlines()[0]})") from e

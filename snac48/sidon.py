@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from .audio import resampled_length
-from .runlog import UserError, first_line, pick_device
+from .cli import UserError, first_line, pick_device
 
 SIDON_REPO = "sarulab-speech/sidon-v0.1"
 # The commit, and its files' SHA-256, as independent public projects record them (we had no hub to look at;

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .runlog import UserError
+from .cli import UserError
+from .codec import load_weights
 
 # ---- model ----
 
@@ -258,14 +259,5 @@ def build(state: dict, which: str = "ema", device="cpu") -> TokenLM:
     if state.get("kind") != "rvq":
         raise UserError("not a checkpoint of train_rvq.py")
     model = TokenLM(state["arch"])
-    load_weights(model, state.get(which) or state["model"])
+    load_weights(model, state.get(which) or state["model"], "the checkpoint")
     return model.to(device).eval()
-
-
-def load_weights(model: TokenLM, weights: dict) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        raise UserError(
-            f"the checkpoint's tensors do not fit its architecture: {str(e).splitlines()[1].strip()}"
-        ) from e

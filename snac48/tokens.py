@@ -29,7 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .runlog import UserError, atomic_file, main_guard
+from .cli import UserError, main_guard
+from .files import atomic_file
 
 DTYPES = {0: "<u1", 1: "<u2", 2: "<u4"}
 MAX_K = 512
@@ -285,9 +286,8 @@ def read_shard(path: str | Path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from cache_codes import Geometry
-
-    from .data import shard_arrays
+    from .cache import shard_arrays
+    from .codec import Geometry
 
     try:
         table = pq.read_table(path, page_checksum_verification=True)
@@ -303,7 +303,8 @@ def read_shard(path: str | Path):
 
 def write_cache(path: str | Path, rows: dict[str, np.ndarray], source: dict) -> None:
     """A shard of cache_codes.py's schema from {file_path: frames [T, K]}, atomically."""
-    from cache_codes import Geometry, write_shard
+    from .cache import write_shard
+    from .codec import Geometry
 
     strides = source["vq_strides"]
     geometry = Geometry(**{k: v for k, v in source.items() if k != "kind"} | {"vq_strides": tuple(strides)})
@@ -325,7 +326,7 @@ class Corpus:
         self.bad: list[tuple[str, str]] = []
         self.index = None
         if os.path.isdir(data) and is_cache(data):
-            from .data import CodeIndex
+            from .cache import CodeIndex
 
             self.index = CodeIndex(data)
             self.source = snac_source(self.index.geometry)

@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from snac import SNAC  # noqa: E402
+from snac import SNAC
 
 TINY = {
     "sampling_rate": 24000,

@@ -15,7 +15,6 @@ import soundfile as sf
 import torch
 from conftest import ROOT, make_snac, one_sentence, run, save_snac, voice
 
-from cache_codes import encode, geometry_of, receptive_reach, slice_at
 from snac48.audio import (
     AudioError,
     find_audio,
@@ -25,8 +24,9 @@ from snac48.audio import (
     resolve_inside,
     target_names,
 )
-from snac48.data import CodeIndex
-from snac48.runlog import UserError
+from snac48.cache import CodeIndex
+from snac48.cli import UserError
+from snac48.codec import encode, geometry_of, receptive_reach, slice_at
 
 
 def rows_of(cache):
@@ -141,7 +141,7 @@ def test_processes_share_a_folder_and_a_killed_one_is_replaced(audio_dir, snac_d
     assert jobs[1].wait(timeout=120) == 0
     run("cache_codes.py", *args)  # takes over what the dead one held, if it held anything
     rows = rows_of(tmp_path / "c")
-    key = lambda r: r["file_path"]  # noqa: E731
+    key = lambda r: r["file_path"]
     assert sorted(rows, key=key) == sorted(rows_of(cache_dir), key=key)
 
 

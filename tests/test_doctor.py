@@ -13,10 +13,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import doctor  # noqa: E402
-import train_rvq  # noqa: E402
-from snac48 import tokens as npq  # noqa: E402
-from snac48.runlog import UserError, load_checkpoint, save_checkpoint  # noqa: E402
+import doctor
+import train_rvq
+from snac48 import tokens as npq
+from snac48.checkpoint import load_checkpoint, save_checkpoint
+from snac48.cli import UserError
 
 
 def make_data(folder):

@@ -24,10 +24,12 @@ import cache_codes
 import doctor
 import precompute_48k
 import train_dual_head as T
-from infer import load_dual_head
 from snac48.audio import AudioError, read_audio_span
-from snac48.data import CachedCodesDataset, CodeIndex
-from snac48.runlog import UserError, load_checkpoint
+from snac48.cache import CodeIndex
+from snac48.checkpoint import load_checkpoint
+from snac48.cli import UserError
+from snac48.data import CachedCodesDataset
+from snac48.decoder import load_dual_head
 from snac48.tokens import Corpus, NpqError, read_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

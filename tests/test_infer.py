@@ -12,10 +12,10 @@ from conftest import one_sentence, run, save_snac, voice
 from test_train import trainer
 
 import evaluate as E
-from cache_codes import geometry_of
-from infer import DualHead, load_dual_head
-from snac48.decoder import DualHeadDecoder, model_config
-from snac48.runlog import UserError, load_checkpoint, save_checkpoint
+from snac48.checkpoint import load_checkpoint, save_checkpoint
+from snac48.cli import UserError
+from snac48.codec import geometry_of, model_config
+from snac48.decoder import DualHead, DualHeadDecoder, load_dual_head
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +243,9 @@ def test_a_split_keeps_groups_together_and_is_the_same_for_the_same_seed(tmp_pat
     for out in ("a", "b"):
         run("prepare_dataset.py", "--input_dir", source, "--output_dir", tmp_path / out, "--train_ratio", 0.8,
             "--group_by", "parent")  # fmt: skip
-    listing = lambda d: sorted(p.relative_to(d).as_posix() for p in d.rglob("*.wav"))  # noqa: E731
+    listing = lambda d: sorted(p.relative_to(d).as_posix() for p in d.rglob("*.wav"))
     assert listing(tmp_path / "a") == listing(tmp_path / "b") and len(listing(tmp_path / "a")) == 40
-    speakers = lambda part: {rel.split("/")[0] for rel in listing(tmp_path / "a" / part / "audio")}  # noqa: E731
+    speakers = lambda part: {rel.split("/")[0] for rel in listing(tmp_path / "a" / part / "audio")}
     train, valid = speakers("train"), speakers("valid")
     assert len(valid) == 2 and not train & valid
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())

@@ -24,14 +24,14 @@ from scipy.signal import fftconvolve
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import standin  # noqa: E402
+import standin
 
-import precompute_48k  # noqa: E402
-from precompute_48k import Sidon  # noqa: E402
-from snac48 import sidon as sidon_module  # noqa: E402
-from snac48.audio import SharedWork  # noqa: E402
-from snac48.runlog import UserError  # noqa: E402
-from snac48.sidon import NOTHING, RATE, Fbank, HighPass, Resampler, SincResampler, front_end  # noqa: E402
+import precompute_48k
+from precompute_48k import Sidon
+from snac48 import sidon as sidon_module
+from snac48.cli import UserError
+from snac48.sidon import NOTHING, RATE, Fbank, HighPass, Resampler, SincResampler, front_end
+from snac48.work import SharedWork
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import torch
 from conftest import TINY, one_sentence, run, voice
 
 import train_dual_head as T
-from snac48.runlog import UserError, load_checkpoint
+from snac48.checkpoint import load_checkpoint
+from snac48.cli import UserError
 
 
 @pytest.fixture(scope="session")
@@ -230,7 +231,7 @@ def test_the_five_config_files_are_their_recipes(path):
 
 @pytest.mark.parametrize("recipe", TABLE)
 def test_every_recipe_runs_and_its_checkpoint_decodes(recipe, speech_48k, codes_48k, snac_dir, tmp_path):
-    from infer import load_dual_head
+    from snac48.decoder import load_dual_head
 
     data = cached(codes_48k, speech_48k) if recipe in ("phase11-fast", "phase12") else raw(speech_48k)
     argv = tiny(
@@ -486,7 +487,7 @@ def test_a_codec_from_scratch_uses_its_codebooks(speech_48k, tmp_path):
     plain = [usage(torch.bincount(c.flatten(), minlength=16))["usage"] for c in codes]
     assert min(plain) < 0.3
     # the result is a SNAC folder, and codes come out of it as out of the checkpoint
-    from infer import load_dual_head
+    from snac48.decoder import load_dual_head
 
     run("infer.py", "--checkpoint", tmp_path / "run" / "best_model.pt", "--export", tmp_path / "codec",
         "--half")  # fmt: skip

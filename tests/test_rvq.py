@@ -19,10 +19,11 @@ from conftest import children_cpu
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_rvq  # noqa: E402
-from snac48 import token_lm  # noqa: E402
-from snac48 import tokens as npq  # noqa: E402
-from snac48.runlog import UserError, load_checkpoint  # noqa: E402
+import train_rvq
+from snac48 import token_lm
+from snac48 import tokens as npq
+from snac48.checkpoint import load_checkpoint
+from snac48.cli import UserError
 
 PATTERNS = ["depth", "parallel", "delay", "flatten"]
 META = {"pretrained_model": "toy", "weights_sha256": "0" * 64, "sampling_rate": 24000, "hop_length": 512,
@@ -81,7 +82,7 @@ def test_npq2_round_trip(tmp_path, dtype, V):
 
 def malformed():
     tok = tokens(6, 3, 1024)
-    v1 = lambda **k: npq1(tok, **k)  # noqa: E731
+    v1 = lambda **k: npq1(tok, **k)
 
     def npq1(
         tok, magic=b"NPQ1", version=1, K=3, fps=86.0, kbps=8.0, T=6, vocab=(1024,) * 3, dtype=1, cut=None
@@ -363,7 +364,7 @@ def test_cached_sampling_equals_full_forward(pattern, prompt):
     model = toy(pattern, (11, 7, 5, 11), ctx=12, scale=0.3)
     seen = {}
     given = codes_like(model, 2, prompt) if prompt else None
-    note = lambda t, k, logits, t0: seen.setdefault((t, k), (logits.clone(), t0))  # noqa: E731
+    note = lambda t, k, logits, t0: seen.setdefault((t, k), (logits.clone(), t0))
     codes = token_lm.sample(model, 17, given, 2, temperature=1.0, seed=3, on_logits=note)
     assert codes.shape == (2, prompt + 17, 4) and (codes >= 0).all()
     assert (codes < torch.tensor(model.vocab)).all() and len(seen) == 17 * 4
@@ -791,9 +792,8 @@ def test_generate_wav_through_the_dual_head(snac_run, monkeypatch):
             seen["codes"] = codes
             return torch.zeros(1, 1, 20 * 2048), torch.full((1, 1, 20 * 4096), 0.5)
 
-    module = types.ModuleType("infer")
-    module.load_dual_head = lambda path, device: seen.setdefault("path", path) and Decoder()
-    monkeypatch.setitem(sys.modules, "infer", module)
+    speaker = lambda path, device: seen.setdefault("path", path) and Decoder()
+    monkeypatch.setattr("snac48.decoder.load_dual_head", speaker)
     assert generate(snac_run, "a.wav", "--decoder", "our.pt") == 0
     import soundfile
 
@@ -837,8 +837,8 @@ def test_the_circle_closes(cache_dir, snac_dir, tmp_path):
     import soundfile
     from conftest import run
 
-    from cache_codes import geometry_of, load_snac
-    from snac48.decoder import DualHeadDecoder, initialise_48k, model_config
+    from snac48.codec import geometry_of, load_snac, model_config
+    from snac48.decoder import DualHeadDecoder, initialise_48k
 
     snac = load_snac(str(snac_dir))
     model = DualHeadDecoder(snac)

@@ -17,7 +17,8 @@ from test_train import same_state, tiny_args, trainer
 
 import train_dual_head as T
 from snac48 import runlog
-from snac48.runlog import load_checkpoint, save_checkpoint, sweep_leftovers
+from snac48.checkpoint import load_checkpoint, save_checkpoint
+from snac48.files import sweep_leftovers
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import survive

@@ -15,19 +15,13 @@ import torch
 from conftest import ROOT, make_snac, one_sentence, run, save_snac, voice
 
 import train_dual_head as T
-from cache_codes import slice_at
 from snac48.audio import read_audio, resample
+from snac48.checkpoint import load_checkpoint
+from snac48.cli import UserError
+from snac48.codec import model_config, slice_at
 from snac48.data import CachedCodesDataset, collate
-from snac48.decoder import (
-    DualHeadDecoder,
-    counter_noise,
-    halve_rate,
-    head_losses,
-    lsd,
-    model_config,
-    stft_loss,
-)
-from snac48.runlog import UserError, load_checkpoint
+from snac48.decoder import DualHeadDecoder, counter_noise
+from snac48.losses import halve_rate, head_losses, lsd, stft_loss
 
 INITS = ("interpolate", "average", "first", "random")
 
@@ -307,7 +301,7 @@ def test_items_hold_codes_and_audio_of_exactly_matching_place_and_length(
 
 
 def test_crops_change_with_the_epoch_and_validation_crops_never_do(cache_dir, targets_dir):
-    starts = lambda d, e: (d.set_epoch(e), [d[i]["start_pos"] for i in range(14)])[1]  # noqa: E731
+    starts = lambda d, e: (d.set_epoch(e), [d[i]["start_pos"] for i in range(14)])[1]
     train, val = (CachedCodesDataset(cache_dir, targets_dir, 0.3, fixed=f) for f in (False, True))
     assert starts(train, 1) == starts(train, 1) != starts(train, 2)
     assert starts(val, 1) == starts(val, 2)
@@ -428,7 +422,7 @@ def test_resume_continues_as_if_never_stopped(
     )  # flags come from the checkpoint
     assert again.step == stop_at and again.train() == 0
     same_state(out / "checkpoint_epoch3.pt", unbroken / "checkpoint_epoch3.pt")
-    lines = lambda d: [json.loads(line) for line in open(d / "metrics.jsonl")]  # noqa: E731
+    lines = lambda d: [json.loads(line) for line in open(d / "metrics.jsonl")]
     losses = [{r["step"]: r["loss_48k"] for r in lines(d) if "event" not in r} for d in (out, unbroken)]
     assert losses[0] == losses[1]
 
@@ -548,7 +542,7 @@ def test_two_processes_train_as_one(cache_dir, targets_dir, snac_dir, tmp_path, 
     done = subprocess.run([*command, str(ROOT / "train_dual_head.py"), *argv], capture_output=True, text=True,
                           timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = lambda d: [json.loads(line) for line in open(d / "metrics.jsonl")]  # noqa: E731
+    lines = lambda d: [json.loads(line) for line in open(d / "metrics.jsonl")]
     one, two = (
         {r["step"]: r["loss_48k"] for r in lines(d) if "event" not in r} for d in (unbroken, tmp_path / "two")
     )

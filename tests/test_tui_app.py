@@ -93,9 +93,10 @@ def test_mouse(steady):
 @pytest.mark.parametrize("size", [(20, 8), (40, 10), (79, 23), (300, 80), (10, 3)])
 def test_any_size_of_terminal(steady, size):
     async def script(app, pilot):
-        for key in "12345?":
-            await pilot.press("question_mark" if key == "?" else key)
-            await pilot.press("f", "down")
+        for view in VIEWS:
+            for action in (view, "focus", "down"):
+                app.action_do(action)
+                await pilot.pause()
         await pilot.resize_terminal(80, 24)
         await pilot.pause()
 

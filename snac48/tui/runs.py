@@ -9,8 +9,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cli import UserError
+from ..files import finite_json
 from ..process import job_state, process_stat
-from ..runlog import UserError, finite_json, human_time
+from ..runlog import human_time
 from .parse import ERROR, counted, number, parse_line
 from .state import RunState
 from .system import GpuSampler, cpu_ticks, memory

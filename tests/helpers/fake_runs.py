@@ -17,7 +17,8 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from snac48.runlog import finite_json, step_line  # noqa: E402
+from snac48.files import finite_json
+from snac48.runlog import step_line
 
 NOW = 1_700_000_000.0
 SEGMENTS = ((1, 2, 1.0), (3, 4, 2.0), (5, 6, 3.0), (7, 15, 4.0))

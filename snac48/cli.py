@@ -1,0 +1,230 @@
+"""What every program shares with its user: one-sentence errors, exit codes, stop signals, choice of device.
+
+Imports torch only inside the function that needs it, so that --help and a misspelt flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import errno
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+
+# ---- exit codes (README lists them) ----
+
+EXIT_OK = 0
+EXIT_ERROR = 1  # wrong input or environment: one sentence on stderr says what to do
+EXIT_USAGE = 2  # argparse: unknown or malformed flag
+EXIT_STOPPED = 3  # SIGTERM / SIGINT / SIGUSR1: a checkpoint was written, the same command continues
+EXIT_DIVERGED = 4  # too many non-finite or outlier steps in a row
+EXIT_BAD_INPUT = 5  # more bad files or rows than --max_bad_fraction allows
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file size limit
+
+
+class UserError(Exception):
+    """Something the user can mend; `main_guard` prints it as one sentence and exits with `code`."""
+
+    def __init__(self, message: str, code: int = EXIT_ERROR):
+        super().__init__(message)
+        self.code = code
+
+
+# ---- how a training ends ----
+
+
+class Ending(Exception):
+    """Leaves a training loop; a table in each script maps it to sentence, exit code and checkpoint."""
+
+
+class Finished(Ending):
+    """All steps are done."""
+
+
+class Stopped(Ending):
+    """A signal asked for it; the same command continues."""
+
+
+class Diverged(Ending):
+    """Too many steps in a row were skipped: not finite, or outliers."""
+
+
+class TooManyBadFiles(Ending):
+    """More than --max_bad_fraction of the files could not be read."""
+
+
+# ---- flags and configs ----
+
+
+def read_config(path: str | Path, known) -> dict:
+    """A JSON object (`//` comments allowed) as {key: value}; a key that is not in `known` is a UserError that
+    names the nearest one."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        text = re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*', lambda m: m[1] or "", text)
+        config = json.loads(text)
+    except OSError as e:
+        raise UserError(f"config {path} cannot be read: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"config {path} is not JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"config {path} must be one JSON object")
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0)
+            raise UserError(f"config {path}: unknown key {key!r}; did you mean {near[0]!r}?")
+    return config
+
+
+def as_type(kind: type, value, where: str):
+    """`value` of a config or checkpoint as bool, int, float or str (a list becomes "a,b"); else a UserError
+    that begins with `where`."""
+    if isinstance(value, list) and kind is str:
+        value = ",".join(str(v) for v in value)
+    try:
+        if (kind is bool) != isinstance(value, bool) or (kind is int and float(value) != int(value)):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where} must be {kind.__name__}, not {value!r}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line that names the nearest flag, not 60 lines of usage."""
+
+    def __init__(self, **kw):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | kw)
+
+    def error(self, message):
+        known, hints = [flag for action in self._actions for flag in action.option_strings], []
+        for word in re.findall(r"(?<!\S)--[\w-]+", message.partition("unrecognized arguments:")[2]):
+            hints += [f"{word}: did you mean {near}?" for near in difflib.get_close_matches(word, known, 1)]
+        self.exit(2, f"{self.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}\n")
+
+
+def guarded(function, *args):
+    """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen keeps its
+    traceback."""
+    try:
+        return function(*args)
+    except UserError as e:
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
+        leave(e.code)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        leave(EXIT_STOPPED)
+    except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        leave(EXIT_OK)
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        where = f"{e.filename} could not be written" if e.filename else "a file could not be written"
+        with contextlib.suppress(OSError):  # stderr may lie on the same disk
+            print(f"{Path(sys.argv[0]).name}: error: {where}: {e.strerror}; free some space, then run "
+                  "the same command again (a training: with --resume auto)",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        leave(EXIT_ERROR)
+
+
+def leave(code: int) -> None:
+    """Exit; under launch.sh the code is left in $JOB_EXIT_FILE, by which status tells FINISHED from DEAD."""
+    note_exit(code)
+    for stream in (sys.stdout, sys.stderr):  # what a full disk did not take would turn the exit code into 120
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def note_exit(code: int) -> None:
+    path = os.environ.get("JOB_EXIT_FILE")
+    if path and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # a full disk: the process still ends with the code
+            Path(path).write_text(f"{code}\n")
+
+
+def main_guard(main, *args) -> None:
+    leave(guarded(main, *args) or EXIT_OK)
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def stop_at_once() -> None:
+    """While a program starts, a stop signal ends it at once with EXIT_STOPPED: there is nothing to save yet.
+
+    A thread does it, told by the C part of Python's signal handling: the main thread may be inside a long
+    call (importing torch, waiting for the other processes), where no Python handler runs. Until StopFlag.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch():
+        name = signal.Signals(os.read(read, 1)[0]).name
+        note_exit(EXIT_STOPPED)
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: stopped by {name} while starting; nothing was changed, the "
+                  "same command starts again", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(EXIT_STOPPED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.set_wakeup_fd(write)
+    for sig in STOP_SIGNALS:
+        signal.signal(sig, lambda *_: None)
+
+
+class StopFlag:
+    """SIGTERM, SIGINT and SIGUSR1 set a flag that loops poll; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.signal: str | None = None
+        for sig in STOP_SIGNALS:
+            signal.signal(sig, self._handle)
+        signal.set_wakeup_fd(-1)  # stop_at_once has had its time; in this order no signal is lost
+
+    def _handle(self, number, frame):
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+def ignore_stop_signals(*_) -> None:
+    """For workers: `launch.sh stop` signals the whole process group, but the main process decides."""
+    for sig in STOP_SIGNALS:
+        signal.signal(sig, signal.SIG_IGN)
+
+
+def first_line(e: BaseException) -> str:
+    """The line of a long message (TorchScript's hold whole tracebacks) that says what is wrong."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    errors = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
+    return (errors[-1] if errors else lines[0])[:300]
+
+
+def pick_device(name: str):
+    """`cpu`, a GPU number (`0`), or `cuda:0` -> torch.device. Raises UserError when that GPU isn't there."""
+    import torch
+
+    name = str(name).lower()
+    if name == "cpu":
+        return torch.device("cpu")
+    number = name.removeprefix("cuda:") if name != "cuda" else "0"
+    if not number.isdigit():
+        raise UserError(f"--device {name}: say cpu, or a GPU number such as 0")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number) >= count:
+        raise UserError(f"GPU {number} isn't there: torch sees {count} GPU(s) here; use --device cpu"
+                        + (f" or a number below {count}" if count else ""))  # fmt: skip
+    return torch.device(f"cuda:{number}")

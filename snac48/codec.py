@@ -1,0 +1,270 @@
+"""The codec: its geometry, loading SNAC, encoding. Everything is read from the model, never from a constant.
+
+Imports torch, numpy and snac alone: together with decoder.py this file opens a trained decoder anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.utils.parametrize as P
+from snac import SNAC
+from snac.layers import NoiseBlock, ResidualUnit
+
+try:
+    from .cli import UserError
+except ImportError:  # this file was copied into somebody's server
+
+    class UserError(ValueError):
+        """Something the caller can mend, in one sentence."""
+
+
+# of the hub; another model is named with its own: NAME@REVISION
+PINNED_REVISIONS = {"hubertsiuzdak/snac_24khz": "d73ad176a12188fcf4f360ba3bf2c2fbbe8f58ec"}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What makes codes of one model unusable with another; the cache's schema metadata holds it as `snac`."""
+
+    pretrained_model: str
+    weights_sha256: str  # of encoder and quantizer: they alone decide the codes
+    sampling_rate: int  # Hz
+    hop_length: int  # samples a latent frame
+    vq_strides: tuple[int, ...]  # latent frames a code, coarse to fine
+    codebook_size: int
+
+    @property
+    def coarse_samples(self) -> int:
+        """Samples at the model's rate that one coarse (scale-0) code covers."""
+        return self.vq_strides[0] * self.hop_length
+
+    def frames_per_coarse(self, k: int) -> int:
+        """Codes of scale k in one coarse code."""
+        return self.vq_strides[0] // self.vq_strides[k]
+
+    def coarse_len(self, segment_seconds: float) -> int:
+        """Coarse codes in a segment of nominally `segment_seconds`, at least 1."""
+        return max(1, int(segment_seconds * self.sampling_rate / self.hop_length / self.vq_strides[0] + 1e-9))
+
+    def difference(self, other: Geometry) -> str | None:
+        """What differs from `other`, the name of the model aside; None when codes are interchangeable."""
+        a, b = asdict(self), asdict(other)
+        found = [f"{k} {b[k]} there, {a[k]} here" for k in a if k != "pretrained_model" and a[k] != b[k]]
+        return "; ".join(found) or None
+
+    @staticmethod
+    def from_json(text: str, where: str = "codec geometry") -> Geometry:
+        """Raises UserError beginning with `where` when it is no geometry a codec can have."""
+        try:
+            d = json.loads(text)
+            g = Geometry(**(d | {"vq_strides": tuple(d["vq_strides"])}))
+            sizes = (g.sampling_rate, g.hop_length, g.codebook_size, *g.vq_strides)
+            whole = all(isinstance(n, int) and n > 0 for n in sizes) and g.vq_strides
+            if not whole or any(g.vq_strides[0] % s for s in g.vq_strides):
+                raise ValueError("a size that no codec has")
+            return g
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise UserError(f"{where}: {str(text)[:80]!r} describes no codec ({e})") from None
+
+
+def slice_at(start: int, coarse_len: int, hop_length: int, vq_strides) -> dict:
+    """Where `coarse_len` coarse codes from coarse code `start` lie: in every scale and in the audio.
+
+    Returns {scale_start: [K], scale_len: [K], start_sample_24k, samples_24k, start_sample_48k, samples_48k};
+    samples are exact (no nominal seconds), 48 kHz values are twice the 24 kHz ones.
+    """
+    s = vq_strides[0]
+    first, n = start * s * hop_length, coarse_len * s * hop_length
+    return {
+        "scale_start": [start * (s // v) for v in vq_strides],
+        "scale_len": [coarse_len * (s // v) for v in vq_strides],
+        "start_sample_24k": first,
+        "samples_24k": n,
+        "start_sample_48k": 2 * first,
+        "samples_48k": 2 * n,
+    }
+
+
+def load_snac(name: str, device="cpu"):
+    """A frozen SNAC in eval mode from a folder (config.json, pytorch_model.bin) or the hub (pinned revision).
+
+    name: DIR, hub id, or hub id@REVISION. Raises UserError saying what is missing.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            missing = [f for f in ("config.json", "pytorch_model.bin") if not (path / f).is_file()]
+            if missing:
+                raise UserError(f"model folder {name} lacks {' and '.join(missing)}")
+            model = SNAC.from_pretrained(name)
+        else:
+            if name.startswith((".", "/")) or name.count("/") != 1:
+                raise UserError(
+                    f"model {name} is neither a folder nor a hub id such as {next(iter(PINNED_REVISIONS))}"
+                )
+            repo, _, revision = name.partition("@")
+            revision = revision or PINNED_REVISIONS.get(repo)
+            if not revision:
+                raise UserError(f"no pinned revision is known for {repo}: say {repo}@COMMIT")
+            model = SNAC.from_pretrained(repo, revision=revision)
+    except UserError:
+        raise
+    except Exception as e:  # hub, network, config and weights each have their own exception classes
+        raise UserError(f"model {name} could not be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
+                        "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "
+                        "the hub reachable") from e  # fmt: skip
+    return model.to(device).eval().requires_grad_(False)
+
+
+def weights_hash(state: dict) -> str:
+    """SHA-256 of encoder and quantizer in a state dict."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(state.items()):
+        if key.startswith(("encoder.", "quantizer.")):
+            tensor = tensor.detach().to("cpu", torch.float32).contiguous()
+            digest.update(f"{key} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def geometry_of(model, name: str) -> Geometry:
+    """Geometry and weights hash of a loaded SNAC."""
+    return Geometry(
+        pretrained_model=name,
+        weights_sha256=weights_hash(model.state_dict()),
+        sampling_rate=int(model.sampling_rate),
+        hop_length=int(model.hop_length),
+        vq_strides=tuple(int(v) for v in model.vq_strides),
+        codebook_size=int(model.codebook_size),
+    )
+
+
+def fold_weight_norm(module):
+    """Replace weight-norm parametrizations by plain weights: same function, no renormalising at every
+    call."""
+    for m in module.modules():
+        if P.is_parametrized(m, "weight"):
+            P.remove_parametrizations(m, "weight")
+    return module
+
+
+def align_samples(model) -> int:
+    """SNAC pads to, and chunks are cut at, multiples of this: hop x lcm(coarsest stride, attention
+    window)."""
+    return int(model.hop_length) * math.lcm(int(model.vq_strides[0]), model.attn_window_size or 1)
+
+
+def receptive_reach(layers, jump: float = 1.0) -> tuple[float, float]:
+    """(reach on each side in input samples, output jump) of a stack of convolutions in order.
+
+    jump: input samples a step at the first layer; strided convs multiply it, transposed ones divide it.
+    Residual branches are covered because every convolution on the longest path is counted.
+    """
+    reach = 0.0
+    for layer in layers:
+        for m in layer.modules():
+            if isinstance(m, torch.nn.Conv1d):
+                reach += jump * (m.dilation[0] * (m.kernel_size[0] - 1)) / 2
+                jump *= m.stride[0]
+            elif isinstance(m, torch.nn.ConvTranspose1d):
+                jump /= m.stride[0]
+                reach += jump * m.kernel_size[0] / 2
+    return reach, jump
+
+
+def encode_context(model) -> int:
+    """Samples beside a chunk with which its codes are those of the whole: what the encoder can see, in whole
+    units. With windowed attention a chunk must start at a window, and sees its neighbours by convs only."""
+    reach, _ = receptive_reach(model.encoder.block)
+    return math.ceil(reach / align_samples(model)) * align_samples(model)
+
+
+def encode(model, audio, max_seconds: float = 60.0):
+    """Codes of equally long clips: audio [B, 1, N] at the model's rate -> [codes_k [B, T_k]], as SNAC.encode.
+
+    Clips longer than max_seconds are encoded in chunks with as much real context as the encoder can see,
+    so the memory is bounded and the codes are those of one pass (up to rounding).
+    """
+    align = align_samples(model)
+    chunk = max(1, int(max_seconds * model.sampling_rate) // align) * align
+    if audio.shape[-1] <= chunk:
+        return model.encode(audio)
+    audio, context = model.preprocess(audio), encode_context(model)
+    parts = []
+    for start in range(0, audio.shape[-1], chunk):
+        lo, hi = max(0, start - context), min(audio.shape[-1], start + chunk + context)
+        codes = model.encode(audio[..., lo:hi])
+        for k, c in enumerate(codes):
+            step = model.hop_length * model.vq_strides[k]
+            codes[k] = c[:, (start - lo) // step : (min(start + chunk, audio.shape[-1]) - lo) // step]
+        parts.append(codes)
+    return [torch.cat([p[k] for p in parts], dim=1) for k in range(len(parts[0]))]
+
+
+def new_snac(path: str):
+    """A SNAC with fresh weights from a JSON file of its arguments. Raises UserError."""
+    try:
+        return SNAC(**json.loads(Path(path).read_text(encoding="utf-8"))).eval()
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"--from_scratch {path} is no SNAC configuration: {e}") from None
+
+
+def load_weights(model, state: dict, path) -> None:
+    """load_state_dict after checking keys, shapes and dtypes: one sentence instead of a page."""
+    own = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
+    theirs = {k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else None for k, v in dict(state).items()}
+    wrong = sorted(map(str, set(own) ^ set(theirs))) + [k for k in own if k in theirs and own[k] != theirs[k]]
+    if wrong:
+        raise UserError(f"weights in {path} don't fit this model: {len(wrong)} tensors differ in name, "
+                        f"shape or dtype, first {wrong[0]}")  # fmt: skip
+    model.load_state_dict(state)
+
+
+def model_config(snac) -> dict:
+    """Arguments of SNAC(**config): with them a checkpoint opens without the pretrained folder."""
+    quantizer = snac.quantizer.quantizers[0]
+    noise = any(isinstance(m, NoiseBlock) for m in snac.decoder.modules())
+    first_unit = next(m for m in snac.encoder.modules() if isinstance(m, ResidualUnit))
+    return {
+        "sampling_rate": snac.sampling_rate,
+        "encoder_dim": snac.encoder_dim,
+        "encoder_rates": list(snac.encoder_rates),
+        "latent_dim": snac.latent_dim,
+        "decoder_dim": snac.decoder_dim,
+        "decoder_rates": list(snac.decoder_rates),
+        "attn_window_size": snac.attn_window_size,
+        "codebook_size": snac.codebook_size,
+        "codebook_dim": quantizer.codebook_dim if hasattr(quantizer, "codebook_dim") else snac.codebook_dim,
+        "vq_strides": list(snac.vq_strides),
+        "noise": noise,
+        "depthwise": first_unit.block[1].groups > 1,
+    }
+
+
+class Snake(torch.autograd.Function):
+    """x + sin(alpha x)² / alpha (Ziyin et al. 2020): x [B, C, T], alpha [1, C, 1].
+
+    In the place of snac.layers.snake, which is TorchScript: its executor changes kernels after the first
+    calls, so that a resumed run differs from the unbroken one in the last bit; and torch.compile stops at it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.save_for_backward(x, alpha)
+        return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, alpha = ctx.saved_tensors
+        inverse, double = (alpha + 1e-9).reciprocal(), 2 * alpha * x
+        slope = torch.sin(double)
+        of_x = grad * (1 + alpha * inverse * slope)
+        half = (1 - torch.cos(double)) / 2  # sin²
+        of_alpha = (grad * inverse * (x * slope - inverse * half)).sum((0, 2), keepdim=True)
+        return of_x, of_alpha.to(alpha.dtype)

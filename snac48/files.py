@@ -1,0 +1,103 @@
+"""Files that are whole or not there: atomic writing, JSON, and the leftovers of killed processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+from .cli import UserError
+
+
+def temporary(path: Path, tag: str = "") -> Path:
+    """Where the content of `path` waits until it is whole; sweep_leftovers reads host and PID out of it."""
+    owner = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    return path.with_name(f".{path.name}.{tag}{owner}.tmp")
+
+
+def sweep_leftovers(folder: str | Path) -> int:
+    """Delete what killed processes were writing in `folder`: without this every kill -9 inside a checkpoint
+    write would cost the disk a checkpoint for ever. Returns how many.
+
+    A temporary file is a leftover when its process on this host is gone (or has our own PID: we have only
+    just begun), or when nobody has touched it for an hour (another host, a container that is no more).
+    """
+    found = 0
+    for path in Path(folder).glob(".*.tmp"):
+        pid = re.search(r"\.(\d+)\.\d+\.tmp$", path.name)
+        if not pid:
+            continue
+        here = f".{socket.gethostname()}.{pid[1]}." in path.name
+        gone = here and (int(pid[1]) == os.getpid() or not Path(f"/proc/{pid[1]}").exists())
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
+            if gone or time.time() - path.stat().st_mtime > 3600:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                found += 1
+    return found
+
+
+def fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "wb", **kwargs):
+    """A file object whose content appears at `path` whole or not at all.
+
+    Written beside it, fsynced, renamed, folder fsynced. A failed body (disk full, say) leaves the old file.
+    """
+    path = Path(path)
+    tmp = temporary(path)
+    try:
+        with open(tmp, mode, **kwargs) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        fsync_folder(path.parent)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def finite_json(value):
+    """JSON has no NaN: non-finite floats become the strings "NaN", "Infinity", "-Infinity"."""
+    if isinstance(value, dict):
+        return {k: finite_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def write_json(path: str | Path, value) -> None:
+    with atomic_file(path, "w", encoding="utf-8") as f:
+        json.dump(finite_json(value), f, indent=2, allow_nan=False, default=str)
+        f.write("\n")
+
+
+def read_json(path: str | Path):
+    """Raises UserError when the file is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {e}") from None
+
+
+def write_jsonl(path: str | Path, rows) -> None:
+    with atomic_file(path, "w", encoding="utf-8") as f:
+        for row in rows:
+            f.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
