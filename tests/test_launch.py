@@ -88,6 +88,11 @@ def test_a_reused_pid_is_never_signalled(launch):
         other.kill()
 
 
+def test_where_the_truth_cannot_be_told_nothing_starts(launch):
+    out = launch("ask() { return 1; }; " + sleeper(launch, "train_gpu0"), code=1)
+    assert "nobody can tell whether train_gpu0 runs" in out and not (launch.logs / "train_gpu0.log").exists()
+
+
 def test_a_zombie_is_dead(launch):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     deadline = time.time() + 10

@@ -119,8 +119,6 @@ def plot(
     labels = {0: y1, h - 1: y0}
     if h >= 5:
         labels[h // 2] = y0 * (y1 / y0) ** 0.5 if log else (y0 + y1) / 2
-    lines = [
-        [(f"{short(labels[i]) if i in labels else '':>7}│", "dim"), *packed(row)]
-        for i, row in enumerate(rows)
-    ]
+    names = (short(labels[i]) if i in labels else "" for i in range(h))
+    lines = [[(f"{name:>7}│", "dim"), *packed(row)] for name, row in zip(names, rows)]
     return [*lines, [(" " * 7 + "└" + "".join(axis)[:w], "dim")]]

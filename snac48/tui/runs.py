@@ -46,7 +46,7 @@ class Run:
         self.pid: int | None = None
         self.error = self.last_line = None
         self.grown: float | None = None  # monotonic time of the last growth
-        self.disk: tuple | None = None  # (used, free, total) of the run directory's file system
+        self.disk = None  # total, used, free bytes of the run directory's file system
         self.alarms: list[tuple[bool, str]] = []
         self.gpu: dict | None = None
 
@@ -159,9 +159,8 @@ class Run:
             code = f" (exit code {clean(self.end['code'])})" if self.end.get("code") else ""
             return ": ".join(w for w in (self.end["reason"], self.error) if w) + code
         last = clean(self.last_line or "").strip()[:120]
-        vanished = "vanished without a word (kill -9? out of memory?)"
-        vanished += f"; last line: {last}" if last else ""
-        return self.error or vanished
+        last = f"; last line: {last}" if last else ""
+        return self.error or f"vanished without a word (kill -9? out of memory?){last}"
 
     def judge(self, mono: float, limits: Limits) -> None:
         """Fill `alarms`: (loud?, text). The thresholds are those of `Limits`."""
@@ -191,8 +190,8 @@ class Run:
             if quiet > max(limits.stall_s, 20 * (usual or 0)):
                 usually = f", usually {usual:.1f} s" if usual else ""
                 found.append((True, f"STALL: no new line for {human_time(quiet)}{usually}"))
-            if self.disk and self.disk[1] < limits.disk_gb * 1e9:
-                free = f"{human_size(self.disk[1])} free, {limits.disk_gb:g}G wanted"
+            if self.disk and self.disk.free < limits.disk_gb * 1e9:
+                free = f"{human_size(self.disk.free)} free, {limits.disk_gb:g}G wanted"
                 found.append((True, f"DISK: {free} in {self.run_dir or self.folder}"))
         self.alarms = found
 
@@ -284,12 +283,9 @@ class Fleet:
             self.ticks, self.cpu_percent = now, round(max(0.0, 100 * (1 - idle)), 1)
 
     def weigh(self, run: Run) -> None:
-        folder = run.run_dir or run.folder
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
+        folder = (run.run_dir or run.folder).absolute()
         try:
-            d = shutil.disk_usage(folder)
-            run.disk = (d.used, d.free, d.total)
+            run.disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists()))
         except OSError:
             run.disk = None
 
@@ -306,7 +302,7 @@ class Fleet:
         return False
 
     def disk_free(self) -> int:
-        return min((r.disk[1] for r in self.runs.values() if r.disk), default=shutil.disk_usage(".").free)
+        return min((r.disk.free for r in self.runs.values() if r.disk), default=shutil.disk_usage(".").free)
 
     def report(self) -> dict:
         """--json."""

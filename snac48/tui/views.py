@@ -20,9 +20,6 @@ STYLES = {"RUNNING": "green", "FINISHED": "cyan", "DEAD": "bold red", "STALE_PID
 LOUD = "bold red reverse"
 
 
-# ---- one run in a line ----
-
-
 def gpu_text(fleet: Fleet, run: Run) -> str:
     """`3 81% 40.1G`: index, use, memory of this run; `*`: of the whole GPU (no process of the run seen)."""
     ids = run.gpu["index"] if run.gpu else [int(x) for x in re.findall(r"\d+", str(run.info.get("gpus", "")))]
@@ -48,8 +45,6 @@ def done(run: Run) -> str:
     total, step = run.state.latest.get("total_steps"), run.state.step
     return f"{100 * step / total:.0f}%" if total and step is not None else "–"
 
-
-# ---- views ----
 
 COLUMNS = (  # of the overview: title, width, importance (0 = always), text(fleet, run, its row of --json)
     ("run", 0, 0, lambda f, r, j: r.name),
@@ -93,8 +88,7 @@ def overview(fleet: Fleet, ui: Ui, width: int, height: int, everything: bool = F
         back = " reverse" if r is now and not everything else ""
         line = [("!! " if loud else "*  " if r.name in ui.marked else "   ", "bold red" + back)]
         for i, text in enumerate(cells(c[3](fleet, r, j) for c in table)):
-            bad = "bold red" if text.strip() in ("NaN", "Inf") else ""
-            style = STYLES[j["state"]] if i == 1 else bad
+            style = STYLES[j["state"]] if i == 1 else "bold red" * (text.strip() in ("NaN", "Inf"))
             line += [(text + " ", style + back)]
         ui.zones.append((len(lines), 0, width, "select", r.name))
         lines.append(line)
@@ -228,10 +222,10 @@ def system(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
     load = f"of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     lines = [bar("CPU  ", None if cpu is None else cpu / 100, load)]
     lines.append(bar("RAM  ", used / total if total else None, f"{human_size(used)} of {human_size(total)}"))
-    disks = {r.disk[2]: (r.run_dir or r.folder, r.disk) for r in reversed(fleet.listed()) if r.disk}
-    for folder, (taken, free, all_) in disks.values():
-        text = f"{human_size(free)} free of {human_size(all_)}  {folder}"
-        lines.append(bar("Disk ", taken / max(1, taken + free), text))
+    disks = {r.disk.total: (r.run_dir or r.folder, r.disk) for r in reversed(fleet.listed()) if r.disk}
+    for folder, disk in disks.values():
+        text = f"{human_size(disk.free)} free of {human_size(disk.total)}  {folder}"
+        lines.append(bar("Disk ", disk.used / max(1, disk.used + disk.free), text))
     lines.append([])
     if not fleet.gpus:
         lines.append([("GPU  ", "bold"), (f"N/A ({fleet.sampler.error or 'none found'})", "yellow")])
