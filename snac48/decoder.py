@@ -24,16 +24,15 @@ from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d, WNConv1
 from torch import nn
 
 if __package__:
+    from .cli import UserError, pick_device
     from .codec import (
         Geometry,
         Snake,
-        UserError,
         encode,
         fold_weight_norm,
         geometry_of,
         load_snac,
         load_weights,
-        pick_device,
         receptive_reach,
     )
 else:  # copied beside a server
@@ -328,7 +327,7 @@ def read_checkpoint(path: str) -> tuple[dict, dict, dict]:
     """(weights, SNAC's arguments, geometry) of a checkpoint of train_dual_head.py."""
     if not __package__:
         raise UserError(f"{path}: this copy opens exported folders; make one with infer.py --export DIR")
-    from .checkpoint import load_checkpoint, require  # its verification needs more of the library
+    from .checkpoint import load_checkpoint, require
 
     saved = require(load_checkpoint(path), path)
     return saved["model"], saved["model_config"], saved["geometry"]
