@@ -59,6 +59,7 @@ from snac48.cli import (
     stop_at_once,
 )
 from snac48.files import write_json
+from snac48.places import check_training, settle
 from snac48.runlog import human_time
 from snac48.schedule import (
     Epoch,
@@ -77,6 +78,7 @@ from snac48.schedule import (
 
 OPTIONS = {  # name: (default, help); the type is the default's
     "data": {
+        "data_root": ("", "where corpus/, codes/ and targets/ lie (default: DATA_ROOT, else here)"),
         "data_dir": ("", "recordings to encode on the fly, instead of --cache_dir; several: A,B"),
         "val_data_dir": ("", "the same for validation"),
         "codes_dir": ("", "cache folder holding train/ and val/ (for --cache_dir and --val_cache_dir)"),
@@ -101,7 +103,8 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "include_unfaithful": (False, "train also on unfaithful rows"),
     },
     "model": {
-        "pretrained_model": (DEFAULT_MODEL, "SNAC folder, hub id or hub id@COMMIT"),
+        "pretrained_model": ("", "SNAC folder, hub id or hub id@COMMIT (default: what the cache names, else "
+                                 f"{DEFAULT_MODEL})"),
         "heads": ("both", "heads to train: both, 24k or 48k"),
         "freeze_encoder": (True, "keep the encoder (codes stay valid)"),
         "freeze_vq": (True, "keep the quantizers (codes stay valid)"),
@@ -111,7 +114,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
     },
     "run": {
         "output_dir": ("checkpoints/phase12_dual_head", "run directory"),
-        "device": ("0", "GPU number or cpu; under torchrun each process takes its LOCAL_RANK"),
+        "device": ("", "GPU number or cpu (default: a GPU where there is one); torchrun sets its own"),
         "resume": ("", "checkpoint file, run directory, or auto (newest good one of --output_dir, if any)"),
         "seed": (42, "decides sample order, crops, noise and random initialisation"),
         "log_every": (10, "steps between log lines"),
@@ -210,22 +213,45 @@ CONFIG_KEYS = {
 }
 
 
-def config_values(path: str, recipe: str = "") -> dict:
+def recipe_of(config: dict, path: str, cached: bool) -> str:
+    """The recipe that an older config without the key `recipe` is of, told by its keys.
+
+    cached: whether a cache was given as a flag. Raises UserError where the keys don't tell.
+    """
+    if "audio_48khz_train_dir" in config:
+        if {"curriculum", "lr_24k_final_conv"} & set(config):
+            return "phase12"
+        if cached:
+            return "phase11-fast"
+        return "phase11-warmup" if config.get("warmup_epochs") else "phase11-standard"
+    if {"freeze_encoder", "freeze_vq"} & set(config):
+        return "phase10"
+    raise UserError(f"config {path} does not tell its recipe: give --recipe ({', '.join(sorted(RECIPES))})")
+
+
+def config_values(path: str, recipe: str = "", cached: bool = False) -> dict:
     """A JSON config as option values, "recipe" among them."""
     known = {k: k for k in DEFAULTS} | CONFIG_KEYS
     config = read_config(path, known)
-    if (recipe or config.get("recipe", "phase12")) in RAW_RECIPES:
+    recipe = recipe or config.get("recipe") or recipe_of(config, path, cached)
+    values = {"recipe": recipe}
+    if recipe in RAW_RECIPES:
         known |= {"train_data": "data_dir", "val_data": "val_data_dir"}
-    values = {}
+    if (
+        recipe in ("phase11-standard", "phase11-warmup")
+        and "curriculum" not in config
+        and "segment_length" in config
+    ):
+        values["segment_schedule"] = str(
+            config["segment_length"]
+        )  # one fixed segment: that of validation, too
     for key, value in config.items():
         name = known[key]
         if name == "curriculum":
             values["epoch_ranges"] = ",".join(f"{c['epochs'][0]}-{c['epochs'][1]}" for c in value)
             values["segment_schedule"] = ",".join(str(c["length"]) for c in value)
             values["batch_multiplier"] = ",".join(str(c["batch_multiplier"]) for c in value)
-        elif name == "recipe":
-            values[name] = value
-        elif name:
+        elif name and name != "recipe":
             values[name] = as_type(type(DEFAULTS[name]), value, f"config {path}: {key}")
     return values
 
@@ -255,8 +281,9 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     resume from or None). Precedence: flag, config, resumed checkpoint, recipe, default."""
     typed = vars(flag_parser().parse_args(argv))
     flags = {k: typed.pop(k) for k in ("recipe", "config", "print_config", "print_schedule")}
-    config = config_values(flags["config"], flags["recipe"]) if flags["config"] else {}
-    recipe, kept, saved = flags["recipe"] or config.pop("recipe", ""), {}, None
+    cached = bool(typed.get("codes_dir") or typed.get("cache_dir"))
+    config = config_values(flags["config"], flags["recipe"], cached) if flags["config"] else {}
+    recipe, kept, saved = flags["recipe"] or config.get("recipe", ""), {}, None
     config.pop("recipe", None)
     if recipe and recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}; known are {', '.join(sorted(RECIPES))}")
@@ -276,11 +303,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         "flag": typed,
     }
     values, origin = layered(layers)
-    if values["codes_dir"]:
-        codes = Path(values["codes_dir"])
-        val = codes / ("valid" if (codes / "valid").is_dir() and not (codes / "val").exists() else "val")
-        values["cache_dir"] = values["cache_dir"] or str(codes / "train")
-        values["val_cache_dir"] = values["val_cache_dir"] or str(val)
+    settle(values, origin, recipe in RAW_RECIPES or values["from_scratch"] != "")
     args = argparse.Namespace(recipe=recipe, **values)
     if flags["print_config"]:
         print(config_text(vars(args), origin, flags["print_config"]))
@@ -289,7 +312,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     if flags["print_schedule"]:
         print("\n".join(plan_lines(args, make_plan(args, flags["print_schedule"]))))
         sys.exit(0)
-    check_data(args)
+    check_training(args)
     check_free(args, asked="resume" in typed)
     return args, origin, saved
 
@@ -319,6 +342,8 @@ def check_values(args) -> None:
     if args.heads == "24k" and args.warmup_epochs:
         raise UserError("--warmup_epochs trains the 48 kHz head alone, which --heads 24k does not have: "
                         "--warmup_epochs 0")  # fmt: skip
+    if trains_codec(args) and args.cache_dir:
+        raise UserError("a codec that is trained itself needs recordings: --data_dir and --val_data_dir")
     if trains_codec(args) and args.heads != "24k":
         raise UserError("encoder and quantizers train with --recipe phase10 only (--heads 24k): a 48 kHz "
                         "head needs codes that stay")  # fmt: skip
@@ -331,21 +356,6 @@ def check_values(args) -> None:
     curriculum(args)  # these three raise on malformed lists
     fft_sizes(args)
     adam_betas(args)
-
-
-def check_data(args) -> None:
-    """Raises UserError where a folder that the recipe needs is not named."""
-    if args.data_dir and args.cache_dir:
-        raise UserError("--data_dir encodes recordings, --cache_dir has their codes: give one of them")
-    if trains_codec(args) and not args.data_dir:
-        raise UserError("a codec that is trained itself needs recordings: --data_dir and --val_data_dir")
-    raw = args.data_dir or (args.recipe in RAW_RECIPES and not args.cache_dir)
-    needed = ["data_dir", "val_data_dir"] if raw else ["cache_dir", "val_cache_dir"]
-    if args.heads != "24k" and not raw:
-        needed += ["audio_48k_dir", "val_audio_48k_dir"]
-    for name in needed:
-        if not getattr(args, name):
-            raise UserError(f"--{name} is missing: it names the {OPTIONS['data'][name][1].split(' (')[0]}")
 
 
 def check_free(args, asked: bool) -> None:

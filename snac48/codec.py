@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import urllib.error
+import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -133,6 +135,40 @@ def slice_at(start: int, coarse_len: int, hop_length: int, vq_strides) -> dict:
     }
 
 
+HUB_TIMEOUT_S = 5.0
+
+
+def fetch(repo: str, revision: str, files: list[str], instead: str) -> Path:
+    """Folder with these files of a repository on the model hub: as downloaded before, else downloaded now.
+
+    The hub is asked once, for a few seconds, before its client begins to retry. instead: what gives a local
+    folder, for the UserError.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        urllib.request.urlopen(
+            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT_S
+        )
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as e:
+        raise UserError(
+            f"{repo} is not here and the model hub {constants.ENDPOINT} can't be reached "
+            f"({getattr(e, 'reason', e)}): copy {' and '.join(files)} of revision {revision} into a folder and "
+            f"give {instead}"
+        ) from None
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    except Exception as e:  # network and hub errors have many classes; all mean the same to the user
+        raise UserError(f"{repo} could not be fetched from the hub ({str(e).splitlines()[0]})") from e
+
+
 def load_snac(name: str, device="cpu"):
     """A frozen SNAC in eval mode from a folder (config.json, pytorch_model.bin) or the hub (pinned revision).
 
@@ -154,7 +190,8 @@ def load_snac(name: str, device="cpu"):
             revision = revision or PINNED_REVISIONS.get(repo)
             if not revision:
                 raise UserError(f"no pinned revision is known for {repo}: say {repo}@COMMIT")
-            model = SNAC.from_pretrained(repo, revision=revision)
+            files = ["config.json", "pytorch_model.bin"]
+            model = SNAC.from_pretrained(str(fetch(repo, revision, files, "--pretrained_model DIR")))
     except UserError:
         raise
     except Exception as e:  # hub, network, config and weights each have their own exception classes

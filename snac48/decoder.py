@@ -27,6 +27,7 @@ if __package__:
     from .codec import (
         Geometry,
         encode,
+        fetch,
         fold_weight_norm,
         geometry_of,
         load_snac,
@@ -39,6 +40,7 @@ else:  # copied beside a server
         Geometry,
         UserError,
         encode,
+        fetch,
         fold_weight_norm,
         geometry_of,
         load_snac,
@@ -335,7 +337,14 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
     """The same of an exported folder, here or on the hub."""
     from safetensors.torch import load_file
 
-    folder = Path(path) if Path(path).is_dir() else fetch(path)
+    folder = Path(path)
+    if not folder.is_dir():
+        repo, _, revision = path.partition("@")
+        if repo.count("/") != 1 or not revision:
+            raise UserError(
+                f"{path} is neither a .pt file nor a folder; a model on the hub is named id@COMMIT"
+            )
+        folder = fetch(repo, revision, ["config.json", "model.safetensors"], "the folder instead")
     if not (folder / "model.safetensors").is_file():
         raise UserError(
             f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
@@ -346,18 +355,3 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
         return load_file(folder / "model.safetensors"), described["model_config"], described["geometry"]
     except Exception as e:  # safetensors has its own exception classes
         raise UserError(f"{path} cannot be read: {type(e).__name__}: {str(e)[:200]}") from None
-
-
-def fetch(name: str) -> Path:
-    """Folder of an exported model on the hub; the revision must be pinned: id@COMMIT."""
-    repo, _, revision = name.partition("@")
-    if repo.count("/") != 1 or not revision:
-        raise UserError(f"{name} is neither a .pt file nor a folder; a model on the hub is named id@COMMIT")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=["config.json", "model.safetensors"])
-        )
-    except Exception as e:  # network and hub errors have many classes; all mean the same to the user
-        raise UserError(f"{name} could not be fetched from the hub ({str(e).splitlines()[0]})") from e

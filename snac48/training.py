@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from . import DEFAULT_MODEL
+from .cache import recorded_model
 from .checkpoint import load_checkpoint, prune, require, save_checkpoint
 from .cli import StopFlag, UserError, first_line, pick_device
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
@@ -117,6 +119,8 @@ def open_run(args, saved: dict | None) -> tuple[Run, State]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
+    if not args.pretrained_model:
+        args.pretrained_model = recorded_model(args.cache_dir) if args.cache_dir else DEFAULT_MODEL
     snac = new_snac(args.from_scratch) if args.from_scratch else load_snac(args.pretrained_model)
     geometry = geometry_of(snac, args.from_scratch or args.pretrained_model)
     data, val = (open_data(args, snac, geometry, prefix) for prefix in ("", "val_"))
