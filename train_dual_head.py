@@ -100,6 +100,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "val_limit": (-1, "only the first N validation rows (-1 = all)"),
         "num_workers": (4, "data loader processes a GPU (0 = in this process)"),
         "max_bad_fraction": (0.01, "stop when a larger share of rows or files is bad; fewer are left out"),
+        "target_kind": ("", "what 48 kHz folders without a manifest hold: sidon or recordings"),
         "include_unfaithful": (False, "train also on unfaithful rows"),
     },
     "model": {
@@ -175,6 +176,7 @@ CHOICES = {
     "heads": ("both", "24k", "48k"),
     "scheduler": ("onecycle", "cosine", "constant"),
     "upsampler": ("", "sidon", "sinc"),
+    "target_kind": ("", "sidon", "recordings"),
 }
 PHASE11 = {"heads": "48k", "batch_size": 32, "segment_schedule": "4.0", "batch_multiplier": "1.0",
            "epoch_ranges": "1-15", "n_ffts": "1024,2048,4096,8192", "main_lr": 1e-5,

@@ -62,22 +62,27 @@ class Targets:
     """Which 48 kHz file belongs to each row: kind uint8 [rows] (index into KINDS), path, and level float32
     [rows]: what the stored wav was scaled by to fit 16 bits, undone on reading.
 
-    From the folder's manifest.jsonl (precompute_48k.py), read once and kept in `index_folder`, if given; a
-    folder without a manifest holds real 48 kHz recordings and is listed at every start. path: row -> path of
-    the source, for rows 0 to n - 1.
+    From the folder's manifest.jsonl (precompute_48k.py), read once and kept in `index_folder`, if given; of a
+    folder without a manifest `kind` says what it holds (sidon or recordings), it is listed at every start.
+    path: row -> path of the source, for rows 0 to n - 1.
     """
 
-    def __init__(self, folder: str, path, n: int, index_folder: Path | None = None):
+    def __init__(self, folder: str, path, n: int, index_folder: Path | None = None, kind: str = ""):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"48 kHz folder {folder} does not exist; make it with precompute_48k.py")
         self.allowed = link_roots(folder)
         manifest, table = self.folder / "manifest.jsonl", None
         if not manifest.is_file():
+            if not kind:
+                raise UserError(
+                    f"48 kHz folder {folder} has no manifest.jsonl: say what it holds, --target_kind sidon "
+                    "(restored: its waveform is not the recording's) or --target_kind recordings"
+                )
             present, rows = set(find_audio(folder)), [path(r) for r in range(n)]
-            names, copied = target_names(rows), KINDS.index("copied")
+            names, number = target_names(rows), KINDS.index("copied" if kind == "recordings" else "sidon")
             data = self._table(
-                rows, {r: (t, copied, 1.0) for r in rows for t in (r, names[r]) if t in present}
+                rows, {r: (t, number, 1.0) for r in rows for t in (r, names[r]) if t in present}
             )
         else:
             stat = manifest.stat()
@@ -222,7 +227,7 @@ class CachedCodesDataset(SliceDataset):
     """
 
     def __init__(self, cache_dir, audio_48k_dir, segment_length, limit=None, *, audio_24k_dir="", seed=42,
-                 fixed=False, include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
+                 fixed=False, include_unfaithful=False, max_bad_fraction=0.01, target_kind=""):  # fmt: skip
         self.index = CodeIndex(str(cache_dir))
         super().__init__(self.index.geometry, segment_length, seed, fixed, HEADS if audio_48k_dir else ())
         n = len(self.index)
@@ -235,7 +240,7 @@ class CachedCodesDataset(SliceDataset):
                             f"{self.index.folder}/bad_rows.jsonl", EXIT_BAD_INPUT)  # fmt: skip
         self.targets, keep = None, np.ones(n, bool)
         if audio_48k_dir:
-            self.targets = Targets(str(audio_48k_dir), self.index.path, n, self.index.folder)
+            self.targets = Targets(str(audio_48k_dir), self.index.path, n, self.index.folder, target_kind)
             keep = self.targets.usable(self, include_unfaithful, max_bad_fraction)
         self.force_24k = bool(audio_24k_dir) or self.targets is None
         self.rows = limited(keep, limit, cache_dir, self.left_out)
@@ -290,7 +295,7 @@ class RawAudioDataset(SliceDataset):
 
     def __init__(self, data_dirs, segment_length, limit=None, *, geometry, context, align, audio_48k_dir="",
                  heads=tuple(HEADS), upsampler="", native_rate=48000, seed=42, fixed=False,
-                 include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
+                 include_unfaithful=False, max_bad_fraction=0.01, target_kind=""):  # fmt: skip
         super().__init__(geometry, segment_length, seed, fixed, heads)
         self.full_band = len(self.heads) > 1  # some head needs more than the 24 kHz recording
         self.context, self.align = context, align
@@ -303,7 +308,7 @@ class RawAudioDataset(SliceDataset):
         if self.full_band and audio_48k_dir:
             if len(data_dirs) > 1:
                 raise UserError("--audio_48k_dir goes with one --data_dir")
-            self.targets = Targets(str(audio_48k_dir), self.files.__getitem__, len(found))
+            self.targets = Targets(str(audio_48k_dir), self.files.__getitem__, len(found), kind=target_kind)
             keep = self.targets.usable(self, include_unfaithful, max_bad_fraction)
         self.rows = limited(keep, limit, ", ".join(map(str, data_dirs)), self.left_out)
 

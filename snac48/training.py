@@ -161,7 +161,7 @@ def open_data(args, snac, geometry: Geometry, prefix: str):
     audio_48k_dir = "" if args.heads == "24k" else at("audio_48k_dir")
     limit = args.val_limit if fixed else args.limit
     shared = {"seed": args.seed, "fixed": fixed, "include_unfaithful": args.include_unfaithful,
-              "max_bad_fraction": args.max_bad_fraction}  # fmt: skip
+              "max_bad_fraction": args.max_bad_fraction, "target_kind": args.target_kind}  # fmt: skip
     if args.data_dir:
         return RawAudioDataset(
             at("data_dir").split(","), args.val_segment, limit, geometry=geometry,
