@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snac48 import DEFAULT_MODEL
-from snac48.checkpoint import RESUMED, find_resume, require
+from snac48.checkpoint import RESUMED, find_resume, refuse_overwriting, require
 from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_DIVERGED,
@@ -315,7 +315,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         print("\n".join(plan_lines(args, make_plan(args, flags["print_schedule"]))))
         sys.exit(0)
     check_training(args)
-    check_free(args, asked="resume" in typed)
+    if not args.resume:
+        refuse_overwriting(args.output_dir, "resume" in typed)
     return args, origin, saved
 
 
@@ -358,15 +359,6 @@ def check_values(args) -> None:
     curriculum(args)  # these three raise on malformed lists
     fft_sizes(args)
     adam_betas(args)
-
-
-def check_free(args, asked: bool) -> None:
-    """Raises UserError where a run in --output_dir would be overwritten; asked: --resume was given."""
-    held = sorted(Path(args.output_dir).glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
-    if held and not args.resume and os.environ.get("RANK", "0") == "0":
-        what = "is damaged" if asked else "would be overwritten"
-        raise UserError(f"{args.output_dir} holds a run whose {held[-1].name} {what}: go on with it by "
-                        "--resume auto, or name another --output_dir")  # fmt: skip
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once

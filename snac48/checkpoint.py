@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -93,9 +94,9 @@ def require(saved: dict, path, keys=OPENED) -> dict:
     missing = [k for k in keys if k not in saved]
     if "geometry" in missing and ("model" in saved or "model_state_dict" in saved):
         raise UserError(
-            f"{path} is a checkpoint of older scripts (it holds {', '.join(list(saved)[:6])}): it can't be resumed "
-            "or decoded here; where its model is a whole SNAC, save that as pytorch_model.bin beside its codec's "
-            "config.json and give the folder as --pretrained_model"
+            f"{path} is a checkpoint of older scripts (it holds {', '.join(list(saved)[:6])}): it can't be "
+            "resumed or decoded here; where its model is a whole SNAC, save that as pytorch_model.bin beside "
+            "its codec's config.json and give the folder as --pretrained_model"
         )
     if missing:
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(missing)}")
@@ -142,3 +143,12 @@ def find_resume(value: str, output_dir: str, pattern: str, check) -> tuple[str, 
     if not found and value != "auto":
         raise UserError(f"--resume {value}: no usable {pattern} in that folder")
     return (str(found[0]), found[1]) if found else ("", None)
+
+
+def refuse_overwriting(folder: str, asked: bool) -> None:
+    """Raises UserError where `folder` holds a run; asked: that it should have been resumed."""
+    held = sorted(Path(folder).glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
+    if held and os.environ.get("RANK", "0") == "0":
+        what = "is damaged" if asked else "would be overwritten"
+        raise UserError(f"{folder} holds a run whose {held[-1].name} {what}: go on with it by --resume auto, or "
+                        "name another --output_dir")  # fmt: skip

@@ -449,6 +449,8 @@ def announce(run: Run, state: State) -> None:
             log.say(f"  left out of {which}: {n} rows, {reason}")
     for line in plan_lines(a, run.plan):
         log.say("  " + line)
+    if any(float(factor) * a.batch_size % 1 for factor in a.batch_multiplier.split(",")):
+        log.say("  batch sizes are rounded down")
     log.metric(event=event, kind="train", recipe=a.recipe, step=state.step, total_steps=run.total,
                epochs=a.epochs, rows=len(run.data), val_rows=len(run.val), git=git_sha())  # fmt: skip
 
