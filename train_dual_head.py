@@ -27,13 +27,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import sys
 import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from snac48 import DEFAULT_MODEL
 from snac48.checkpoint import RESUMED, find_resume, refuse_overwriting, require

@@ -150,5 +150,5 @@ def refuse_overwriting(folder: str, asked: bool) -> None:
     held = sorted(Path(folder).glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
     if held and os.environ.get("RANK", "0") == "0":
         what = "is damaged" if asked else "would be overwritten"
-        raise UserError(f"{folder} holds a run whose {held[-1].name} {what}: go on with it by --resume auto, or "
-                        "name another --output_dir")  # fmt: skip
+        raise UserError(f"{folder} holds a run whose {held[-1].name} {what}: go on with it by "
+                        "--resume auto, or name another --output_dir")  # fmt: skip

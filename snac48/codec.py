@@ -160,8 +160,8 @@ def fetch(repo: str, revision: str, files: list[str], instead: str) -> Path:
     except OSError as e:
         raise UserError(
             f"{repo} is not here and the model hub {constants.ENDPOINT} can't be reached "
-            f"({getattr(e, 'reason', e)}): copy {' and '.join(files)} of revision {revision} into a folder and "
-            f"give {instead}"
+            f"({getattr(e, 'reason', e)}): copy {' and '.join(files)} of revision {revision} into a folder "
+            f"and give {instead}"
         ) from None
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files))

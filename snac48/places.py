@@ -78,7 +78,7 @@ def settle(values: dict, origin: dict, recordings: bool) -> None:
     48 kHz targets.
 
     recordings: whether the recipe reads these by default. Of two that exclude each other (--data_dir and
-    --cache_dir, --codes_dir and --cache_dir) the one from the stronger source wins. What isn't found stays "".
+    --cache_dir, --codes_dir and --cache_dir) that from the stronger source wins. What isn't found stays "".
     """
     strong = lambda name: STRENGTH.index(origin[name]) if values[name] else -1
     cached = max(strong("codes_dir"), strong("cache_dir"))
