@@ -1,4 +1,4 @@
-"""The token language model: four ways to factor a frame of K tokens, and cached sampling.
+"""The token language model: four ways to factor a frame of K tokens, its loss, sampling, and speaking.
 
 train_rvq.py trains and samples it, doctor.py probes it. Tokens are frames [B, T, K]; -1 means "no token".
 """
@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cli import UserError
+from .cli import UserError, first_line
 from .codec import load_weights
+from .tokens import Windows, codes_from_frames, pad_batch
+
+DAC_REPO = "descript/dac_44khz@c1bc521685adf9cfe247bc39a5ca58917eda1ac4"
 
 # ---- model ----
 
@@ -33,9 +37,8 @@ class Block(nn.Module):
 
     def forward(self, x, rope, cache=None, at: int = 0):
         B, S, d = x.shape
-        q, k, v = (
-            self.qkv(self.norm1(x)).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )  # [B, H, S, d/H]
+        qkv = self.qkv(self.norm1(x)).view(B, S, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, S, d/H]
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:  # filled from position 0 at once, then one position at a time
             cache[0][:, :, at : at + S], cache[1][:, :, at : at + S] = k, v
@@ -84,9 +87,8 @@ class TokenLM(nn.Module):
         super().__init__()
         self.arch, self.pattern, self.vocab = arch, arch["pattern"], arch["vocab"]
         d, self.K = arch["d_model"], len(arch["vocab"])
-        self.temporal = Transformer(
-            d, arch["layers"], arch["heads"], arch["dropout"], self.positions(arch["ctx"])
-        )
+        positions = self.positions(arch["ctx"])
+        self.temporal = Transformer(d, arch["layers"], arch["heads"], arch["dropout"], positions)
         rows = sum(self.vocab) + self.K  # the last K rows stand for "no token here"
         self.embedding = nn.Embedding(rows, d)
         self.start = nn.Parameter(torch.randn(d) * 0.02)
@@ -163,11 +165,41 @@ class TokenLM(nn.Module):
         return total + (self.K * cost(self.depth, self.K) if self.pattern == "depth" else 0)
 
 
+# ---- loss ----
+
+
 def token_losses(logits, codes, sizes):
     """Per token, in nats, fp32 [B, T, K]: (cross-entropy, cross-entropy against the uniform distribution)."""
     lse = logits.logsumexp(-1)
     nll = lse - logits.gather(-1, codes.long().clamp(min=0)[..., None])[..., 0]
     return nll, lse - torch.where(logits.isinf(), 0.0, logits).sum(-1) / sizes
+
+
+@torch.no_grad()
+def plain_ce(model, dataset: Windows, batch: int, device, amp: bool, poll=lambda: None) -> list[float]:
+    """Mean cross-entropy of each codebook in nats, no smoothing, no weights, no dropout.
+
+    poll: called before every batch; what it raises ends the measurement.
+    """
+    model.eval()
+    total, frames = torch.zeros(model.K, dtype=torch.float64), 0
+    order = np.argsort(-dataset.table[:, 2], kind="stable")
+    for i in range(0, len(order), batch):
+        poll()
+        codes = pad_batch([dataset[j] for j in order[i : i + batch]]).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(codes)
+        nll = token_losses(logits, codes, model.sizes)[0]
+        total += torch.where(codes >= 0, nll, 0.0).double().sum((0, 1)).cpu()
+        frames += int((codes[..., 0] >= 0).sum())
+    return (total / frames).tolist()
+
+
+def summary(ce: list[float], fps: float) -> dict:
+    """Perplexity exp(mean CE); bits from the plain CE of each codebook, summed."""
+    bits = sum(ce) / math.log(2)
+    ppl = math.exp(min(700.0, sum(ce) / len(ce)))
+    return {"ppl": ppl, "bits_per_frame": bits, "bits_per_s": bits * fps, "ce": [round(c, 5) for c in ce]}
 
 
 # ---- sampling ----
@@ -189,8 +221,7 @@ def pick(logits, temperature: float, top_k: int, top_p: float, generator):
 
 
 @torch.no_grad()
-def sample(model: TokenLM, frames: int, prompt=None, batch: int = 1, temperature: float = 1.0, top_k: int = 0,
-           top_p: float = 0.0, seed: int = 0, on_logits=None):  # fmt: skip
+def sample(model, frames, prompt=None, batch=1, temperature=1.0, top_k=0, top_p=0.0, seed=0, on_logits=None):
     """prompt [B, P, K] or None -> codes int64 [B, P + frames, K], with cached keys and values.
 
     Past ctx frames the window is restarted on its last half, as windows start in training.
@@ -261,3 +292,58 @@ def build(state: dict, which: str = "ema", device="cpu") -> TokenLM:
     model = TokenLM(state["arch"])
     load_weights(model, state.get(which) or state["model"], "the checkpoint")
     return model.to(device).eval()
+
+
+# ---- speaking the tokens ----
+
+
+def load_decoder(source: dict, name: str, device):
+    """A function frames int64 [T, K] -> (samples float32 [n], rate in Hz), or None for `none`.
+
+    SNAC: the 48 kHz head of the dual-head checkpoint `name` (auto: none). DAC: transformers' DacModel, a
+    folder or hub id@revision (auto: DAC_REPO). Raises UserError with the reason when it cannot be loaded.
+    """
+    if name == "none" or (name == "auto" and source["kind"] == "snac"):
+        return None
+    try:
+        if source["kind"] == "snac":
+            return snac_decoder(source, name, device)
+        return dac_decoder(DAC_REPO if name == "auto" else name, device)
+    except (ImportError, OSError, ValueError) as e:
+        raise UserError(
+            f"the decoder {name} cannot be loaded: {first_line(e)}; name a folder with --eval-decoder "
+            "(generate: --decoder), none: tokens only"
+        ) from None
+
+
+def snac_decoder(source: dict, path: str, device):
+    from .decoder import load_dual_head
+
+    decoder = load_dual_head(path, device)
+    if decoder.geometry.weights_sha256 != source["weights_sha256"]:
+        what = f"the decoder {path} speaks the codes of another codec, not of these tokens'"
+        raise UserError(f"{what}; give its own")
+
+    def speak(frames):
+        codes = [torch.from_numpy(c).long()[None] for c in codes_from_frames(frames, source["vq_strides"])]
+        return decoder.decode(codes)[1].detach().float().cpu().reshape(-1).numpy(), 48000
+
+    return speak
+
+
+def dac_decoder(name: str, device):
+    from transformers import DacModel
+
+    repo, _, revision = name.partition("@")
+    dac = DacModel.from_pretrained(repo, revision=revision or None).eval().to(device)
+    have = (dac.config.n_codebooks, dac.config.codebook_size)
+
+    def speak(frames):
+        if frames.shape[1] > have[0] or frames.max() >= have[1]:
+            what = f"{frames.shape[1]} codebooks with token {frames.max()}"
+            raise UserError(f"{what} do not fit this DAC: {have}")
+        with torch.no_grad():
+            audio = dac.decode(audio_codes=torch.from_numpy(frames.T[None]).to(device)).audio_values
+        return audio.float().cpu().reshape(-1).numpy(), dac.config.sampling_rate
+
+    return speak
