@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cli import UserError
+from .cli import UserError, ignore_stop_signals
 from .files import atomic_file
 
 DTYPES = {0: "<u1", 1: "<u2", 2: "<u4"}
@@ -89,6 +89,12 @@ class Npq:
         """[T, K], mapped anew at each call: a process may hold 65,530 maps, a corpus has more files."""
         shape = (self.frames, self.columns)
         return np.memmap(self.path, self.dtype, "r", self.offset, shape)[:, : len(self.vocab)]
+
+    def __str__(self) -> str:
+        size = (
+            f"{self.frames} frames x {len(self.vocab)} at {self.fps:.2f}/s = {self.frames / self.fps:.1f} s"
+        )
+        return f"{self.kind}, {size}, vocabulary {sorted(set(self.vocab))}, {self.kbps:.2f} kbps"
 
 
 def take(head: bytes, fmt: str, offset: int) -> tuple:
@@ -275,6 +281,14 @@ def write_cache(path: str | Path, rows: dict[str, np.ndarray], source: dict) -> 
 # ---- one corpus, whatever the files ----
 
 
+def open_data(data: str, val_data: str | None, npq2: str) -> tuple[Corpus, Corpus | None]:
+    """(training corpus, held-out corpus or None). Raises UserError when their tokens differ in kind."""
+    corpus, held_out = Corpus(data, npq2), Corpus(val_data, npq2) if val_data else None
+    if held_out and (held_out.vocab != corpus.vocab or held_out.source != corpus.source):
+        raise UserError(f"--val-data {val_data} holds other tokens than --data {data}")
+    return corpus, held_out
+
+
 class Corpus:
     """Token frames of many files: .lengths int64 [files], .vocab, .K, .fps, .source, .bad; read() -> [n, K].
 
@@ -390,10 +404,11 @@ def step_batches(
 
 
 class Windows:
-    """A data set for torch's DataLoader: window i of a corpus as frames [T, K]."""
+    """A data set for torch's DataLoader: window i of some files of a corpus, as frames [T, K]."""
 
-    def __init__(self, corpus: Corpus, table: np.ndarray):
-        self.corpus, self.table = corpus, table
+    def __init__(self, corpus: Corpus, files: np.ndarray, ctx: int, step: int):
+        self.corpus, self.files = corpus, files
+        self.table = window_table(corpus.lengths, files, ctx, step)
 
     def __len__(self):
         return len(self.table)
@@ -412,7 +427,74 @@ def pad_batch(items: list[np.ndarray]):
     return torch.from_numpy(out)
 
 
-# ---- token files from DAC codes and from our cache ----
+def make_loader(windows: Windows, order: list[list[int]], pin: bool, args):
+    """A DataLoader of int32 [B, T, K]: the windows that `order` names when an iteration begins.
+
+    args: num_workers, prefetch (batches a worker) and persistent_workers of train_rvq.py.
+    """
+    from torch.utils.data import DataLoader
+
+    ahead = {"prefetch_factor": args.prefetch, "persistent_workers": args.persistent_workers}
+    return DataLoader(
+        windows,
+        batch_sampler=order,
+        collate_fn=pad_batch,
+        num_workers=args.num_workers,
+        pin_memory=pin,
+        worker_init_fn=ignore_stop_signals,
+        **(ahead if args.num_workers else {}),
+    )
+
+
+def split_windows(corpus: Corpus, held_out: Corpus | None, ctx: int, step: int, seed: int):
+    """(training, validation) Windows: all of both, or whole files of `corpus` where nothing is held out."""
+    own = np.arange(len(corpus.lengths))
+    if held_out:
+        val = np.arange(len(held_out.lengths))
+    else:
+        own, val = split_files(window_counts(corpus.lengths, ctx, step), seed)
+    return Windows(corpus, own, ctx, step), Windows(held_out or corpus, val, ctx, step)
+
+
+def codebook_weights(text: str, alpha: float, K: int) -> list[float]:
+    """Weights in the loss. auto: 1 + alpha * k / (K - 1); uniform: 1; or K numbers, comma-separated."""
+    if text == "auto":
+        return [1 + alpha * k / max(1, K - 1) for k in range(K)]
+    if text == "uniform":
+        return [1.0] * K
+    try:
+        weights = [float(w) for w in text.split(",")]
+    except ValueError:
+        raise UserError(f"--cb-weights {text!r} is neither auto, uniform nor a list of numbers") from None
+    if len(weights) != K or not min(weights) >= 0 or not 0 < sum(weights) < math.inf:
+        raise UserError(f"--cb-weights needs {K} numbers of at least 0, got {text!r}")
+    return weights
+
+
+# ---- one file in, one file out ----
+
+
+def read_prompt(path: str, row: int, source: dict, vocab: list[int]) -> np.ndarray:
+    """Frames [T, K] of an .npq file, or of a row of a cache's parquet file, for a model of such tokens.
+
+    Raises UserError when they are of another codec or vocabulary.
+    """
+    if path.endswith(".parquet"):
+        made_by, rows = read_shard(path)
+        if not 0 <= row < len(rows):
+            raise UserError(f"{path}: row {row} of {len(rows)}")
+        if source.get("weights_sha256") != made_by["weights_sha256"]:
+            raise UserError(f"{path} was encoded with another model than the checkpoint's tokens")
+        tokens, sizes = rows[row], [made_by["codebook_size"]] * rows[0].shape[1]
+    else:
+        try:
+            one = open_npq(path, "both" if len(vocab) != len(open_npq(path).vocab) else "mid")
+        except NpqError as e:
+            raise UserError(f"{path}: {e}") from None
+        tokens, sizes = one.tokens(), one.vocab
+    if sizes != vocab:
+        raise UserError(f"{path}: vocabulary {sizes} is not the model's {vocab}")
+    return tokens
 
 
 def npq_from_dac(codes, path, fps: float, codebook_size: int) -> None:
