@@ -296,15 +296,13 @@ def start(given: dict) -> tuple[Run, State]:
     stem = f"rvq_{corpus.K}cb" + (f"_{args.tag}" if args.tag else "")
     log = RunLog(args.save_dir)
     report_bad(args, corpus, log)
-    saved = None
-    if args.resume or not args.no_resume:
-        saved = token_lm.find_resume(Path(args.save_dir), stem, args.resume, corpus, log.say)
+    find = token_lm.find_resume
+    saved = None if args.no_resume else find(Path(args.save_dir), stem, args.resume, corpus, log.say)
     if saved and not args.ignore_arch:
         args = settle(given, saved["args"])
-    state, fresh = build_state(args, corpus.vocab, saved, device, log)
-
     train_set, val_set = tokens.split_windows(corpus, held_out, args.ctx, args.step, args.seed)
     plan = [len(train_set), len(val_set), args.batch, args.accum, args.ctx, args.step, args.seed]
+    state, fresh = build_state(args, corpus.vocab, saved, device, log)
     order: list[list[int]] = []
     loader = tokens.make_loader(train_set, order, device.type == "cuda", args)
     listed = tokens.codebook_weights(args.cb_weights, args.cb_weights_auto_alpha, corpus.K)
@@ -316,9 +314,10 @@ def start(given: dict) -> tuple[Run, State]:
         state.step, state.closed = (epoch - 1) * steps, epoch - 1
         what = f"windows, batch, accum, ctx, step or seed changed ({saved['plan']} -> {plan})"
         log.say(f"warning: {what}: continuing at the start of epoch {epoch}")
-    stop = cli.StopFlag()  # from here on a signal is answered with a checkpoint
-    fixed = (args, device, log, stem, train_set, val_set, order, loader, plan, weights, forward, stop)
-    run = Run(*fixed, per_epoch=steps, total=steps * args.epochs)
+    stop, total = cli.StopFlag(), steps * args.epochs  # from here on a signal is answered with a checkpoint
+    run = Run(
+        args, device, log, stem, train_set, val_set, order, loader, plan, weights, forward, stop, steps, total
+    )
     announce(run, state, "start" if fresh else "resume")
     return run, state
 
