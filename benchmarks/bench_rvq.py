@@ -4,8 +4,8 @@
 
 CACHE_DIR: SNAC codes of recordings (cache_codes.py). Whole files are held out by the split of train_rvq.py;
 the loss is its plain validation cross-entropy (EMA weights, best epoch). One thread. Each pattern first runs
-one epoch and two, to learn what one costs, then as many as fit the time, so that the rate decays to its end. Held-out
-files whose tokens equal those of a training file (copies in the corpus) are counted and said.
+one epoch and two, to learn what one costs, then as many as fit the time, so that the rate decays to its end.
+Held-out files whose tokens equal those of a training file (copies in the corpus) are counted and said.
 """
 
 from __future__ import annotations
