@@ -6,7 +6,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from .cli import UserError, first_line
+from .cli import UserError, first_line, warn
 from .files import atomic_file
 
 
@@ -82,25 +82,29 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
     return state
 
 
-OURS = ("model", "geometry", "model_config", "args", "global_step")  # what every checkpoint has
+# ---- what a checkpoint of train_dual_head.py has: to be opened, and to be resumed ----
+
+OPENED = ("model", "geometry", "model_config", "args", "global_step")
+RESUMED = (*OPENED, "optimizer", "scheduler", "ema", "validated_epoch", "phase", "guard", "best", "codes")
 
 
-def check_ours(saved: dict, path, keys=OURS) -> None:
-    """Raises UserError unless `saved` has what a checkpoint of this script has."""
+def require(saved: dict, path, keys=OPENED) -> dict:
+    """`saved`, or a UserError where it lacks what a checkpoint of train_dual_head.py has."""
     missing = [k for k in keys if k not in saved]
     if missing:
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(missing)}")
     if not isinstance(saved["args"], dict) or not isinstance(saved["global_step"], int):
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: malformed args or global_step")
+    return saved
 
 
 # ---- which one to go on from ----
 
 
-def newest_good(paths, check, warn) -> tuple[Path, dict] | None:
+def newest_good(paths, check, warn=warn) -> tuple[Path, dict] | None:
     """(path, its content) of the newest file in `paths` that verifies, or None; the others are warned about.
 
-    check: called with (content, path), raises UserError for what can't be resumed.
+    check: called with (content, path), raises UserError for what can't be resumed. warn: takes a sentence.
     """
     for path in sorted(paths, key=lambda p: p.stat().st_mtime, reverse=True):
         try:
@@ -117,3 +121,18 @@ def prune(paths, keep: int) -> None:
     old = sorted(paths, key=lambda p: p.stat().st_mtime)
     for path in old[: max(len(old) - keep, 0)] if keep >= 0 else []:
         path.unlink(missing_ok=True)
+
+
+def find_resume(value: str, output_dir: str, pattern: str, check) -> tuple[str, dict | None]:
+    """--resume as (path, content): a file itself; of a folder or auto (then output_dir) the newest that
+    matches the glob `pattern` and verifies; ("", None) where auto finds none. check: as for newest_good."""
+    if value != "auto" and not Path(value).is_dir():
+        if not Path(value).is_file():
+            raise UserError(f"--resume {value} does not exist")
+        state = load_checkpoint(value)
+        check(state, value)
+        return value, state
+    found = newest_good(Path(output_dir if value == "auto" else value).glob(pattern), check)
+    if not found and value != "auto":
+        raise UserError(f"--resume {value}: no usable {pattern} in that folder")
+    return (str(found[0]), found[1]) if found else ("", None)
