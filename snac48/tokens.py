@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cli import UserError, ignore_stop_signals
+from .cli import UserError, ignore_stop_signals, numbers
 from .files import atomic_file
 
 DTYPES = {0: "<u1", 1: "<u2", 2: "<u4"}
@@ -462,10 +462,7 @@ def codebook_weights(text: str, alpha: float, K: int) -> list[float]:
         return [1 + alpha * k / max(1, K - 1) for k in range(K)]
     if text == "uniform":
         return [1.0] * K
-    try:
-        weights = [float(w) for w in text.split(",")]
-    except ValueError:
-        raise UserError(f"--cb-weights {text!r} is neither auto, uniform nor a list of numbers") from None
+    weights = numbers(float, text, "--cb-weights (auto, uniform or numbers)")
     if len(weights) != K or not min(weights) >= 0 or not 0 < sum(weights) < math.inf:
         raise UserError(f"--cb-weights needs {K} numbers of at least 0, got {text!r}")
     return weights

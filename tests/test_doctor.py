@@ -4,18 +4,14 @@ import csv
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from helpers.rvq import run_here
 
 import doctor
-import train_rvq
-from snac48 import tokens as npq
+from snac48 import tokens
 from snac48.checkpoint import load_checkpoint, save_checkpoint
 from snac48.cli import UserError
 
@@ -24,7 +20,7 @@ def make_data(folder):
     folder.mkdir()
     for i in range(24):
         tok = (np.random.default_rng(i).integers(0, 16, (12, 1)) + 3 * np.arange(3)) % 16
-        npq.write_npq(folder / f"{i:03d}.npq", tok, [16] * 3, 86.13)
+        tokens.write_npq(folder / f"{i:03d}.npq", tok, [16] * 3, 86.13)
     return str(folder / "*.npq")
 
 
@@ -33,7 +29,7 @@ def train(data, folder, *extra):
             "--accum", "2", "--d_model", "16", "--layers", "1", "--heads", "2", "--depth_layers", "1",
             "--num_workers", "0", "--eval-audio-every", "0", "--archive-every", "1", "--quiet",
             *extra]  # fmt: skip
-    return train_rvq.train(train_rvq.parse_training(argv))
+    return run_here(argv)
 
 
 def run_doctor(monkeypatch, *argv):
@@ -156,5 +152,5 @@ def test_errors_and_help(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", {"weights": 1})
     with pytest.raises(UserError, match="not a checkpoint of"):
         run_doctor(monkeypatch, "--ckpts", tmp_path / "*.pt")
-    out = subprocess.run([sys.executable, str(ROOT / "doctor.py"), "--help"], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, doctor.__file__, "--help"], capture_output=True, text=True)
     assert out.returncode == 0 and "--probe-data" in out.stdout
