@@ -443,8 +443,7 @@ def take_over(model: TokenLM, saved: dict) -> str:
 
 def build(state: dict, which: str = "ema", device="cpu") -> TokenLM:
     """The model of a checkpoint, evaluation mode; which: `ema` or `model` weights. Raises UserError."""
-    if state.get("kind") != "rvq":
-        raise UserError("not a checkpoint of train_rvq.py")
+    check_ours(state, "this")
     model = TokenLM(state["arch"])
     load_weights(model, state.get(which) or state["model"], "the checkpoint")
     return model.to(device).eval()

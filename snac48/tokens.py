@@ -234,10 +234,6 @@ def write_npq(path, tokens, vocab, fps: float, kbps: float | None = None, dtype:
 # ---- our SNAC cache ----
 
 
-def is_cache(folder: str) -> bool:
-    return bool(glob.glob(os.path.join(glob.escape(folder), "codes_batch_gpu*.parquet")))
-
-
 def slot_order(vq_strides: list[int]) -> np.ndarray:
     """Columns of a CodeIndex row block (scale by scale) in frame order; 4, 2, 1 -> 0 1 3 4 2 5 6."""
     counts = [len(c) for c in slot_columns(vq_strides)]
@@ -248,11 +244,6 @@ def slot_order(vq_strides: list[int]) -> np.ndarray:
 def snac_source(geometry) -> dict:
     """What a checkpoint keeps of a cache's geometry: what made the tokens, hence what can speak them."""
     return {"kind": "snac", **asdict(geometry), "vq_strides": list(geometry.vq_strides)}
-
-
-def snac_fps(source: dict) -> float:
-    """Coarse frames a second: 24000 / (512 * 4) = 11.72 for snac_24khz."""
-    return source["sampling_rate"] / (source["hop_length"] * source["vq_strides"][0])
 
 
 def read_shard(path: str | Path):
@@ -299,7 +290,7 @@ class Corpus:
     def __init__(self, data: str, npq2: str = "mid"):
         self.bad: list[tuple[str, str]] = []
         self.index, self.files = None, []
-        if os.path.isdir(data) and is_cache(data):
+        if any(Path(data).glob("codes_batch_gpu*.parquet")):
             bad_rows = self._open_cache(data)
         else:
             bad_rows = self._open_files(data, npq2)
@@ -316,7 +307,10 @@ class Corpus:
         self.source = snac_source(self.index.geometry)
         self.order = slot_order(self.source["vq_strides"])
         self.vocab = [self.source["codebook_size"]] * len(self.order)
-        self.fps = snac_fps(self.source)
+        geometry = self.index.geometry
+        self.fps = (
+            geometry.sampling_rate / geometry.coarse_samples
+        )  # 24000 / (512 * 4) = 11.72 for snac_24khz
         self.lengths = np.diff(self.index.offsets)
         self.bad = [(data, f"{n} rows: {reason}") for reason, n in self.index.bad.items()]
         return sum(self.index.bad.values())

@@ -13,23 +13,22 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, children_cpu, run
+from conftest import ROOT, children_cpu, one_sentence, run
 from helpers.rvq import (
     META,
+    assert_same_ends,
     command,
+    latest,
     make_cache,
     make_npqs,
     metrics,
     options,
-    random_tokens,
     run_here,
-    same,
     speech,
 )
 
 import train_rvq
 from snac48 import token_lm, tokens
-from snac48.checkpoint import load_checkpoint
 from snac48.cli import UserError
 from snac48.codec import geometry_of, load_snac, model_config
 from snac48.decoder import DualHeadDecoder
@@ -47,10 +46,7 @@ def test_the_rate_rises_and_falls():
 def test_help_is_fast_and_flags_are_the_specified_ones():
     began = children_cpu()
     for argv in (["--help"], ["generate", "--help"], ["tokens", "--help"]):
-        out = subprocess.run(
-            [sys.executable, str(ROOT / "train_rvq.py"), *argv], capture_output=True, text=True
-        )
-        assert out.returncode == 0 and "--" in out.stdout
+        assert "--" in run("train_rvq.py", *argv).stdout
     assert children_cpu() - began < 2  # three of them; torch alone takes 2 s each
     d = vars(options([]))
     want = {"data": "npq_out/*.npq", "ctx": 1280, "step": 640, "batch": 4, "accum": 6, "epochs": 350,
@@ -94,9 +90,8 @@ def test_config_errors_name_the_nearest_key(tmp_path):
 
 
 def test_user_errors_are_one_sentence(tmp_path):
-    out = subprocess.run([sys.executable, str(ROOT / "train_rvq.py"), "--data", str(tmp_path / "no/*.npq")],
-                         capture_output=True, text=True)  # fmt: skip
-    assert out.returncode == 1 and out.stderr.count("\n") == 1 and "Traceback" not in out.stderr
+    one_sentence(done := run("train_rvq.py", "--data", tmp_path / "no/*.npq", code=1))
+    assert done.stderr.count("\n") == 1
 
 
 # ---- runs ----
@@ -117,7 +112,7 @@ def test_nan_and_outlier_batches_are_skipped_in_a_run(tmp_path, monkeypatch):
     assert [(m["step"], m["reason"]) for m in skips] == [(6, "non-finite"), (11, "outlier")]
     steps = [m for m in lines if "event" not in m]
     assert steps[-1]["step"] == steps[-1]["total_steps"] and steps[-1]["skipped"] == 2
-    state = load_checkpoint(tmp_path / "run/rvq_3cb_latest.pt")
+    state = latest(tmp_path)
     assert all(torch.isfinite(v).all() for v in state["model"].values())
     want = {"step", "total_steps", "epoch", "epochs", "phase", "loss", "ppl", "bits_per_s", "ce", "lr",
             "tokens_per_s", "eta_s"}  # fmt: skip
@@ -141,22 +136,17 @@ def test_archives_pruned_ema_validates_and_finished_runs_stay(tmp_path):
     assert run_here(command(tmp_path, data, "--epochs", "5", "--keep-archived", "2", "--tag", "x")) == 0
     names = sorted(p.name.split("__")[0] for p in (tmp_path / "run").glob("*.pt"))
     assert [n for n in names if "_epoch_" in n] == ["rvq_3cb_x_epoch_e0004", "rvq_3cb_x_epoch_e0005"]
-    assert len([n for n in names if "best_e" in n]) <= 2 and {
-        "rvq_3cb_x_latest.pt",
-        "rvq_3cb_x_best.pt",
-    } <= set(names)
-    state = load_checkpoint(tmp_path / "run/rvq_3cb_x_latest.pt")
+    assert len([n for n in names if "best_e" in n]) <= 2
+    assert {"rvq_3cb_x_latest.pt", "rvq_3cb_x_best.pt"} <= set(names)
+    state = latest(tmp_path, stem="rvq_3cb_x")
     _, held = tokens.split_windows(tokens.Corpus(data), None, 12, 6, 42)
-    losses = [
-        token_lm.plain_ce(token_lm.build(state, which), held, 2, torch.device("cpu"), False)
-        for which in ("ema", "model")
-    ]
+    models = (token_lm.build(state, which) for which in ("ema", "model"))
+    losses = (token_lm.plain_ce(model, held, 2, torch.device("cpu"), False) for model in models)
     ema, raw = (pytest.approx(np.mean(ce), abs=1e-5) for ce in losses)
     logged = [m for m in metrics(tmp_path / "run") if m.get("event") == "val"][-1]
     assert logged["val_loss"] == ema and logged["val_loss"] != raw
     assert logged["ppl"] == pytest.approx(math.exp(logged["val_loss"]))
-    again = command(tmp_path, data, "--epochs", "5", "--tag", "x")
-    assert run_here(again) == 0  # finished: nothing more to do
+    assert run_here(command(tmp_path, data, "--epochs", "5", "--tag", "x")) == 0  # nothing more to do
 
 
 def test_resume_flags_and_architecture(tmp_path, capsys):
@@ -165,25 +155,17 @@ def test_resume_flags_and_architecture(tmp_path, capsys):
         run_here(command(tmp_path, data, "--resume"))
     run_here(command(tmp_path, data, "--epochs", "1"))
     run_here(command(tmp_path, data, "--epochs", "2", "--d_model", "32", "--pattern", "delay"))
-    state = load_checkpoint(tmp_path / "run/rvq_3cb_latest.pt")
+    state = latest(tmp_path)
     assert state["arch"]["d_model"] == 16 and state["arch"]["pattern"] == "depth" and state["epoch"] == 2
     assert "architecture from the checkpoint" in capsys.readouterr().out
     run_here(command(tmp_path, data, "--epochs", "1", "--d_model", "32", "--ignore-arch"))
-    assert load_checkpoint(tmp_path / "run/rvq_3cb_latest.pt")["arch"]["d_model"] == 32
-    archives = sorted((tmp_path / "run").glob("*.pt"))
-    latest = tmp_path / "run/rvq_3cb_latest.pt"
-    latest.write_bytes(latest.read_bytes()[:-100])  # damaged: the newest good one takes over
+    assert latest(tmp_path)["arch"]["d_model"] == 32
+    path = tmp_path / "run/rvq_3cb_latest.pt"
+    path.write_bytes(path.read_bytes()[:-100])  # damaged: the newest good one takes over
     run_here(command(tmp_path, data, "--epochs", "2"))
-    out = capsys.readouterr().out
-    assert "is damaged" in out and load_checkpoint(latest)["epoch"] == 2 and archives
+    assert "is damaged" in capsys.readouterr().out and latest(tmp_path)["epoch"] == 2
     with pytest.raises(UserError, match="another --save_dir"):
         run_here(command(tmp_path, make_npqs(tmp_path / "other", V=9)))
-
-
-def start(argv, **kw):
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, str(ROOT / "train_rvq.py"), *argv], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)  # fmt: skip
 
 
 def wait_for(folder, step, process, seconds=60):
@@ -203,19 +185,19 @@ def test_kill_9_and_resume_is_bit_identical(tmp_path):
     assert run_here(command(tmp_path, data, *flags, run="whole")) == 0
     steps = []
     for at, sig, code in ((8, signal.SIGKILL, -9), (26, signal.SIGKILL, -9), (44, signal.SIGTERM, 3)):
-        p = start(command(tmp_path, data, *flags))
+        argv = [sys.executable, ROOT / "train_rvq.py", *command(tmp_path, data, *flags)]
+        p = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         wait_for(tmp_path / "run", at, p)
         p.send_signal(sig)
         out = p.communicate(timeout=60)[0]
         assert p.returncode == code, out
-        steps.append(load_checkpoint(tmp_path / "run/rvq_3cb_latest.pt")["global_step"])
+        steps.append(latest(tmp_path)["global_step"])
     assert metrics(tmp_path / "run")[-1]["reason"] == "stopped" and steps == sorted(steps)
     assert run_here(command(tmp_path, data, *flags)) == 0
-    a, b = (load_checkpoint(tmp_path / name / "rvq_3cb_latest.pt") for name in ("whole", "run"))
-    for key in ("model", "ema", "optimizer", "global_step", "closed", "best", "guard", "val_loss"):
-        assert same(a[key], b[key]), key
+    assert_same_ends(tmp_path)
     resumed = [m for m in metrics(tmp_path / "run") if m.get("event") == "resume"]
-    assert len(resumed) == 3 and any(m["step"] % a["per_epoch"] for m in resumed)  # in mid-epoch, too
+    per_epoch = latest(tmp_path)["per_epoch"]
+    assert len(resumed) == 3 and any(m["step"] % per_epoch for m in resumed)  # in mid-epoch, too
 
 
 def test_held_out_files_of_their_own_and_too_few_files(tmp_path):
@@ -246,29 +228,22 @@ def test_a_stop_during_validation_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_rvq, "plain_ce", interrupted)
     assert run_here(command(tmp_path, data)) == 3
-    state = load_checkpoint(tmp_path / "run/rvq_3cb_latest.pt")
+    state = latest(tmp_path)
     assert state["global_step"] == 2 * state["per_epoch"] and state["closed"] == 1
     assert run_here(command(tmp_path, data)) == 0
-    epochs = [
-        [m["epoch"] for m in metrics(tmp_path / r) if m.get("event") == "val"] for r in ("whole", "run")
-    ]
-    assert epochs == [[1, 2, 3], [1, 2, 3]]
-    a, b = (load_checkpoint(tmp_path / name / "rvq_3cb_latest.pt") for name in ("whole", "run"))
-    for key in ("model", "ema", "optimizer", "global_step", "closed", "best", "val_loss"):
-        assert same(a[key], b[key]), key
+    for name in ("whole", "run"):
+        assert [m["epoch"] for m in metrics(tmp_path / name) if m.get("event") == "val"] == [1, 2, 3]
+    assert_same_ends(tmp_path)
 
 
 def test_workers_amp_and_other_flags_run(tmp_path):
     data = make_npqs(tmp_path / "npq")
-    flags = ["--epochs", "2", "--amp", "--num_workers", "2", "--persistent-workers", "--prefetch", "2",
-             "--quiet", "--pattern", "delay", "--cb-weights", "uniform", "--ema", "0",
-             "--eval-audio-every", "2",
-             "--eval-frames", "20", "--eval-top-k", "5"]  # fmt: skip
-    assert run_here(command(tmp_path, data, *flags)) == 0
+    flags = "--epochs 2 --amp --num_workers 2 --persistent-workers --prefetch 2 --quiet --pattern delay"
+    flags += " --ema 0 --cb-weights uniform --eval-audio-every 2 --eval-frames 20 --eval-top-k 5"
+    assert run_here(command(tmp_path, data, *flags.split())) == 0
     sample = tokens.open_npq(next((tmp_path / "eval").glob("*.npq")))
     assert sample.frames == 20 and sample.vocab == [16] * 3
-    assert not any(line.split(" ", 2)[2].startswith("step ")
-                   for line in (tmp_path / "run/training.log").read_text().splitlines())  # fmt: skip
+    assert " step 1/" not in (tmp_path / "run/training.log").read_text()
 
 
 def test_precedence_is_flag_config_checkpoint_default(tmp_path):
@@ -277,30 +252,27 @@ def test_precedence_is_flag_config_checkpoint_default(tmp_path):
     (tmp_path / "c.json").write_text('{"label_smoothing": 0.1, "grad_clip": 2}')
     more = ["--config", str(tmp_path / "c.json"), "--grad-clip", "3", "--epochs", "2", "--no-quiet"]
     assert run_here(["--data", data, "--save_dir", str(tmp_path / "run"), "--device", "cpu", *more]) == 0
-    found = load_checkpoint(tmp_path / "run/rvq_3cb_latest.pt")
+    found = latest(tmp_path)
     args = found["args"]
     assert (args["grad_clip"], args["label_smoothing"], args["ema"], args["prefetch"]) == (3.0, 0.1, 0.9, 6)
     assert found["epoch"] == 2 and args["ctx"] == 12 and not args["quiet"]
     assert "changed" not in (tmp_path / "run/training.log").read_text()  # windows, batch, seed are the same
     run_here(command(tmp_path, data, "--epochs", "3", "--ctx", "8"))  # --step follows a ctx that is given
-    assert load_checkpoint(tmp_path / "run/rvq_3cb_latest.pt")["args"]["step"] == 4
+    assert latest(tmp_path)["args"]["step"] == 4
     assert "continuing at the start of epoch 3" in (tmp_path / "run/training.log").read_text()
 
 
-@pytest.mark.parametrize(
-    "error,words",
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory .*lower --batch"),
-        (OSError(28, "No space left on device", "x.pt"), "x.pt could not be written: No space.*free some"),
-        (OSError(5, "Input/output error", "x.pt"), ""),
-    ],
-)
+NO_MEMORY = (torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory .*lower --batch")
+NO_ROOM = (OSError(28, "No space left on device", "x.pt"), "x.pt could not be written: No space.*free some")
+
+
+@pytest.mark.parametrize("error,words", [NO_MEMORY, NO_ROOM, (OSError(5, "Input/output error"), None)])
 def test_errors_that_end_a_run(tmp_path, monkeypatch, error, words):
     def fails(*_):
         raise error
 
     monkeypatch.setattr(train_rvq, "objective", fails)
-    with pytest.raises(UserError if words else OSError, match=words or None) as e:
+    with pytest.raises(UserError if words else OSError, match=words) as e:
         run_here(command(tmp_path, make_npqs(tmp_path / "npq")))
     assert not words or e.value.code == 1
 
@@ -336,24 +308,14 @@ def snac_run(tmp_path_factory):
 
 
 def generate(tmp, out, *extra):
-    argv = [
-        "--checkpoint",
-        str(tmp / "run/rvq_7cb_latest.pt"),
-        "--output",
-        str(tmp / out),
-        "--frames",
-        "20",
-        *extra,
-    ]
+    argv = [f"--checkpoint={tmp / 'run/rvq_7cb_latest.pt'}", f"--output={tmp / out}", "--frames=20", *extra]
     return train_rvq.generate(train_rvq.generate_parser().parse_args(argv))
 
 
 def test_generate_npq_and_parquet_with_prompts(snac_run):
     tmp = snac_run
-    assert (
-        generate(tmp, "a.npq") == 0
-        and generate(tmp, "b.parquet", "--temperature", "0.9", "--top-p", "0.9") == 0
-    )
+    assert generate(tmp, "a.npq") == 0
+    assert generate(tmp, "b.parquet", "--temperature", "0.9", "--top-p", "0.9") == 0
     a = tokens.open_npq(tmp / "a.npq")
     assert a.frames == 20 and a.vocab == [16] * 7 and a.fps == pytest.approx(11.71875)
     source, rows = tokens.read_shard(tmp / "b.parquet")
@@ -364,7 +326,7 @@ def test_generate_npq_and_parquet_with_prompts(snac_run):
     assert np.array_equal(tokens.open_npq(tmp / "c.npq").tokens()[:4], want)
     assert generate(tmp, "d.npq", "--prompt", str(tmp / "a.npq")) == 0
     assert tokens.open_npq(tmp / "d.npq").frames == 40
-    tokens.write_npq(tmp / "other.npq", random_tokens(), [16] * 3, 86.0)
+    tokens.write_npq(tmp / "other.npq", np.zeros((20, 3), int), [16] * 3, 86.0)
     for name, why in ((str(tmp / "other.npq"), "vocabulary"), ("none.npq", "cannot be read")):
         with pytest.raises(UserError, match=why):
             generate(tmp, "e.npq", "--prompt", name)
@@ -396,9 +358,9 @@ def test_dac_samples_are_spoken_by_dacmodel(tmp_path):
     from transformers import DacConfig, DacModel
 
     torch.manual_seed(0)
-    config = DacConfig(encoder_hidden_size=8, downsampling_ratios=[2, 4], decoder_hidden_size=32,
-                       n_codebooks=3, codebook_size=16, codebook_dim=4, upsampling_ratios=[4, 2],
-                       hidden_size=32)  # fmt: skip
+    sizes = {"encoder_hidden_size": 8, "decoder_hidden_size": 32, "hidden_size": 32, "codebook_dim": 4}
+    ratios = {"downsampling_ratios": [2, 4], "upsampling_ratios": [4, 2]}
+    config = DacConfig(n_codebooks=3, codebook_size=16, **sizes, **ratios)
     dac = DacModel(config)
     dac.save_pretrained(tmp_path / "dac")
     data = make_npqs(tmp_path / "npq")
@@ -407,9 +369,7 @@ def test_dac_samples_are_spoken_by_dacmodel(tmp_path):
     audio, rate = soundfile.read(tmp_path / "eval/rvq_3cb_e0001.wav")
     frames = tokens.open_npq(tmp_path / "eval/rvq_3cb_e0001.npq").tokens().astype(np.int64)
     with torch.no_grad():
-        want = (
-            dac.eval().decode(audio_codes=torch.from_numpy(frames.T[None])).audio_values.reshape(-1).numpy()
-        )
+        want = dac.eval().decode(audio_codes=torch.from_numpy(frames.T[None])).audio_values.flatten().numpy()
     assert rate == config.sampling_rate and len(audio) == len(want)
     assert np.abs(audio - want.clip(-1, 1)).max() < 1e-3
     # a decoder that is not there is said, tokens are kept, the run goes on
@@ -424,14 +384,14 @@ def test_the_circle_closes(cache_dir, snac_dir, tmp_path):
     start_head(model, snac, "first")
     geometry = asdict(geometry_of(snac, str(snac_dir)))
     geometry["vq_strides"] = list(geometry["vq_strides"])
-    state = {"model": model.state_dict(), "model_config": model_config(snac), "geometry": geometry,
-             "args": {}, "global_step": 0}  # fmt: skip
+    state = {"model": model.state_dict(), "model_config": model_config(snac), "geometry": geometry}
+    state |= {"args": {}, "global_step": 0}
     torch.save(state, tmp_path / "dual.pt")
     assert run_here(command(tmp_path, str(cache_dir), "--epochs", "1")) == 0
     assert generate(tmp_path, "out.wav", "--decoder", str(tmp_path / "dual.pt")) == 0
     assert generate(tmp_path, "out.parquet") == 0
-    run("infer.py", "--checkpoint", tmp_path / "dual.pt", "--input", tmp_path / "out.parquet",
-        "--output", tmp_path / "wavs", "--device", "cpu")  # fmt: skip
+    files = ["--input", tmp_path / "out.parquet", "--output", tmp_path / "wavs"]
+    run("infer.py", "--checkpoint", tmp_path / "dual.pt", *files, "--device", "cpu")
     ours, rate = soundfile.read(tmp_path / "out.wav")
     theirs, _ = soundfile.read(next((tmp_path / "wavs").rglob("*.wav")))
     assert rate == 48000 and len(ours) == len(theirs) == 20 * 2048 * 2

@@ -10,6 +10,7 @@ import torch
 
 import train_rvq
 from snac48 import token_lm, tokens
+from snac48.checkpoint import load_checkpoint
 
 PATTERNS = ["depth", "parallel", "delay", "flatten"]
 META = {"pretrained_model": "toy", "weights_sha256": "0" * 64, "sampling_rate": 24000, "hop_length": 512}
@@ -79,9 +80,8 @@ def make_npqs(folder, files=24, T=12, K=3, V=16):
 
 def toy(pattern, vocab=(11,) * 4, ctx=16, d=32, layers=2, scale=None, seed=0):
     torch.manual_seed(seed)
-    model = token_lm.TokenLM({"pattern": pattern, "vocab": list(vocab), "d_model": d, "layers": layers,
-                              "heads": 2, "depth_layers": 2, "depth_d_model": d, "dropout": 0.0,
-                              "ctx": ctx})  # fmt: skip
+    arch = {"pattern": pattern, "vocab": list(vocab), "d_model": d, "layers": layers, "heads": 2}
+    model = token_lm.TokenLM(arch | {"depth_layers": 2, "depth_d_model": d, "dropout": 0.0, "ctx": ctx})
     if scale:  # at initialisation logits hardly depend on the input: make them
         with torch.no_grad():
             for p in model.parameters():
@@ -97,12 +97,14 @@ def codes_like(model, B, T, seed=0):
 # ---- small runs ----
 
 
+SMALL = {"device": "cpu", "num_workers": 0, "ctx": 12, "batch": 2, "accum": 2, "epochs": 3, "lr": 3e-3}
+SMALL |= {"d_model": 16, "layers": 1, "heads": 2, "depth_layers": 1, "log-lr-steps": 1}
+SMALL |= {"eval-audio-every": 0, "eval-decoder": "none", "archive-every": 1}
+
+
 def command(tmp, data, *extra, run="run"):
-    return ["--data", data, "--save_dir", str(tmp / run), "--eval-outdir", str(tmp / "eval"),
-            "--device", "cpu", "--ctx", "12", "--batch", "2", "--accum", "2", "--epochs", "3",
-            "--d_model", "16", "--layers", "1", "--heads", "2", "--depth_layers", "1", "--num_workers", "0",
-            "--lr", "3e-3", "--log-lr-steps", "1", "--eval-audio-every", "0", "--eval-decoder", "none",
-            "--archive-every", "1", *extra]  # fmt: skip
+    places = {"data": data, "save_dir": tmp / run, "eval-outdir": tmp / "eval"}
+    return [*(f"--{name}={value}" for name, value in (places | SMALL).items()), *extra]
 
 
 def metrics(folder):
@@ -118,11 +120,20 @@ def run_here(argv):
     return train_rvq.start_and_train(train_rvq.parse_training(argv))
 
 
+def latest(tmp, run="run", stem="rvq_3cb"):
+    return load_checkpoint(tmp / run / f"{stem}_latest.pt")
+
+
 def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list) else a == b
+
+
+def assert_same_ends(tmp):
+    """The runs `whole` and `run` have come to the same: weights, averages, moments, counts and losses."""
+    a, b = latest(tmp, "whole"), latest(tmp)
+    keys = {"model", "ema", "optimizer", "global_step", "closed", "best", "guard", "val_loss", "train_loss"}
+    assert not [k for k in keys if not same(a[k], b[k])]
