@@ -14,8 +14,6 @@ from .cli import UserError
 from .files import read_json, sweep_leftovers, temporary, write_json
 
 HEARTBEAT_S = 20.0
-
-
 STALE_S = 300.0  # a claim of another machine without a heartbeat this long is taken over
 
 
@@ -35,14 +33,15 @@ class SharedWork:
     Below `<output_dir>/work/`: `plan_K.bin` (NUL-separated file list, immutable once linked into place),
     `unit_N.G.claim` (exclusive creation is the claim; a dead owner is followed by generation G+1),
     `unit_N.json` (the unit's result, written after its outputs: the commit). Nothing is ever locked, so a
-    kill -9 at any moment leaves only a claim that the next process sees is dead.
+    kill -9 at any moment leaves only a claim that the next process sees is dead. warn(text) is called where
+    a claim can't be kept alive.
     """
 
-    def __init__(self, output_dir: str | Path, files: list[str], unit_size: int, settings: dict):
+    def __init__(self, output_dir: str | Path, files: list[str], unit_size: int, settings: dict, warn):
         self.dir = Path(output_dir) / "work"
         self.dir.mkdir(parents=True, exist_ok=True)
         sweep_leftovers(self.dir)
-        self.unit_size = unit_size
+        self.unit_size, self.warn = unit_size, warn
         self.token = uuid.uuid4().hex
         self.claims: dict[int, Path] = {}  # units that are ours now
         self.agree("settings.json", settings | {"unit_size": unit_size})
@@ -114,7 +113,7 @@ class SharedWork:
                 try:
                     os.utime(held)
                 except OSError as e:
-                    print(f"warning: claim {held.name} could not be refreshed: {e}", flush=True)
+                    self.warn(f"warning: claim {held.name} could not be refreshed: {e}")
 
     def result_path(self, unit: int) -> Path:
         return self.dir / f"unit_{unit:06d}.json"
