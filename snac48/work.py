@@ -152,7 +152,9 @@ class SharedWork:
     def release(self, unit: int | None = None) -> None:
         """Give a unit, or all that are ours, back unfinished (a stop was asked for)."""
         for u in list(self.claims) if unit is None else [unit]:
-            self.claims.pop(u).unlink(missing_ok=True)
+            if self.still_ours(u):  # else the next generation rests on ours
+                self.claims[u].unlink(missing_ok=True)
+            del self.claims[u]
 
     def results(self) -> list[dict] | None:
         """Results of all units in order, or None while some are not done."""
