@@ -147,8 +147,8 @@ def long_enough(clips, min_seconds: float, rate: int, skipped: list):
 
 
 def equally_long(clips, align: int, rate: int, batch_size: int):
-    """Yield (padded length, [(path, samples)]): only clips of one padded length share a batch, for padding one
-    further would change its last codes. A batch comes when it is full, or when too much audio waits."""
+    """Yield (padded length, [(path, samples)]): only clips of one padded length share a batch, since padding
+    further would change the last codes. A batch comes when it is full, or when too much audio waits."""
     waiting, held = collections.defaultdict(list), 0  # padded length -> clips; samples of them all
     for rel, samples in clips:
         length = math.ceil(len(samples) / align) * align

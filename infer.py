@@ -70,7 +70,7 @@ from snac48.audio import (
     resampled_length,
     resolve_inside,
 )
-from snac48.cache import CodeIndex, read_shard_rows
+from snac48.cache import CodeIndex, shard_rows
 from snac48.checkpoint import check_ours, load_checkpoint
 from snac48.decoder import HEADS, DualHead, load_dual_head
 from snac48.files import atomic_file, write_json
@@ -79,8 +79,8 @@ from snac48.files import atomic_file, write_json
 
 
 def export(checkpoint: str, folder: str, half: bool = False) -> None:
-    """Write model.safetensors (weights of quantizer, trunk and heads) and config.json for load_dual_head; of a
-    codec that phase10 has trained, SNAC's own pytorch_model.bin and config.json, for --pretrained_model."""
+    """Write model.safetensors (weights of quantizer, trunk and heads) and config.json for load_dual_head; of
+    a codec that phase10 has trained, SNAC's own pytorch_model.bin and config.json, for --pretrained_model."""
     from safetensors.torch import save_file
 
     saved = load_checkpoint(checkpoint)
@@ -109,8 +109,8 @@ def snac_name(key: str, trunk_layers: int) -> str:
 
 
 def as_stored(key: str, weight, half: bool):
-    """A codec's weight for the file. half: as float16, which SNAC.from_pretrained casts back; one that came as
-    float16 and has not changed (a frozen encoder's) is stored so anyway: caches made with it stay valid."""
+    """A codec's weight for the file. half: as float16, which SNAC.from_pretrained casts back; one that came
+    as float16 and has not changed (a frozen encoder's) stays so anyway: caches made with it stay valid."""
     exact = torch.equal(weight.half().float(), weight.float())
     if half and not exact and key.endswith("weight.original1"):
         # the direction of a weight-normed row at length 1: a shorter one could become 0 and have none
@@ -213,7 +213,7 @@ def from_cache(tts: DualHead, path: Path):
             for i in range(len(index))
         )
     else:
-        geometry, rows = read_shard_rows(path)
+        geometry, rows = shard_rows(path)
     differs = tts.geometry.difference(geometry)
     if differs:
         raise UserError(f"cache {path} was made by another model ({differs})")
@@ -239,8 +239,8 @@ def wav_name(rel: str, folder: str, taken: dict) -> str:
 
 
 def write_pieces(pieces, paths: dict, left: dict) -> None:
-    """Write pieces, tuples over HEADS, as they come: to the heads' wav files (whole or not at all), or raw PCM
-    to stdout where there are none. left: {head: samples to write}."""
+    """Write pieces, tuples over HEADS, as they come: to the heads' wav files (whole or not at all), or raw
+    PCM to stdout where there are none. left: {head: samples to write}."""
     with contextlib.ExitStack() as stack:
         wavs = {}
         for head, path in paths.items():
@@ -263,14 +263,14 @@ def write_pieces(pieces, paths: dict, left: dict) -> None:
                     sys.stdout.buffer.flush()
 
 
-def speak(tts: DualHead, args) -> int:
+def speak(tts: DualHead, args, stop: StopFlag) -> int:
     """Decode all of --input into --output; returns the exit code."""
     heads = [name for name, head in HEADS.items() if args.sample_rate in (str(head.rate), "both")]
     absent = [HEADS[name].rate for name in heads if name not in tts.heads]
     if absent:
         raise UserError(f"{args.checkpoint} has no {absent[0]} Hz head: --sample_rate {tts.rates[0]}")
     one_file = Path(args.input).is_file() and not args.input.endswith(".parquet")
-    stop, bad, count, seconds, began, taken = StopFlag(), 0, 0, 0.0, time.time(), {}
+    bad, count, seconds, began, taken = 0, 0, 0.0, time.time(), {}
     for u in utterances(tts, args.input):
         if stop:
             print(f"stopped by {stop.signal} after {count} files", file=sys.stderr)
@@ -305,11 +305,12 @@ def main(args) -> int:
     if args.export:
         export(args.checkpoint, args.export, args.half)
         return 0
+    stop = StopFlag()
     tts = load_dual_head(args.checkpoint, "cpu" if args.export_onnx else args.device, args.pretrained_model)
     if args.export_onnx:
         export_onnx(tts, args.export_onnx)
         return 0
-    return speak(tts, args)
+    return speak(tts, args, stop)
 
 
 if __name__ == "__main__":
