@@ -24,7 +24,6 @@ import os
 import re
 import socket
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -36,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snac48.audio import AudioError, audio_blocks, find_audio, link_roots, resolve_inside, target_names
+from snac48.audio import AudioError, Spool, audio_blocks, find_audio, link_roots, resolve_inside, target_names
 from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
@@ -48,7 +47,7 @@ from snac48.cli import (
     main_guard,
     stop_at_once,
 )
-from snac48.files import atomic_file, read_json, sweep_leftovers, write_json, write_jsonl
+from snac48.files import read_json, sweep_leftovers, write_json, write_jsonl
 from snac48.runlog import RunLog, human_time
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
 from snac48.work import SharedWork
@@ -56,39 +55,9 @@ from snac48.work import SharedWork
 UNIT_FILES = 64  # files a claim; a killed process loses at most this much work
 BLOCK_SECONDS = 5.0  # read at a time
 LONG_SECONDS = 300  # longer files are read by the main process: 64 of them would not fit in memory
-SPOOL_BYTES = 256 << 20  # a 48 kHz float32 waveform above this (23 min) waits in a temporary file
 
 
 # ---- reading and writing ----
-
-
-class Spool:
-    """A waveform on its way out: float32 pieces, in memory while short, in a temporary file when long."""
-
-    def __init__(self, folder: Path):
-        self.file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=folder)
-        self.peak, self.n = 0.0, 0
-
-    def add(self, x) -> None:
-        self.file.write(np.ascontiguousarray(x, dtype="<f4").tobytes())
-        self.peak = max(self.peak, float(np.abs(x).max(initial=0.0)))
-        self.n += len(x)
-
-    def save(self, target: Path, scale: float) -> float:
-        """PCM16 48 kHz mono wav of `scale` times the pieces, whole or not at all; returns its `level`.
-
-        level = 1, or the smaller factor that keeps the loudest sample within full scale.
-        """
-        import soundfile as sf
-
-        top = 32767 / 32768
-        level = 1.0 if self.peak * scale <= top else top / (self.peak * scale)
-        self.file.seek(0)
-        with atomic_file(target) as f, sf.SoundFile(f, "w", RATE, 1, "PCM_16", format="WAV") as wav:
-            while block := self.file.read(4 * 60 * RATE):
-                x = np.rint(np.frombuffer(block, "<f4") * (scale * level * 32768.0))
-                wav.write(np.clip(x, -32768, 32767).astype(np.int16))
-        return level
 
 
 def write_target(rel: str, name: str, output_dir: str, waveform) -> dict:
@@ -106,7 +75,7 @@ def write_target(rel: str, name: str, output_dir: str, waveform) -> dict:
                 spool.add(piece)
             measured = waveform.measured()
             scale = measured.pop("scale")
-            level = spool.save(target, scale)
+            level = spool.save(target, RATE, scale)
     except OSError as e:
         todo = "make room or choose another --output_dir, then run the same command again"
         raise UserError(f"{target} could not be written: {e.strerror or e}; {todo}") from None
@@ -134,7 +103,7 @@ class Kept:
 
 @dataclass
 class Waiting:
-    """A recording that SIDON is to restore; a long one has no features yet: it is read when its turn comes."""
+    """A recording that SIDON is to restore; a long one has no features: it is read when its turn comes."""
 
     path: str
     file: Path

@@ -1,7 +1,4 @@
-"""What every program that walks an audio folder agrees on: listing, safe paths, decoding, sharing the work.
-
-`cache_codes.py` and `precompute_48k.py` stand side by side in the data flow; what both need lives here once.
-"""
+"""What every program that walks an audio folder agrees on: listing, safe paths, decoding, resampling."""
 
 from __future__ import annotations
 
@@ -9,25 +6,16 @@ import math
 import os
 import stat
 import struct
+import tempfile
 from pathlib import Path
 
 from .cli import UserError
-from .files import read_json
+from .files import atomic_file, read_json
 
-AUDIO_SUFFIXES = (
-    ".wav",
-    ".flac",
-    ".mp3",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".aif",
-    ".aiff",
-    ".w64",
-    ".rf64",
-    ".caf",
-    ".au",
+AUDIO_SUFFIXES = tuple(
+    f".{s}" for s in ("wav", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "w64", "rf64", "caf", "au")
 )
+SPOOL_BYTES = 256 << 20  # a 48 kHz float32 waveform above this (23 min) waits in a temporary file
 
 
 class AudioError(Exception):
@@ -170,7 +158,7 @@ def why(e: Exception) -> str:
     return getattr(e, "error_string", None) or getattr(e, "strerror", None) or str(e) or type(e).__name__
 
 
-def check_audio(x, rel: str = "") -> None:
+def check_audio(x) -> None:
     """Raises AudioError for zero samples and for NaN or infinite ones."""
     import numpy as np
 
@@ -261,10 +249,9 @@ def read_audio_span(path: str | Path, start: int, count: int, rate: int, need: i
     import soundfile as sf
 
     def held_to(frames: int, file_rate: int) -> None:
-        if frames / file_rate < (start + need) / rate - SHORT_S:
-            raise AudioError(
-                f"ends after {frames / file_rate:.2f} s, {(start + need) / rate:.2f} s are needed"
-            )
+        ends, needed = frames / file_rate, (start + need) / rate
+        if ends < needed - SHORT_S:
+            raise AudioError(f"ends after {ends:.2f} s, {needed:.2f} s are needed")
 
     out = np.zeros(count, np.float32)
     check_regular(path)
@@ -306,3 +293,38 @@ def _bits(f) -> int:
     f.seek(12)
     head = f.read(24)
     return struct.unpack("<H", head[22:24])[0] if head[:4] == b"fmt " else 0
+
+
+# ---- writing ----
+
+
+class Spool:
+    """A waveform on its way out: float32 pieces, in memory while short, in a temporary file when long."""
+
+    def __init__(self, folder: Path):
+        self.file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=folder)
+        self.peak, self.n = 0.0, 0
+
+    def add(self, x) -> None:
+        import numpy as np
+
+        self.file.write(np.ascontiguousarray(x, dtype="<f4").tobytes())
+        self.peak = max(self.peak, float(np.abs(x).max(initial=0.0)))
+        self.n += len(x)
+
+    def save(self, target: Path, rate: int, scale: float) -> float:
+        """PCM16 mono wav of `scale` times the pieces, whole or not at all; returns its `level`.
+
+        level = 1, or the smaller factor that keeps the loudest sample within full scale.
+        """
+        import numpy as np
+        import soundfile as sf
+
+        top = 32767 / 32768
+        level = 1.0 if self.peak * scale <= top else top / (self.peak * scale)
+        self.file.seek(0)
+        with atomic_file(target) as f, sf.SoundFile(f, "w", rate, 1, "PCM_16", format="WAV") as wav:
+            while block := self.file.read(4 * 60 * rate):
+                x = np.rint(np.frombuffer(block, "<f4") * (scale * level * 32768.0))
+                wav.write(np.clip(x, -32768, 32767).astype(np.int16))
+        return level
