@@ -79,38 +79,34 @@ run_tests() {
 
 # ---- process truth ----
 
-start_time() { # kernel start time (clock ticks) of a live, non-zombie process; fails when it is dead
-  local stat
-  stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
-  stat=${stat##*) }
-  case $stat in [ZX]*) return 1 ;; esac
-  # shellcheck disable=SC2086
-  set -- $stat
-  printf '%s' "${20}"
+ask() { # CODE ARGS...: run a bit of Python beside snac48/process.py, whose word on processes is the monitor's too
+  local code=$1 python=$VENV/bin/python
+  shift
+  [ -x "$python" ] || python=$(find_python)
+  # -S: the standard library is enough, and without the rest it answers within 20 ms
+  "$python" -S -c "import sys; sys.path.insert(0, sys.argv.pop(1)); from snac48.process import job_state, start_time
+$code" "$ROOT" "$@"
 }
 
-alive() { # is the job that NAME.pid describes alive? Sets PID.
-  local file=$LOG_DIR/$1.pid began
-  [ -s "$file" ] || return 1
-  read -r PID began _ <"$file" || return 1
-  [ "$(start_time "$PID")" = "$began" ]
+alive() { # is the job that NAME.pid describes alive? Sets PID and STATE: RUNNING, DEAD, STALE_PID or None
+  local told
+  told=$(ask 'print(*job_state(sys.argv[1]))' "$LOG_DIR/$1.pid") || abort "nobody can tell whether $1 runs"
+  read -r STATE PID <<<"$told"
+  [ "$STATE" = RUNNING ]
 }
 
-state_of() {
-  local name=$1 code
-  if alive "$name"; then
-    echo RUNNING
-  elif [ -s "$LOG_DIR/$name.pid" ] && start_time "$(cut -d' ' -f1 "$LOG_DIR/$name.pid")" >/dev/null; then
-    echo STALE_PID # the number lives on in another process, which is none of ours
-  else
-    code=$(cat "$LOG_DIR/$name.exit" 2>/dev/null) || code=
+state_of() { # what `status` calls it: a dead job by its exit code
+  local code
+  alive "$1" || [ "$STATE" = STALE_PID ] || {
+    code=$(cat "$LOG_DIR/$1.exit" 2>/dev/null) || code=
     case $code in
-      0) echo FINISHED ;;
-      3) echo STOPPED ;;
-      '') echo DEAD ;;
-      *) echo "DEAD($code)" ;;
+      0) STATE=FINISHED ;;
+      3) STATE=STOPPED ;;
+      '') STATE=DEAD ;;
+      *) STATE="DEAD($code)" ;;
     esac
-  fi
+  }
+  echo "$STATE"
 }
 
 # ---- start ----
@@ -179,17 +175,15 @@ start_job() { # NAME KIND GPUS RUN_DIR COMMAND...
   done
   PID=$(cat "$tmp" 2>/dev/null) || abort "$name could not be started; see $log"
   rm -f "$tmp"
-  printf '%s %s %s\n' "$PID" "$(start_time "$PID" || echo 0)" "$*" >"$LOG_DIR/$name.pid.new"
-  mv "$LOG_DIR/$name.pid.new" "$LOG_DIR/$name.pid"
-  "$VENV/bin/python" - "$LOG_DIR/$name.json" "$name" "$kind" "$gpus" "$run_dir" "$@" <<'PY'
-import json, os, sys, time
-path, name, kind, gpus, run_dir, *command = sys.argv[1:]
-job = {"name": name, "kind": kind, "gpus": gpus, "command": command, "cwd": os.getcwd(), "started": time.time(),
-       "run_dir": os.path.abspath(run_dir) if run_dir else None}
-with open(path + ".new", "w") as f:
-    json.dump(job, f, indent=1)
-os.replace(path + ".new", path)
-PY
+  ask 'import json, os, time
+base, pid, kind, gpus, run_dir, *command = sys.argv[1:]
+job = {"name": os.path.basename(base), "kind": kind, "gpus": gpus, "command": command, "cwd": os.getcwd(),
+       "started": time.time(), "run_dir": os.path.abspath(run_dir) if run_dir else None}
+began = start_time(int(pid)) or 0
+for path, text in ((base + ".pid", " ".join((pid, str(began), *command)) + "\n"), (base + ".json", json.dumps(job, indent=1))):
+    with open(path + ".new", "w") as f:
+        f.write(text)
+    os.replace(path + ".new", path)' "$LOG_DIR/$name" "$PID" "$kind" "$gpus" "$run_dir" "$@"
   exec 9>&-
   for tries in $(seq $((${START_WATCH:-4} * 5))); do # most mistakes show in the first seconds
     if ! alive "$name"; then
@@ -301,17 +295,14 @@ resume_job() {
   local -a command
   alive "$name" && abort "$name already runs (pid $PID)"
   need_setup
-  mapfile -d '' -t command < <("$VENV/bin/python" - "$LOG_DIR/$name.json" <<'PY'
-import json, sys
+  mapfile -d '' -t command < <(ask 'import json
 job = json.load(open(sys.argv[1]))
 command = job["command"]
 if job["kind"] == "train" and not any(a == "--resume" or a.startswith("--resume=") for a in command):
     command = [*command, "--resume", "auto"]
 if job["kind"] == "rvq":  # continues by itself, unless its first start was told to begin anew
     command = [a for a in command if a not in ("--no-resume", "--ignore-arch")]
-print("\0".join([job["kind"], job["gpus"], job["run_dir"] or "", job["cwd"], *command]), end="\0")
-PY
-  )
+print("\0".join([job["kind"], job["gpus"], job["run_dir"] or "", job["cwd"], *command]), end="\0")' "$LOG_DIR/$name.json")
   kind=${command[0]} gpus=${command[1]} run_dir=${command[2]} cwd=${command[3]}
   cd "$cwd"
   preflight "$kind" "$gpus" "${command[@]:4}"

@@ -29,9 +29,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import fake_runs as fake
+from helpers import fake_runs as fake
 
-import monitor as m
+from snac48.tui.app import Monitor
+from snac48.tui.plot import DOTS
+from snac48.tui.runs import Fleet
+from snac48.tui.ui import VIEWS, Ui
+from snac48.tui.views import draw
 
 HZ = os.sysconf("SC_CLK_TCK")
 
@@ -107,7 +111,7 @@ def drawn_dots(svg: str) -> str:
 
     def squares(found):
         css, x, y, rest, text, path = found[1], float(found[2]), float(found[3]), found[4], found[5], ""
-        dots = [(r, c, bit) for r, row in enumerate(m.DOTS) for c, bit in enumerate(row)]
+        dots = [(r, c, bit) for r, row in enumerate(DOTS) for c, bit in enumerate(row)]
         for i, char in enumerate(html.unescape(text)):
             for r, c, bit in dots if "\u2800" < char <= "\u28ff" else ():
                 if ord(char) & bit:
@@ -121,16 +125,16 @@ def drawn_dots(svg: str) -> str:
     return re.sub(braille, squares, svg)
 
 
-def export(fleet: m.Fleet, folder: Path, sizes=((80, 24), (120, 40))) -> list[Path]:
+def export(fleet: Fleet, folder: Path, sizes=((80, 24), (120, 40))) -> list[Path]:
     """A picture (SVG) and a text of every view at each size, drawn by the app itself without a terminal."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
 
     async def pictures(width, height):
-        app = m.make_app(fleet, m.Ui(), Path("launch.sh"))
+        app = Monitor(fleet, Ui(), Path("launch.sh"))
         async with app.run_test(size=(width, height)) as pilot:
-            for view in m.VIEWS:
-                app.do(view)
+            for view in VIEWS:
+                app.action_do(view)
                 await pilot.pause()
                 svg = drawn_dots(app.export_screenshot(title="monitor.py"))
                 text = "".join("".join(t for t, _ in line).rstrip() + "\n" for line in app.pane.lines)
@@ -151,7 +155,7 @@ def main() -> None:
     p.add_argument("--log_dir", type=Path, default=ROOT / "logs", help="of the runs in the pictures")
     a = p.parse_args()
     if a.pictures:
-        fleet = m.Fleet(a.log_dir)
+        fleet = Fleet(a.log_dir)
         fleet.poll()
         while fleet.load_older(60):
             pass
@@ -284,7 +288,7 @@ def main() -> None:
         text = fake.dump(fake.train_record(i, total=200_000) for i in range(1, 200_001))
         (tmp / "long").mkdir()
         (tmp / "long" / "metrics.jsonl").write_text(text)
-        fleet = m.Fleet(tmp / "none", [tmp / "long"])
+        fleet = Fleet(tmp / "none", [tmp / "long"])
         begin = time.perf_counter()
         fleet.poll()
         while fleet.load_older(10):
@@ -297,12 +301,12 @@ def main() -> None:
             )
         )
         run = next(iter(fleet.runs.values()))
-        for name, ui in (("one panel", m.Ui(view="run", panel=1)), ("four panels", m.Ui(view="run"))):
+        for name, ui in (("one panel", Ui(view="run", panel=1)), ("four panels", Ui(view="run"))):
             ui.selected = run.name
             times = []
             for _ in range(9):
                 begin = time.perf_counter()
-                m.draw(fleet, ui, 120, 40)
+                draw(fleet, ui, 120, 40)
                 times.append(time.perf_counter() - begin)
             rows.append(
                 (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import zipfile
 from pathlib import Path
 
@@ -82,16 +83,20 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
     return state
 
 
-OURS = ("model", "geometry", "model_config", "args", "global_step")  # what every checkpoint has
+# ---- what a checkpoint of train_dual_head.py has: to be opened, and to be resumed ----
+
+OPENED = ("model", "geometry", "model_config", "args", "global_step")
+RESUMED = (*OPENED, "optimizer", "scheduler", "ema", "validated_epoch", "phase", "guard", "best", "codes")
 
 
-def check_ours(saved: dict, path, keys=OURS) -> None:
-    """Raises UserError unless `saved` has what a checkpoint of this script has."""
+def require(saved: dict, path, keys=OPENED) -> dict:
+    """`saved`, or a UserError where it lacks what a checkpoint of train_dual_head.py has."""
     missing = [k for k in keys if k not in saved]
     if missing:
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(missing)}")
     if not isinstance(saved["args"], dict) or not isinstance(saved["global_step"], int):
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: malformed args or global_step")
+    return saved
 
 
 # ---- which one to go on from ----
@@ -117,3 +122,19 @@ def prune(paths, keep: int) -> None:
     old = sorted(paths, key=lambda p: p.stat().st_mtime)
     for path in old[: max(len(old) - keep, 0)] if keep >= 0 else []:
         path.unlink(missing_ok=True)
+
+
+def find_resume(value: str, output_dir: str, pattern: str, check) -> tuple[str, dict | None]:
+    """--resume as (path, content): a file itself; of a folder or auto (then output_dir) the newest that
+    matches the glob `pattern` and verifies; ("", None) where auto finds none. check: as for newest_good."""
+    if value != "auto" and not Path(value).is_dir():
+        if not Path(value).is_file():
+            raise UserError(f"--resume {value} does not exist")
+        state = load_checkpoint(value)
+        check(state, value)
+        return value, state
+    warn = lambda text: print(text, file=sys.stderr, flush=True)
+    found = newest_good(Path(output_dir if value == "auto" else value).glob(pattern), check, warn)
+    if not found and value != "auto":
+        raise UserError(f"--resume {value}: no usable {pattern} in that folder")
+    return (str(found[0]), found[1]) if found else ("", None)

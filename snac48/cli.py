@@ -56,6 +56,10 @@ class Diverged(Ending):
     """Too many steps in a row were skipped: not finite, or outliers."""
 
 
+class LoaderDied(Ending):
+    """A data loader process was killed, most likely because the memory ran out."""
+
+
 class TooManyBadFiles(Ending):
     """More than --max_bad_fraction of the files could not be read."""
 
@@ -83,6 +87,23 @@ def read_config(path: str | Path, known) -> dict:
     return config
 
 
+def layered(layers: dict[str, dict]) -> tuple[dict, dict]:
+    """{source: values}, the weakest first -> (values, source of each)."""
+    values, origin = {}, {}
+    for source, layer in layers.items():
+        values.update(layer)
+        origin.update(dict.fromkeys(layer, source))
+    return values, origin
+
+
+def config_text(values: dict, origin: dict, form: str) -> str:
+    """What --print_config prints: every value and where it came from, as lines or as JSON."""
+    if form == "json":
+        return json.dumps({k: {"value": v, "origin": origin.get(k)} for k, v in values.items()}, indent=1)
+    rows = ((k, f"{v!r:36} {origin[k]}" if k in origin else repr(v)) for k, v in values.items())
+    return "\n".join(f"{k:22} {text}" for k, text in rows)
+
+
 def as_type(kind: type, value, where: str):
     """`value` of a config or checkpoint as bool, int, float or str (a list becomes "a,b"); else a UserError
     that begins with `where`."""
@@ -94,6 +115,15 @@ def as_type(kind: type, value, where: str):
         return kind(value)
     except (TypeError, ValueError):
         raise UserError(f"{where} must be {kind.__name__}, not {value!r}") from None
+
+
+def numbers(kind: type, text: str, name: str) -> list:
+    """ "1.0,2.0" -> [1.0, 2.0]; a UserError that names the flag where `text` is no such list."""
+    try:
+        return [kind(v) for v in text.split(",")]
+    except ValueError:
+        example = "1024,2048" if kind is int else "1.0,2.0"
+        raise UserError(f'{name} {text!r} must be a comma-separated list such as "{example}"') from None
 
 
 class Parser(argparse.ArgumentParser):

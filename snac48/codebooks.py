@@ -6,7 +6,7 @@ residual quantizer that starts at random collapses to one entry a codebook withi
 autoencoder without codebooks needs many thousand steps before its latents tell vowels apart. So a codec from
 scratch starts from what is known about speech:
 
-1. start_from_features: the latents shall be log-mel features. With that the quantizers are settled at once:
+1. start_from_features: we want the latents to be log-mel features. With that the quantizers are settled:
    in_proj and out_proj are principal components of what the quantizers before left, the entries k-means
    centres. Every convolution begins with outputs of mean 0 and a set variance on real speech (LSUV, Mishkin &
    Matas 2015): with PyTorch's default start the signal dies in 30 layers.
@@ -28,9 +28,10 @@ from .losses import mel_filters
 class FullCodec(nn.Module):
     """Audio in, audio out, through encoder and quantizers of a DualHeadDecoder that has an encoder.
 
-    align: SNAC's padding unit in samples (cache_codes.align_samples). forward(audio [B, 1, N], N whole coarse
-    codes) -> (audio_24k [B, 1, N], found): found has commitment [B], codebook [B], codes [K] of [B, T_k] and
-    latents [K] of [B, D, T_k]; with `from_features` features [B], the encoder's error, instead.
+    align: SNAC's padding unit in samples (codec.align_samples). forward(audio [B, 1, N], N whole coarse
+    codes) -> (audio of each of HEADS as from the decoder, losses {commitment, codebook}, each [B], codes [K]
+    of [B, T_k], latents [K] of [B, D, T_k]); with `from_features` the loss is features, the encoder's error,
+    and there are no codes.
     """
 
     from_features = False
@@ -44,36 +45,37 @@ class FullCodec(nn.Module):
         return self.model.encoder(F.pad(audio, (0, -audio.shape[-1] % self.align)))
 
     def forward(self, audio):
-        z = self.encode(audio)
+        z, codes, latents = self.encode(audio), [], []
         if self.from_features:
             with torch.no_grad():
                 wanted = features(audio, z.shape[1], z.shape[-1])
                 z_q, _ = self.model.quantizer(wanted)
-            found = {"features": (z.float() - wanted).square().mean((1, 2))}
+            losses = {"features": (z.float() - wanted).square().mean((1, 2))}
         else:
             with torch.autocast(z.device.type, enabled=False):  # bf16 would pick other codes than encode()
-                z_q, found = quantize(self.model.quantizer, z.float())
-        return self.model(z_q, True, False)[0][..., : audio.shape[-1]], found
+                z_q, losses, codes, latents = quantize(self.model.quantizer, z.float())
+        heard = [x if x is None else x[..., : audio.shape[-1]] for x in self.model(z_q, ("24k",))]
+        return tuple(heard), losses, codes, latents
 
 
 def quantize(quantizer, z):
-    """SNAC's residual quantization with gradients: z [B, D, T] -> (z' [B, D, T], found as in FullCodec).
+    """SNAC's residual quantization with gradients: z [B, D, T] -> (z' [B, D, T], losses, codes, latents as of
+    FullCodec).
 
     Nearest entries, straight-through; commitment pulls latents to their entries, codebook entries to their
     latents (van den Oord et al. 2017).
     """
-    residual, total = z, 0
-    found = {"commitment": 0, "codebook": 0, "codes": [], "latents": []}
+    residual, total, codes, latents, losses = z, 0, [], [], {"commitment": 0, "codebook": 0}
     for vq in quantizer.quantizers:
         e = vq.in_proj(F.avg_pool1d(residual, vq.stride, vq.stride))  # [B, 8, T / stride]
-        entry, codes = vq.decode_latents(e)
-        found["codes"].append(codes)
-        found["latents"].append(e.detach())
-        found["commitment"] = found["commitment"] + (e - entry.detach()).square().mean((1, 2))
-        found["codebook"] = found["codebook"] + (entry - e.detach()).square().mean((1, 2))
+        entry, nearest = vq.decode_latents(e)
+        codes.append(nearest)
+        latents.append(e.detach())
+        losses["commitment"] = losses["commitment"] + (e - entry.detach()).square().mean((1, 2))
+        losses["codebook"] = losses["codebook"] + (entry - e.detach()).square().mean((1, 2))
         out = vq.out_proj(e + (entry - e).detach()).repeat_interleave(vq.stride, dim=-1)
         total, residual = total + out, residual - out
-    return total, found
+    return total, losses, codes, latents
 
 
 # ---- codebooks in use ----
@@ -84,6 +86,16 @@ def usage(counts) -> dict:
     p = counts.double() / counts.sum().clamp(min=1)
     entropy = -(p[p > 0] * p[p > 0].log()).sum()
     return {"usage": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
+
+
+def count_codes(codes, valid, geometry):
+    """How often each entry occurs in codes [K] of [B, T_k] of `valid` [B] samples: int64 [K, size]."""
+    counts = torch.zeros(len(codes), geometry.codebook_size, dtype=torch.int64)
+    for k, each in enumerate(codes):
+        length = -(-valid // (geometry.hop_length * geometry.vq_strides[k]))
+        real = torch.arange(each.shape[1], device=each.device) < length[:, None]
+        counts[k] = torch.bincount(each[real], minlength=geometry.codebook_size).cpu()
+    return counts
 
 
 @torch.no_grad()
@@ -105,7 +117,7 @@ def restart_dead_entries(vq, counts, latents, optimizer, generator) -> int:
 
 
 def features(audio, channels: int, frames: int):
-    """What the latents of a codec from scratch shall be: audio [B, 1, N] -> [B, channels, frames].
+    """What we want the latents of a codec from scratch to be: audio [B, 1, N] -> [B, channels, frames].
 
     Natural log of min(80, channels) mel bands, halved to about unit variance, two hops long, frame t
     centred on its hop of N / frames samples; further channels are 0.

@@ -17,8 +17,9 @@ from snac import SNAC
 from snac.layers import NoiseBlock, ResidualUnit
 
 try:
-    from .cli import UserError
+    from .cli import UserError, pick_device
 except ImportError:  # this file was copied into somebody's server
+    pick_device = torch.device
 
     class UserError(ValueError):
         """Something the caller can mend, in one sentence."""

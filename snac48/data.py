@@ -1,13 +1,12 @@
-"""The data path of training: index beside a cache, 48 kHz targets, slices whose codes and audio match
-exactly.
+"""The data path of training: 48 kHz targets, slices whose codes and audio match exactly, batches.
 
     data = CachedCodesDataset("codes/train", "targets/train", segment_length=2.0)
     data[0]["codes"], data[0]["audio_24k"], data[0]["audio_48k"]
     data = RawAudioDataset(["corpus/train/audio"], segment_length=2.0, geometry=..., context=..., align=...)
     data[0]["encode"], ...          # audio whose codes are the slice's: the trainer encodes it
 
-Don't touch without thinking of caches on people's disks: the parquet schema that CodeIndex reads (SCHEMA
-below), and the crop, a function of (seed, epoch, row), which resuming relies on.
+Don't touch without thinking of runs on people's disks: a crop is a function of (seed, epoch, row), which
+resuming relies on.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +31,17 @@ from .audio import (
     target_names,
 )
 from .cache import CodeIndex
-from .cli import EXIT_BAD_INPUT, UserError
-from .codec import Geometry, slice_at
+from .cli import EXIT_BAD_INPUT, LoaderDied, UserError, ignore_stop_signals
+from .codec import Geometry, encode, slice_at
+from .decoder import HEADS
 from .files import atomic_file
+from .schedule import Epoch
 
 # 12 dB over full scale: nobody speaks so. Lossy codecs decode to 1.6 at most; integers stored as floats and
 # broken recordings are louder, and one in 30 steps keeps Adam's second moments off for all other weights.
 MAX_PEAK = 4.0
 
-# ---- data: the index beside the cache ----
-
+# ---- targets ----
 
 KINDS = ("missing", "copied", "sidon", "sinc", "unfaithful")
 
@@ -144,18 +145,26 @@ class Targets:
         return read_audio_span(path, start, count, rate, need) / self.levels[row]
 
 
+@dataclass(frozen=True)
+class Filler:
+    """In the place of a dataset index: gives a rank without work a batch; its content does not count."""
+
+    index: int
+
+
 class SliceDataset:
     """Random slices of utterances with exactly matching 24 and 48 kHz audio (a torch map-style dataset).
 
-    Items: {audio_24k [N], audio_48k [2N] (unless no 48 kHz head is trained), valid_24k: samples of real
-    audio (the rest is to be masked), kind, file_path, start_pos (coarse codes), row, noise_key, error} and
-    what the subclass adds. A crop is a function of (seed, epoch, row); `set_epoch` before each epoch.
-    `fixed=True`: the same crop in every epoch (validation).
+    Items: {audio_24k [N], audio_48k [2N] (and so on for each of `heads`), valid_24k: samples of real audio
+    (the rest is to be masked), kind, file_path, start_pos (coarse codes), row, noise_key, error} and what
+    the subclass adds. A crop is a function of (seed, epoch, row); `set_epoch` before each epoch.
+    `fixed=True`: the same crop in every epoch (validation). heads: which of HEADS are trained; the 24 kHz
+    audio always comes.
     """
 
-    def __init__(self, geometry: Geometry, segment_length: float, seed: int, fixed: bool, want_48k: bool):
+    def __init__(self, geometry: Geometry, segment_length: float, seed: int, fixed: bool, heads):
         self.geometry, self.seed, self.fixed, self.epoch = geometry, seed, fixed, 0
-        self.want_48k = want_48k
+        self.heads = {name: head for name, head in HEADS.items() if name in heads or head.factor == 1}
         self.left_out: dict[str, int] = {}
         self.set_segment_length(segment_length)
 
@@ -168,9 +177,9 @@ class SliceDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> dict:
-        masked = i < 0  # a filler that gives every rank a batch: its content does not count
-        row, g = int(self.rows[~i if masked else i]), self.geometry
+    def __getitem__(self, i: int | Filler) -> dict:
+        filler = isinstance(i, Filler)
+        row, g = int(self.rows[i.index if filler else i]), self.geometry
         crop = np.random.default_rng([self.seed, 0 if self.fixed else self.epoch, row])
         audio, error, left_out = {}, "", ""
         try:
@@ -185,7 +194,7 @@ class SliceDataset:
             "kind": utterance["kind"],
             "file_path": self.path(row),
             "start_pos": start,
-            "row": -1 if masked else row,
+            "row": -1 if filler else row,
             "noise_key": int(crop.integers(0, 2**62)),
         } | self.slice(row, utterance, start, take, at)
         if not error:
@@ -196,18 +205,14 @@ class SliceDataset:
         peak = max((float(np.abs(x).max(initial=0)) for k, x in audio.items() if k != "source"), default=0)
         if peak > MAX_PEAK:
             left_out = f"samples reach {peak:.3g} where full scale is 1"
-        if (
-            masked or error or left_out
-        ):  # counted and named by the trainer; silence is never a target: nothing is valid
+        if filler or error or left_out:  # named and counted by the trainer; silence is never a target
             item["valid_24k"] = 0
-        if not self.want_48k:
-            audio.pop("audio_48k", None)
-        for name, factor in (("audio_24k", 1), ("audio_48k", 2))[: 1 + self.want_48k]:
-            x = audio.get(name)
-            x = np.zeros(factor * at["samples_24k"], np.float32) if x is None else x
+        for name, head in self.heads.items():
+            x = audio.get(f"audio_{name}")
+            x = np.zeros(head.factor * at["samples_24k"], np.float32) if x is None else x
             # past the end of the recording there is nothing to learn: silence there, masked by the loss
-            x[factor * item["valid_24k"] :] = 0
-            item[name] = torch.from_numpy(x)
+            x[head.factor * item["valid_24k"] :] = 0
+            item[f"audio_{name}"] = torch.from_numpy(x)
         return item | {"error": error, "left_out": left_out, "source": audio.get("source")}
 
 
@@ -219,7 +224,7 @@ class CachedCodesDataset(SliceDataset):
     def __init__(self, cache_dir, audio_48k_dir, segment_length, limit=None, *, audio_24k_dir="", seed=42,
                  fixed=False, include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
         self.index = CodeIndex(str(cache_dir))
-        super().__init__(self.index.geometry, segment_length, seed, fixed, bool(audio_48k_dir))
+        super().__init__(self.index.geometry, segment_length, seed, fixed, HEADS if audio_48k_dir else ())
         n = len(self.index)
         self.audio_24k_dir = str(audio_24k_dir or self.index.data_dir)
         self.left_out = {f"cache: {reason}": count for reason, count in self.index.bad.items()}
@@ -262,13 +267,13 @@ class CachedCodesDataset(SliceDataset):
         found, rate = {}, self.geometry.sampling_rate
         low, n = at["start_sample_24k"], at["samples_24k"]
         need = min(n, utterance["samples"] - low)
-        if self.targets:
-            found["audio_48k"] = self.targets.read(row, 2 * low, 2 * n, 2 * rate, 2 * need)
-        if utterance["kind"] == "copied" and not self.force_24k:
-            found["audio_24k"] = self.targets.read(row, low, n, rate, need)
-        else:
-            source = resolve_inside(self.audio_24k_dir, self.path(row), self.allowed_24k)
-            found["audio_24k"] = read_audio_span(source, low, n, rate, need)
+        for name, head in self.heads.items():
+            f = head.factor
+            if f > 1 or (utterance["kind"] == "copied" and not self.force_24k):
+                found[f"audio_{name}"] = self.targets.read(row, f * low, f * n, f * rate, f * need)
+            else:
+                source = resolve_inside(self.audio_24k_dir, self.path(row), self.allowed_24k)
+                found[f"audio_{name}"] = read_audio_span(source, low, n, rate, need)
         return found
 
 
@@ -284,9 +289,10 @@ class RawAudioDataset(SliceDataset):
     """
 
     def __init__(self, data_dirs, segment_length, limit=None, *, geometry, context, align, audio_48k_dir="",
-                 want_48k=True, upsampler="", native_rate=48000, seed=42, fixed=False,
+                 heads=tuple(HEADS), upsampler="", native_rate=48000, seed=42, fixed=False,
                  include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
-        super().__init__(geometry, segment_length, seed, fixed, want_48k)
+        super().__init__(geometry, segment_length, seed, fixed, heads)
+        self.full_band = len(self.heads) > 1  # some head needs more than the 24 kHz recording
         self.context, self.align = context, align
         self.upsampler, self.native_rate = upsampler, native_rate
         self.roots = [(str(d), link_roots(d)) for d in data_dirs]
@@ -294,7 +300,7 @@ class RawAudioDataset(SliceDataset):
         self.files = PathBlob([rel for _, rel in found])
         self.root_of = np.array([root for root, _ in found], np.int16)
         self.targets, keep = None, np.ones(len(found), bool)
-        if want_48k and audio_48k_dir:
+        if self.full_band and audio_48k_dir:
             if len(data_dirs) > 1:
                 raise UserError("--audio_48k_dir goes with one --data_dir")
             self.targets = Targets(str(audio_48k_dir), self.files.__getitem__, len(found))
@@ -314,7 +320,7 @@ class RawAudioDataset(SliceDataset):
         found = {"coarse": coarse, "samples": samples, "kind": "copied", "audio": audio, "source": (x, rate)}
         if self.targets:
             found["kind"] = KINDS[self.targets.kinds[row]]
-        elif self.want_48k and rate < self.native_rate:
+        elif self.full_band and rate < self.native_rate:
             if not self.upsampler:
                 raise AudioError(f"{rate} Hz is below --native_rate {self.native_rate}: it needs --upsampler "
                                  "sidon (CD-quality recordings: or --native_rate 44100)")  # fmt: skip
@@ -334,16 +340,18 @@ class RawAudioDataset(SliceDataset):
             out[: len(part)] = part
             return out
 
-        found = {"audio_24k": cut(utterance["audio"], at["start_sample_24k"], at["samples_24k"])}
-        if self.want_48k:
-            first, n, (x, rate) = at["start_sample_48k"], at["samples_48k"], utterance["source"]
-            if self.targets:
-                need = min(n, 2 * (utterance["samples"] - first // 2))
-                found["audio_48k"] = self.targets.read(row, first, n, 48000, need)
+        low, n, (x, rate), found = at["start_sample_24k"], at["samples_24k"], utterance["source"], {}
+        for name, head in self.heads.items():
+            f = head.factor
+            if f == 1:
+                found[f"audio_{name}"] = cut(utterance["audio"], low, n)
+            elif self.targets:
+                need = min(n, utterance["samples"] - low)
+                found[f"audio_{name}"] = self.targets.read(row, f * low, f * n, head.rate, f * need)
             elif utterance["kind"] == "sidon":
-                found["source"] = (x, rate, first)
+                found["source"] = (x, rate, f * low)
             else:
-                found["audio_48k"] = cut(resample(x, rate, 48000), first, n)
+                found[f"audio_{name}"] = cut(resample(x, rate, head.rate), f * low, f * n)
         return found
 
 
@@ -357,17 +365,14 @@ def limited(keep, limit, name, left_out: dict):
 
 
 def collate(items: list[dict]) -> dict:
-    """audio_24k [B, 1, N]; audio_48k [B, 1, 2N] if there; valid_24k, phase_true, noise_key [B]; rows: those
-    that are no fillers; codes [K] of [B, T_k], or encode (list of [m]) and encode_at; names; sources: {b:
-    (samples, rate, first)} that SIDON restores."""
-    stack = lambda name: torch.stack([it[name] for it in items])
-    batch = {"audio_24k": stack("audio_24k")[:, None]}
-    if "audio_48k" in items[0]:
-        batch["audio_48k"] = stack("audio_48k")[:, None]
+    """audio_24k [B, 1, N], audio_48k [B, 1, 2N] and so on, where there; valid_24k, phase_true, noise_key [B];
+    rows: those that are no fillers; codes [K] of [B, T_k], or encode (list of [m]) and encode_at; names;
+    sources: {b: (samples, rate, first)} that SIDON restores."""
+    batch = {}
+    for key in (f"audio_{name}" for name in HEADS if f"audio_{name}" in items[0]):
+        batch[key] = torch.stack([it[key] for it in items])[:, None]
     if "codes" in items[0]:
-        batch["codes"] = [
-            torch.stack([it["codes"][k] for it in items]) for k in range(len(items[0]["codes"]))
-        ]
+        batch["codes"] = [torch.stack(scale) for scale in zip(*(it["codes"] for it in items))]
     else:
         batch |= {k: [it[k] for it in items] for k in ("encode", "encode_at")}
     return batch | {
@@ -380,3 +385,76 @@ def collate(items: list[dict]) -> dict:
         "names": [it["file_path"] for it in items],
         "rows": [it["row"] for it in items if it["row"] >= 0],
     }
+
+
+# ---- batches ----
+
+
+def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: int) -> list[list[int]]:
+    """Dataset indices of this rank's micro-batches from global step `first_step` to the end of the epoch; a
+    Filler where a rank has none.
+
+    Every step has `accum` micro-batches; the split of a batch over ranks and micro-batches changes no result.
+    """
+    found = []
+    for step in range(first_step - epoch.first_step, epoch.steps):
+        batch = order[step * epoch.batch : (step + 1) * epoch.batch]
+        mine = batch[rank::world]
+        for part in np.array_split(mine, accum):
+            found.append([int(i) for i in part] or [Filler(int(batch[0]))])
+    return found
+
+
+def loader(data, index_lists, num_workers: int, pin_memory: bool):
+    """The batches that `index_lists` name. Raises LoaderDied."""
+    try:
+        yield from torch.utils.data.DataLoader(
+            data, batch_sampler=index_lists, collate_fn=collate, num_workers=num_workers,
+            worker_init_fn=ignore_stop_signals, pin_memory=pin_memory,
+            prefetch_factor=4 if num_workers else None,
+        )  # fmt: skip
+    except RuntimeError as e:
+        if not str(e).startswith("DataLoader worker"):
+            raise
+        raise LoaderDied(str(e)) from None
+
+
+def to_device(batch: dict, device) -> dict:
+    """The batch with its tensors on the device."""
+    move = lambda v: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+    return {k: [move(c) for c in v] if k == "codes" else move(v) for k, v in batch.items()}
+
+
+@torch.no_grad()
+def encode_spans(snac, spans, places, samples: int, geometry: Geometry, device) -> list:
+    """Codes of slices of `samples` 24 kHz samples each: spans [m_b], cut at places (first, number) in coarse
+    codes -> codes [K] of [B, T_k], -1 past the end."""
+    lengths: dict[int, list[int]] = {}
+    for b, span in enumerate(spans):
+        lengths.setdefault(len(span), []).append(b)
+    coarse = samples // geometry.coarse_samples
+    per = [geometry.frames_per_coarse(k) for k in range(len(geometry.vq_strides))]
+    out = [torch.full((len(spans), coarse * f), -1, device=device) for f in per]
+    for rows in lengths.values():  # only equal lengths share a batch: padding would change last frames
+        codes = encode(snac, torch.stack([spans[b] for b in rows])[:, None].to(device))
+        for k, f in enumerate(per):
+            for b, row in zip(rows, codes[k]):
+                first, n = places[b]
+                out[k][b, : n * f] = row[first * f : (first + n) * f]
+    return out
+
+
+def restore_targets(batch: dict, sidon, min_envelope_corr: float) -> list[tuple[str, float]]:
+    """Fill the 48 kHz targets of `batch["sources"]` by SIDON, each from its whole recording. Returns (name,
+    envelope correlation) of those below min_envelope_corr: unfaithful, masked out of the loss."""
+    unfaithful = []
+    for i, (audio, rate, first) in batch["sources"].items():
+        restored, info = sidon.upsample(audio, rate)
+        target = batch["audio_48k"][i, 0]
+        part = torch.from_numpy(restored[first : first + target.shape[-1]]).to(target.device)
+        target[: len(part)] = part
+        target[2 * int(batch["valid_24k"][i]) :] = 0
+        if info["envelope_corr"] < min_envelope_corr:
+            batch["valid_24k"][i] = 0
+            unfaithful.append((batch["names"][i], info["envelope_corr"]))
+    return unfaithful

@@ -1,13 +1,20 @@
-"""The dual-head decoder: SNAC codes in, 24 and 48 kHz audio out. This file and codec.py open a trained one.
+"""The dual-head decoder: SNAC codes in, 24 and 48 kHz audio out; as a module to train, and ready to decode.
 
-model = DualHeadDecoder(SNAC.from_pretrained("hubertsiuzdak/snac_24khz"))
-audio_24k, audio_48k = model(codes)        # [B, 1, N], [B, 1, 2N]
+    tts = load_dual_head("exported", device="cuda:0")  # or a checkpoint, or hub-id@COMMIT
+    audio_24k, audio_48k = tts.decode(codes)                    # codes: [K] of [B, T_k]
+    for audio_24k, audio_48k in tts.stream(chunks_of_codes):    # as a language model produces them
+        ...
+
+This file and codec.py open an exported decoder wherever torch, numpy, safetensors and snac are installed:
+copy both into a server. Long inputs are decoded in chunks; each sees as many neighbouring latent frames as
+the decoder can reach, and noise is a function of position, so the samples are those of one pass.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import snac.layers
@@ -16,27 +23,65 @@ from snac import SNAC
 from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d, WNConv1d
 from torch import nn
 
-from .checkpoint import check_ours, load_checkpoint
-from .cli import UserError, first_line, pick_device
-from .codec import (
-    Geometry,
-    Snake,
-    encode,
-    fold_weight_norm,
-    geometry_of,
-    load_snac,
-    load_weights,
-    receptive_reach,
-)
-from .files import read_json
+if __package__:
+    from .codec import (
+        Geometry,
+        Snake,
+        UserError,
+        encode,
+        fold_weight_norm,
+        geometry_of,
+        load_snac,
+        load_weights,
+        pick_device,
+        receptive_reach,
+    )
+else:  # copied beside a server
+    from codec import (
+        Geometry,
+        Snake,
+        UserError,
+        encode,
+        fold_weight_norm,
+        geometry_of,
+        load_snac,
+        load_weights,
+        pick_device,
+        receptive_reach,
+    )
 
 snac.layers.snake = Snake.apply
+
+# ---- heads: what comes out of the shared trunk ----
+
+TRUNK_RATE = 24000  # Hz of the trunk's last features: one for each sample of the pretrained head
+
+
+@dataclass(frozen=True)
+class Head:
+    rate: int  # Hz of its audio, a multiple of TRUNK_RATE
+
+    @property
+    def factor(self) -> int:
+        """Samples for each sample of the trunk; 1: the pretrained head."""
+        return self.rate // TRUNK_RATE
+
+
+HEADS = {"24k": Head(24000), "48k": Head(48000)}  # the order of every tuple of audio
+
+
+def chosen_heads(choice: str) -> tuple[str, ...]:
+    """The names that --heads means: all of them for both."""
+    return tuple(HEADS) if choice == "both" else (choice,)
+
+
+# ---- noise ----
 
 
 def counter_noise(key, layer: int, start: int, length: int):
     """Standard normal noise as a function of (key, layer, position): float32 [B, length].
 
-    key: int64 [B]. Position-keyed, so a chunk of an utterance gets the noise of the whole (infer.py), and
+    key: int64 [B]. Position-keyed, so a chunk of an utterance gets the noise of the whole, and
     a sample the same noise on any number of GPUs and after a resume. 32-bit integer mixing (constants of
     Wellons' "lowbias32") in int64 arithmetic, then Box-Muller.
     """
@@ -67,54 +112,59 @@ class PositionedNoise(NoiseBlock):
         return x + n[:, None].to(x.dtype) * self.linear(x)
 
 
-HEADS = ("24k", "48k", "both")
+# ---- the model ----
 
 
 class DualHeadDecoder(nn.Module):
-    """SNAC codes -> (audio_24k [B, 1, N], audio_48k [B, 1, 2N]); one trunk, two heads.
+    """SNAC codes -> (audio_24k [B, 1, N], audio_48k [B, 1, 2N]); one trunk, a head for each rate.
 
-    quantizer, trunk: `snac.decoder.model` up to the last DecoderBlock, head_24k: the pretrained Snake1d +
-    Conv + Tanh, head_48k: DecoderBlock of stride 2, Snake1d, Conv, Tanh. Shares its modules with
-    `pretrained_snac`. At initialisation the 24 kHz output is `snac.decode(codes)`.
+    quantizer, trunk: `snac.decoder.model` up to the last DecoderBlock; head_24k: the pretrained Snake1d,
+    Conv, Tanh; head_48k: DecoderBlock of stride 2, Snake1d, Conv, Tanh, with PyTorch's own initial values
+    (better ones: starts.py). Shares its modules with `pretrained_snac`: the 24 kHz output is
+    `snac.decode(codes)`.
 
-    init: interpolate | average | first | random; kernel: taps of the last 48 kHz conv, given when the
-    weights come from a checkpoint anyway. heads: both, or only one of them (phases 10 and 11).
+    heads: names of HEADS; taps: {head: taps of its last conv} where they are not the pretrained one's.
     with_encoder: the codec's encoder is a part of the model, as phase 10 needs it. Raises UserError for a
     model that doesn't run at 24 kHz.
     """
 
-    def __init__(self, pretrained_snac, init="interpolate", kernel=None, heads="both", with_encoder=False):
+    def __init__(self, pretrained_snac, heads=tuple(HEADS), taps=None, with_encoder=False):
         super().__init__()
-        if pretrained_snac.sampling_rate != 24000:
-            raise UserError(f"this model runs at {pretrained_snac.sampling_rate} Hz: the heads are 24 and "
-                            "48 kHz, so only a 24 kHz SNAC can be the trunk")  # fmt: skip
+        if pretrained_snac.sampling_rate != TRUNK_RATE:
+            raise UserError(
+                f"this model runs at {pretrained_snac.sampling_rate} Hz: the heads assume {TRUNK_RATE} Hz, "
+                "so only a 24 kHz SNAC can be the trunk"
+            )
         layers = list(pretrained_snac.decoder.model)
+        self.heads = tuple(heads)
         self.encoder = pretrained_snac.encoder.requires_grad_(False) if with_encoder else None
         self.quantizer = pretrained_snac.quantizer.requires_grad_(False)
         self.trunk = nn.Sequential(*layers[:-3]).requires_grad_(True)
-        self.head_24k = nn.Sequential(*layers[-3:]).requires_grad_(True)
-        self.head_48k = None
-        if heads != "24k":
-            self.head_48k = new_head_48k(layers, init, kernel)
-            if kernel is None:
-                with torch.no_grad():
-                    initialise_48k(self, init)
-        if heads == "48k":
-            self.head_24k = None
+        for name in self.heads:
+            old = HEADS[name].factor == 1
+            head = (
+                nn.Sequential(*layers[-3:]) if old else new_head(layers, HEADS[name], (taps or {}).get(name))
+            )
+            self.add_module(f"head_{name}", head.requires_grad_(True))
         self.noises = []  # (noise layer, its samples a latent frame)
-        rate = 1
-        for block in [m for m in (*self.trunk, *(self.head_48k or ())) if isinstance(m, DecoderBlock)]:
+        trunk_rate = self._find_noises(self.trunk, 1)
+        for name in self.heads:
+            self._find_noises(self.head(name), trunk_rate)
+        self.trunk_frozen = False
+
+    def head(self, name: str) -> nn.Module:
+        return getattr(self, f"head_{name}")
+
+    def _find_noises(self, layers, rate: int) -> int:
+        """Give every noise layer its number and its samples a latent frame; returns those after `layers`."""
+        for block in [m for m in layers if isinstance(m, DecoderBlock)]:
             rate *= next(m for m in block.modules() if isinstance(m, nn.ConvTranspose1d)).stride[0]
             for m in block.modules():
                 if isinstance(m, NoiseBlock):
                     m.__class__ = PositionedNoise  # the same parameters and state-dict keys
                     m.noise_layer = len(self.noises)
                     self.noises.append((m, rate))
-        self.trunk_frozen = False
-
-    @property
-    def heads(self) -> str:
-        return "24k" if self.head_48k is None else "48k" if self.head_24k is None else "both"
+        return rate
 
     def set_noise(self, key, start_frame: int = 0) -> None:
         """Position-keyed noise for the next calls (key: int64 [B]), or None: fresh noise like stock SNAC."""
@@ -128,25 +178,25 @@ class DualHeadDecoder(nn.Module):
         real = (codes[0] >= 0).repeat_interleave(self.quantizer.quantizers[0].stride, dim=1)  # [B, T]
         return z * real[:, None].to(z.dtype)
 
-    def forward(self, codes_or_z, output_24k=True, output_48k=True):
-        """List of codes or z [B, D, T] -> (audio_24k [B, 1, N] | None, audio_48k [B, 1, 2N] | None)."""
+    def forward(self, codes_or_z, heads=None):
+        """List of codes or z [B, D, T] -> audio [B, 1, factor * N] of each of HEADS, None where a head is
+        absent or not among `heads` (default: all)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen):
             z = codes_or_z if isinstance(codes_or_z, torch.Tensor) else self.codes_to_z(codes_or_z)
             h = self.trunk(z)  # [B, C, hop * T]
-        audio_24k = self.head_24k(h) if output_24k and self.head_24k is not None else None
-        audio_48k = self.head_48k(h) if output_48k and self.head_48k is not None else None
-        return audio_24k, audio_48k
+        wanted = self.heads if heads is None else [name for name in self.heads if name in heads]
+        return tuple(self.head(name)(h) if name in wanted else None for name in HEADS)
 
 
-def new_head_48k(layers: list, init: str, kernel: int | None):
-    """The 48 kHz head of the decoder `layers` (of SNAC), with PyTorch's own initial values."""
+def new_head(layers: list, head: Head, taps: int | None = None):
+    """A head at a multiple of the rate of the decoder `layers` of SNAC, with PyTorch's initial values."""
     channels = layers[-3].alpha.shape[1]
     noisy = any(isinstance(m, NoiseBlock) for m in layers[-4].modules())
     unit = next(m for m in layers[-4].modules() if isinstance(m, ResidualUnit))
-    old = layers[-2].kernel_size[0]
-    taps = kernel or (2 * old + len(SMOOTH_TAPS) - 2 if init == "interpolate" else old)
+    taps = taps or layers[-2].kernel_size[0]
+    groups = channels if unit.block[1].groups > 1 else 1
     return nn.Sequential(
-        DecoderBlock(channels, channels, 2, noisy, groups=channels if unit.block[1].groups > 1 else 1),
+        DecoderBlock(channels, channels, head.factor, noisy, groups=groups),
         Snake1d(channels),
         WNConv1d(channels, 1, kernel_size=taps, padding=taps // 2),
         nn.Tanh(),
@@ -154,74 +204,43 @@ def new_head_48k(layers: list, init: str, kernel: int | None):
 
 
 def from_state(state: dict, config: dict) -> DualHeadDecoder:
-    """The model of a checkpoint's weights, not loaded yet: its heads and whether it holds an encoder show in
-    the names."""
-    has = lambda part: any(k.startswith(part + ".") for k in state)
-    heads = "both" if has("head_24k") and has("head_48k") else "24k" if has("head_24k") else "48k"
-    taps = state["head_48k.2.parametrizations.weight.original1"].shape[-1] if has("head_48k") else None
-    return DualHeadDecoder(SNAC(**config), kernel=taps, heads=heads, with_encoder=has("encoder"))
+    """The model of a checkpoint's weights, not loaded yet: its heads, their taps and whether it holds an
+    encoder show in the names and shapes."""
+    parts = {key.partition(".")[0] for key in state}
+    heads = [name for name in HEADS if f"head_{name}" in parts]
+    return DualHeadDecoder(SNAC(**config), heads, taps_of(state), with_encoder="encoder" in parts)
 
 
-# 2x interpolation of every channel (linear: even samples are the input), and the half-band filter that the
-# head's last conv adds against the images it leaves above 12 kHz. Chosen by loss at step 0: BENCHMARKS.md.
-UP_TAPS = (0.5, 1.0, 0.5, 0.0)
-SMOOTH_TAPS = tuple(t / 32 for t in (-1, 0, 9, 16, 9, 0, -1))
+def taps_of(state: dict) -> dict[str, int]:
+    """Taps of the last conv of each new head in a checkpoint's weights."""
+    last = {name: state.get(f"head_{name}.2.parametrizations.weight.original1") for name in HEADS}
+    return {name: weight.shape[-1] for name, weight in last.items() if weight is not None}
 
 
-def initialise_48k(model: DualHeadDecoder, init: str) -> None:
-    """Set head_48k in place. Weight-normed layers are set through their parametrization: copying into
-    `.weight` of one changes nothing. `random` leaves the layers as PyTorch made them."""
-    block, snake, conv, _ = model.head_48k
-    first_snake, up, *rest = block.block
-    channels = snake.alpha.shape[1]
-    if init in ("first", "average"):
-        source = model.trunk[-1].block  # pretrained 2C -> C block of stride 2
-        if source[1].stride[0] != 2:
-            raise UserError(f"--init {init} copies the last decoder block, which must have stride 2 but has "
-                            f"{source[1].stride[0]} in this model; use --init interpolate")  # fmt: skip
-        halve = (lambda w: w[:channels]) if init == "first" else lambda w: (w[0::2] + w[1::2]) / 2
-        first_snake.alpha.copy_(halve(source[0].alpha[0]).reshape(1, -1, 1))
-        up.weight = halve(source[1].weight)  # [2C, C, 4] -> [C, C, 4]
-        up.bias.copy_(source[1].bias)
-        for mine, theirs in zip(rest, source[2:]):
-            mine.load_state_dict(theirs.state_dict())
-        conv.weight = model.head_24k[1].weight.clone()
-    elif init == "interpolate":
-        # Linear interpolation of every channel, then the 24 kHz head with its taps 2 apart, smoothed: the
-        # output is the 24 kHz one resampled, with faint images above 12 kHz to start from.
-        first_snake.alpha.fill_(1e-4)  # snake(x) = x + sin²(αx)/α -> x
-        taps = torch.zeros_like(up.weight)  # [C, C, 4]
-        taps[range(channels), range(channels)] = torch.tensor(UP_TAPS, device=taps.device)
-        up.weight = taps
-        up.bias.zero_()
-        for layer in rest:
-            last = layer.linear if isinstance(layer, NoiseBlock) else layer.block[-1]
-            last.parametrizations.weight.original0.zero_()  # gain 0; the direction stays random
-            if last.bias is not None:
-                last.bias.zero_()
-        spread, n = torch.zeros_like(conv.weight), model.head_24k[1].kernel_size[0]
-        for i, share in enumerate(SMOOTH_TAPS):
-            spread[..., i : i + 2 * n - 1 : 2] += share * model.head_24k[1].weight
-        conv.weight = spread
-    if init != "random":
-        snake.alpha.copy_(model.head_24k[0].alpha)
-        conv.bias.copy_(model.head_24k[1].bias)
+# ---- ready to decode ----
 
 
 class DualHead:
-    """A trained decoder with its geometry; `encode` also needs the codec's encoder (loaded when asked, unless
-    the checkpoint has its own, as those of phase10 do). `rates`: the heads that are there, in Hz."""
+    """A trained decoder with its geometry. `heads`: names of those that are there, `rates`: theirs in Hz.
+
+    `encode` also needs the codec's encoder: loaded when asked, unless the checkpoint has its own, as those of
+    phase 10 do.
+    """
 
     def __init__(self, model, geometry: Geometry, config: dict, device, encoder_from: str):
         self.model = fold_weight_norm(model.to(device).eval().requires_grad_(False))
         self.geometry, self.config, self.device, self.encoder_from = geometry, config, device, encoder_from
-        self.rates = {"24k": (24000,), "48k": (48000,), "both": (24000, 48000)}[model.heads]
+        self.heads = model.heads
+        self.rates = tuple(HEADS[name].rate for name in model.heads)
         self.snac = None
         if model.encoder is not None:
             self.snac = SNAC(**config).to(device).eval().requires_grad_(False)
             self.snac.encoder, self.snac.quantizer = model.encoder, model.quantizer
         stride = geometry.vq_strides[0]
-        reach, _ = receptive_reach([*model.trunk, *(model.head_48k or model.head_24k)])  # latent frames
+        # the head with the most layers reaches furthest
+        reach = max(
+            receptive_reach([*model.trunk, *model.head(name)])[0] for name in model.heads
+        )  # latent frames
         self.align = math.lcm(stride, config["attn_window_size"] or 1) // stride  # coarse codes
         self.context = math.ceil(math.ceil(reach) / stride / self.align) * self.align
 
@@ -238,27 +257,31 @@ class DualHead:
         with torch.inference_mode():
             return encode(self.snac, audio_24k.to(self.device))
 
-    def decode(self, codes, output_24k=True, output_48k=True, chunk_seconds=20.0, noise_seed=0):
-        """codes [K] of [B, T_k] -> (audio_24k [B, 1, N] | None, audio_48k [B, 1, 2N] | None)."""
-        parts = list(self.stream([codes], chunk_seconds, noise_seed, output_24k, output_48k))
+    def decode(self, codes, heads=None, chunk_seconds=20.0, noise_seed=0):
+        """codes [K] of [B, T_k] -> (audio_24k [B, 1, N] | None, audio_48k [B, 1, 2N] | None); heads: as in
+        `stream`."""
+        parts = list(self.stream([codes], chunk_seconds, noise_seed, heads))
         return tuple(torch.cat(p, -1) if p[0] is not None else None for p in zip(*parts))
 
     @torch.inference_mode()
-    def stream(self, code_chunks, chunk_seconds=0.5, noise_seed=0, output_24k=True, output_48k=True):
+    def stream(self, code_chunks, chunk_seconds=0.5, noise_seed=0, heads=None):
         """Yield (audio_24k, audio_48k) pieces while codes arrive: code_chunks gives [K] of [B, T_k] lists.
 
         A piece is decoded once the codes that it can see on its right are there (`context` coarse codes:
         3 for snac_24khz, 0.26 s) or the input has ended. Joined, the pieces are the output of one pass.
+        heads: names of those to decode (default: all that are there); the others are None.
         """
-        g = self.geometry
+        g, pending = self.geometry, iter(code_chunks)
         chunk = max(1, g.coarse_len(chunk_seconds) // self.align) * self.align
-        held, first, done = (
+        cut = lambda codes, a, b: [
+            c[:, a * g.frames_per_coarse(k) : b * g.frames_per_coarse(k)] for k, c in enumerate(codes)
+        ]
+        held, first, done, ended = (
             None,
             0,
             0,
-        )  # codes kept; coarse position of the oldest; coarse codes already decoded
-        pending = iter(code_chunks)
-        ended = False
+            False,
+        )  # codes kept; positions in coarse codes: held[0], decoded
         while True:
             while not ended and (held is None or first + held[0].shape[1] < done + chunk + self.context):
                 part = next(pending, None)
@@ -272,48 +295,60 @@ class DualHead:
             if done >= total:
                 return
             lo, stop = max(0, done - self.context), min(done + chunk, total)
-            hi = min(stop + self.context, total)
-            window = [c[:, (lo - first) * g.frames_per_coarse(k) : (hi - first) * g.frames_per_coarse(k)]
-                      for k, c in enumerate(held)]  # fmt: skip
+            window = cut(held, lo - first, min(stop + self.context, total) - first)
             key = torch.full((window[0].shape[0],), noise_seed, dtype=torch.int64, device=self.device)
             self.model.set_noise(key, lo * g.vq_strides[0])
-            out = self.model(window, output_24k, output_48k)
             a, b = (done - lo) * g.coarse_samples, (stop - lo) * g.coarse_samples
-            yield tuple(x if x is None else x[..., a * f : b * f] for f, x in zip((1, 2), out))
-            done = stop
-            drop = max(0, done - self.context) - first
-            held = [c[:, drop * g.frames_per_coarse(k) :] for k, c in enumerate(held)]
-            first += drop
+            out = zip(HEADS.values(), self.model(window, heads))
+            yield tuple(x if x is None else x[..., a * head.factor : b * head.factor] for head, x in out)
+            done, kept = stop, max(0, stop - self.context)
+            held, first = cut(held, kept - first, total - first), kept
 
 
 def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
-    """Open a checkpoint of train_dual_head.py, a folder of --export, or the same on the hub (id@COMMIT).
+    """Open a checkpoint of train_dual_head.py, a folder of infer.py --export, or that on the hub (id@COMMIT).
 
-    pretrained_model: where the encoder is, when not where the training found it. Raises UserError.
+    device: cpu, cuda:0 or a torch.device. pretrained_model: where the encoder is, when not where the training
+    found it. Raises UserError.
     """
     device = pick_device(device) if isinstance(device, str) else device
     path = str(path)
-    if path.endswith(".pt"):
-        saved = load_checkpoint(path)
-        check_ours(saved, path)
-        state, config, geometry = saved["model"], saved["model_config"], saved["geometry"]
-    else:
-        from safetensors.torch import load_file
-
-        folder = Path(path) if Path(path).is_dir() else fetch(path)
-        if not (folder / "model.safetensors").is_file():
-            raise UserError(f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
-                            "given by --pretrained_model; train_dual_head.py trains its heads)")  # fmt: skip
-        described = read_json(folder / "config.json")
-        config, geometry = described["model_config"], described["geometry"]
-        state = load_file(folder / "model.safetensors")
+    state, config, geometry = (read_checkpoint if path.endswith(".pt") else read_export)(path)
     geometry = Geometry.from_json(json.dumps(geometry, default=str), path)
     try:
         model = from_state(state, config)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path} describes no model ({type(e).__name__}: {first_line(e)})") from None
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"{path} describes no model ({type(e).__name__}: {reason})") from None
     load_weights(model, state, path)
     return DualHead(model, geometry, config, device, pretrained_model or geometry.pretrained_model)
+
+
+def read_checkpoint(path: str) -> tuple[dict, dict, dict]:
+    """(weights, SNAC's arguments, geometry) of a checkpoint of train_dual_head.py."""
+    if not __package__:
+        raise UserError(f"{path}: this copy opens exported folders; make one with infer.py --export DIR")
+    from .checkpoint import load_checkpoint, require  # its verification needs more of the library
+
+    saved = require(load_checkpoint(path), path)
+    return saved["model"], saved["model_config"], saved["geometry"]
+
+
+def read_export(path: str) -> tuple[dict, dict, dict]:
+    """The same of an exported folder, here or on the hub."""
+    from safetensors.torch import load_file
+
+    folder = Path(path) if Path(path).is_dir() else fetch(path)
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
+            "given by --pretrained_model; train_dual_head.py trains its heads)"
+        )
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return load_file(folder / "model.safetensors"), described["model_config"], described["geometry"]
+    except Exception as e:  # safetensors has its own exception classes
+        raise UserError(f"{path} cannot be read: {type(e).__name__}: {str(e)[:200]}") from None
 
 
 def fetch(name: str) -> Path:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from .decoder import HEADS
 
 _WINDOWS: dict = {}
 
@@ -78,35 +81,66 @@ def halve_rate(x):
     ]
 
 
-def head_losses(audio_24k, audio_48k, batch, args) -> dict:
+# ---- the terms of a head's loss ----
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a term sees of a batch: the audio of one head beside its target, both 0 from `valid` on."""
+
+    audio: torch.Tensor  # [B, N] fp32
+    target: torch.Tensor  # [B, N]
+    valid: torch.Tensor  # [B] samples
+    rate: int  # Hz
+    original: torch.Tensor  # [B, N * 24000 / rate]: the 24 kHz recording
+    phase_true: torch.Tensor  # [B] bool: whether the target's waveform is the recording's
+    n_ffts: tuple[int, ...] = (1024, 2048, 4096)
+    stft: str = "magnitude"
+
+
+def waveform_term(x: Judged):
+    """Waveform L1; of a target that is not phase-true only below 12 kHz, against the recording."""
+    loss, low, valid = l1_loss(x.audio, x.target, x.valid), x.audio, x.valid
+    if low.shape == x.original.shape or bool(x.phase_true.all()):
+        return loss
+    while low.shape[-1] > x.original.shape[-1]:
+        low, valid = halve_rate(low), valid // 2
+    return torch.where(x.phase_true, loss, l1_loss(low, x.original, valid))
+
+
+# Add yours here: {name of the log and, with _weight, of the flag: Judged -> [B]}
+TERMS = {
+    "l1": waveform_term,
+    "stft": lambda x: stft_loss(x.audio, x.target, x.valid, x.n_ffts, x.stft),
+    "mel": lambda x: mel_loss(x.audio, x.target, x.valid, x.rate),
+}
+
+
+def weighted(losses: dict, weights: dict):
+    """The sum of weight x loss over the names of `weights`: a name that is not in `losses` is a KeyError."""
+    return sum(weight * losses[name] for name, weight in weights.items())
+
+
+def head_losses(audio, batch, weights: dict, **options) -> dict:
     """Every loss of each item, fp32 [B], by the names of logs and flags: l1_24k, stft_24k, loss_24k, …_48k.
 
-    Either output may be None. Rows whose target is not phase-true get their 48 kHz waveform L1 in the
-    band below 12 kHz only, against the original 24 kHz audio.
+    audio: [B, 1, N] of each of HEADS, or None. weights: {term: weight}; terms of weight 0 are not computed.
+    options: of Judged.
     """
-    out, valid, n_ffts = {}, batch["valid_24k"], [int(n) for n in args.n_ffts.split(",")]
-    target_24k = batch["audio_24k"][:, 0]
-    if audio_24k is not None:
-        pred = masked(audio_24k[:, 0].float(), valid)
-        out["l1_24k"] = l1_loss(pred, target_24k, valid)
-        out["stft_24k"] = stft_loss(pred, target_24k, valid, n_ffts, args.stft)
-        out["loss_24k"] = args.l1_weight * out["l1_24k"] + args.stft_weight * out["stft_24k"]
-        if args.mel_weight:
-            out["mel_24k"] = mel_loss(pred, target_24k, valid, 24000)
-            out["loss_24k"] = out["loss_24k"] + args.mel_weight * out["mel_24k"]
-    if audio_48k is not None:
-        pred, target = masked(audio_48k[:, 0].float(), 2 * valid), batch["audio_48k"][:, 0]
-        out["l1_48k"] = l1_loss(pred, target, 2 * valid)
-        if not batch["phase_true"].all():
-            low = l1_loss(halve_rate(pred), target_24k, valid)
-            out["l1_48k"] = torch.where(batch["phase_true"], out["l1_48k"], low)
-        out["stft_48k"] = stft_loss(pred, target, 2 * valid, n_ffts, args.stft)
-        out["loss_48k"] = args.l1_weight * out["l1_48k"] + args.stft_weight * out["stft_48k"]
-        if args.mel_weight:
-            out["mel_48k"] = mel_loss(pred, target, 2 * valid, 48000)
-            out["loss_48k"] = out["loss_48k"] + args.mel_weight * out["mel_48k"]
-    counted = valid > 0
-    return {k: torch.where(counted, v, torch.zeros_like(v)) for k, v in out.items()}
+    out, valid, weights = {}, batch["valid_24k"], {term: w for term, w in weights.items() if w}
+    for (name, head), x in zip(HEADS.items(), audio):
+        if x is None:
+            continue
+        own, original = head.factor * valid, batch["audio_24k"][:, 0]
+        judged = Judged(masked(x[:, 0].float(), own), batch[f"audio_{name}"][:, 0], own, head.rate, original,
+                        batch["phase_true"], **options)  # fmt: skip
+        terms = {term: TERMS[term](judged) for term in weights}
+        out |= {f"{term}_{name}": loss for term, loss in terms.items()}
+        out[f"loss_{name}"] = weighted(terms, weights)
+    return {k: torch.where(valid > 0, v, torch.zeros_like(v)) for k, v in out.items()}
+
+
+# ---- measures ----
 
 
 def lsd(pred, target, valid, rate: int, above_hz: float = 0.0):

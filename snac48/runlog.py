@@ -88,28 +88,20 @@ def write_all(f, text: str) -> None:
 
 
 class SampleLog:
-    """`step row row …` for each committed optimiser step: the rows of the cache that the weights have seen.
+    """`step epoch row row …` for each committed optimiser step: the rows that the weights have seen.
 
-    Truncated to `step` when a run starts or resumes, so that what was lost by a kill is not counted twice.
+    Cut to `step` when a run starts or resumes, so that what was lost by a kill is not counted twice; rank 0
+    does so for all ranks, which may have been more.
     """
 
-    def __init__(self, path: str | Path, step: int):
-        path, keep = Path(path), 0
-        if path.exists():
-            with open(path, "rb") as f:
-                for line in f:
-                    if not line.endswith(b"\n") or int(line.split()[0]) > step:
-                        break
-                    keep += len(line)
-            os.truncate(path, keep)
-        self.file = append_to(path)
+    def __init__(self, folder: Path, rank: int, step: int):
+        for path in folder.glob("samples.rank*.log") if rank == 0 else ():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(x for x in lines if x.endswith("\n") and int(x.split()[0]) <= step))
+        self.file = append_to(folder / f"samples.rank{rank}.log")
 
-    def add(self, step: int, rows: list[int]) -> None:
-        write_all(self.file, " ".join(map(str, [step, *rows])) + "\n")
-
-    def sync(self) -> None:
-        """Before a checkpoint is written: it must never be ahead of the log, even when the power fails."""
-        os.fsync(self.file.fileno())
+    def add(self, step: int, epoch: int, rows: list[int]) -> None:
+        write_all(self.file, " ".join(map(str, [step, epoch, *rows])) + "\n")
 
 
 def step_line(step: int, total: int, epoch: int, epochs: int, phase: str, values: dict) -> str:

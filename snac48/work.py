@@ -12,19 +12,10 @@ from pathlib import Path
 
 from .cli import UserError
 from .files import read_json, sweep_leftovers, temporary, write_json
+from .process import start_time
 
 HEARTBEAT_S = 20.0
 STALE_S = 300.0  # a claim of another machine without a heartbeat this long is taken over
-
-
-def process_start_time(pid: int) -> int | None:
-    """Kernel start time of a live process in clock ticks (a PID is reused, the pair is not); None if dead."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat.rsplit(")", 1)[1].split()
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 class SharedWork:
@@ -104,7 +95,7 @@ class SharedWork:
         except (OSError, ValueError):
             return claim.exists() and time.time() - claim.stat().st_mtime < STALE_S
         if owner["host"] == socket.gethostname():
-            return process_start_time(owner["pid"]) == owner["start"]
+            return start_time(owner["pid"]) == owner["start"]
         return age < STALE_S
 
     def _heartbeat(self) -> None:
@@ -128,7 +119,7 @@ class SharedWork:
         if number and self._owner_alive(self.dir / f"unit_{unit:06d}.{number - 1:04d}.claim"):
             return False
         name = f"unit_{unit:06d}.{number:04d}.claim"
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start_time(os.getpid())}
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_time(os.getpid())}
         if not self._create(name, json.dumps(me).encode()):
             return False
         if self.result_path(unit).exists():  # its owner committed between our two looks

@@ -9,6 +9,8 @@ import time
 import pytest
 from conftest import ROOT
 
+from snac48.process import process_stat
+
 SLEEPER = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit(3))\ntime.sleep(60)"
 
 
@@ -86,12 +88,20 @@ def test_a_reused_pid_is_never_signalled(launch):
         other.kill()
 
 
+def test_where_the_truth_cannot_be_told_nothing_starts(launch):
+    out = launch("ask() { return 1; }; " + sleeper(launch, "train_gpu0"), code=1)
+    assert "nobody can tell whether train_gpu0 runs" in out and not (launch.logs / "train_gpu0.log").exists()
+
+
 def test_a_zombie_is_dead(launch):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     deadline = time.time() + 10
-    while "Z" not in open(f"/proc/{child.pid}/stat").read().rsplit(")", 1)[1][:3] and time.time() < deadline:
+    while process_stat(child.pid)[0] != "Z" and time.time() < deadline:
         time.sleep(0.05)
-    assert "dead" in launch(f"start_time {child.pid} || echo dead")
+    launch.logs.mkdir()
+    (launch.logs / "x.json").write_text("{}")
+    (launch.logs / "x.pid").write_text(f"{child.pid} {process_stat(child.pid)[2]} python\n")
+    assert "DEAD" in launch("status") and "nothing was signalled" in launch("stop_job x", code=1)
     child.wait()
 
 

@@ -1,6 +1,6 @@
 """Run directories, logs, a /proc and an NVML as launch.sh and the trainers leave them.
 
-python tests/fake_runs.py DIR            a fleet of every kind of run in DIR/logs, with real processes, and
+python tests/helpers/fake_runs.py DIR    a fleet of every kind of run in DIR/logs, with real processes, and
                                          live writers: then `python monitor.py --log_dir DIR/logs`
 """
 
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from snac48.files import finite_json
 from snac48.runlog import step_line

@@ -1,0 +1,177 @@
+"""When a training does what: epochs, phases, batches and rates, as functions of the options and the step.
+
+Nothing here has a state, so nothing has to be restored: a resumed run asks the same functions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cli import UserError, numbers
+
+# ---- epochs ----
+
+
+def trains_codec(args) -> bool:
+    """Whether encoder or quantizers are trained: codes then change at every step."""
+    return bool(args.from_scratch) or not (args.freeze_encoder and args.freeze_vq)
+
+
+def curriculum(args) -> list[tuple[float, int]]:
+    """[(segment seconds, batch size over all GPUs)] for epochs 1 … --epochs."""
+    segments = numbers(float, args.segment_schedule, "--segment_schedule")
+    factors = numbers(float, args.batch_multiplier, "--batch_multiplier")
+    try:
+        ranges = [tuple(int(n) for n in (r.split("-") * 2)[:2]) for r in args.epoch_ranges.split(",")]
+    except ValueError:
+        raise UserError(f'--epoch_ranges {args.epoch_ranges!r} must be ranges such as "1-2,3-4"') from None
+    if not len(segments) == len(factors) == len(ranges):
+        raise UserError(f"--segment_schedule has {len(segments)} entries, --batch_multiplier {len(factors)}, "
+                        f"--epoch_ranges {len(ranges)}: they must be equally many")  # fmt: skip
+    found = []
+    for epoch in range(1, args.epochs + 1):
+        hits = [i for i, (a, b) in enumerate(ranges) if a <= epoch <= b]
+        if len(hits) != 1:
+            raise UserError(f"epoch {epoch} is in {len(hits)} of the --epoch_ranges {args.epoch_ranges}")
+        found.append((segments[hits[0]], max(1, int(args.batch_size * factors[hits[0]] + 1e-9))))
+    return found
+
+
+@dataclass(frozen=True)
+class Epoch:
+    number: int  # from 1
+    phase: str  # features | warmup | main
+    segment: float  # seconds
+    batch: int  # utterances a step over all GPUs
+    first_step: int  # global step before its first step
+    steps: int
+
+
+def make_plan(args, rows: int) -> list[Epoch]:
+    plan, step = [], 0
+    for i, (segment, batch) in enumerate(curriculum(args)):
+        late = i - args.feature_epochs
+        phase = "features" if late < 0 else "warmup" if late < args.warmup_epochs else "main"
+        steps = math.ceil(rows / batch)  # the last batch may be smaller: every row once an epoch
+        plan.append(Epoch(i + 1, phase, segment, batch, step, steps))
+        step += steps
+    return plan
+
+
+def fft_sizes(args) -> tuple[int, ...]:
+    """--n_ffts as numbers. Raises UserError."""
+    found = tuple(numbers(int, args.n_ffts, "--n_ffts"))
+    if min(found) < 16:
+        raise UserError(f"--n_ffts {args.n_ffts!r} must be sizes of at least 16")
+    return found
+
+
+def adam_betas(args) -> tuple[float, float]:
+    """--adam_betas as numbers. Raises UserError."""
+    found = numbers(float, args.adam_betas, "--adam_betas")
+    if len(found) != 2 or not all(0 <= b < 1 for b in found):
+        raise UserError(f"--adam_betas {args.adam_betas!r} must be two numbers from 0 to below 1: 0.9,0.999")
+    return found[0], found[1]
+
+
+# ---- rates ----
+
+
+def one_cycle(step: int, total: int, peak: float, rise=0.3, div=25.0, final_div=1e4) -> float:
+    """Rate at `step` of 0 … total-1: cosine from peak/div up to peak, then down to peak/div/final_div.
+
+    The formula of torch.optim.lr_scheduler.OneCycleLR (Smith & Topin 2018), as a function: nothing to
+    restore.
+    """
+    top, end = max(rise * total - 1, 0), total - 1
+    if step <= top and top > 0:
+        lo, hi, x = peak / div, peak, step / top
+    else:
+        lo, hi, x = peak, peak / div / final_div, (step - top) / max(end - top, 1e-9)
+    return hi + (lo - hi) / 2 * (1 + math.cos(math.pi * x))
+
+
+def cosine(step: int, total: int, start: float, end_ratio: float) -> float:
+    """Rate at `step` of 0 … total-1: half a cosine from start down to start * end_ratio."""
+    end = start * end_ratio
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * step / max(total - 1, 1)))
+
+
+# --scheduler of the main phase: (step of it, its steps, rate of the group, options) -> rate. Add yours here.
+SHAPES = {
+    "onecycle": lambda step, total, rate, args: one_cycle(step, total, rate),
+    "cosine": lambda step, total, rate, args: cosine(step, total, rate, args.lr_min_ratio),
+    "constant": lambda step, total, rate, args: rate,
+}
+
+
+def groups_of(args, phase: str) -> list[str]:
+    """Parts of the model that train in this phase."""
+    from .decoder import (
+        HEADS,
+        chosen_heads,
+    )  # here: it imports torch, and --print_config shall answer at once
+
+    if phase == "warmup":
+        return [f"head_{name}" for name in chosen_heads(args.heads) if HEADS[name].factor > 1]
+    heads = [f"head_{name}" for name in reversed(chosen_heads(args.heads))]
+    codec = ["encoder"]  # it learns the features, whatever is frozen afterwards
+    if phase == "main":
+        frozen = {"encoder": args.freeze_encoder, "quantizer": args.freeze_vq}
+        codec = [name for name in frozen if not frozen[name]]
+    if not trains_codec(args):
+        codec = []
+    return ["trunk", *heads, *codec]
+
+
+def rates_at(args, plan: list[Epoch], step: int) -> dict[str, float]:
+    """Learning rate of every trained group at global step `step` (0-based: the rate of the next update)."""
+    phase = next((e.phase for e in plan if e.first_step <= step < e.first_step + e.steps), plan[-1].phase)
+    groups = groups_of(args, phase)
+    if phase == "warmup":
+        return dict.fromkeys(groups, args.lr)
+    first = next(e.first_step for e in plan if e.phase == phase)
+    total = sum(e.steps for e in plan if e.phase == phase)
+    shape = lambda rate: SHAPES[args.scheduler](step - first, total, rate, args)
+    if phase == "features":
+        return dict.fromkeys(groups, shape(args.lr) * min(1.0, (step + 1) / 100))
+    own = {"head_24k": args.lr_24k_final_conv} if args.heads == "both" else {}
+    return {group: shape(own.get(group, args.main_lr)) for group in groups}
+
+
+def plan_lines(args, plan: list[Epoch]) -> list[str]:
+    """One line an epoch: phase, segment, batch, steps, and every group's rate at its first and last step."""
+    lines = []
+    for e in plan:
+        first, last = (rates_at(args, plan, e.first_step + n) for n in (0, e.steps - 1))
+        rates = ", ".join(f"{g} {first[g]:.3g} to {last[g]:.3g}" for g in first)
+        lines.append(
+            f"epoch {e.number}: {e.phase}, {e.segment:g} s, batch {e.batch}, {e.steps} steps, {rates}"
+        )
+    return lines
+
+
+def judge_norm(value: float, usual: float | None, factor: float) -> tuple[bool, float | None]:
+    """(skip this step?, running gradient norm afterwards). factor: -1 skips only what is not finite.
+
+    The running norm is a geometric mean. An outlier moves it too, and faster, so that a lasting change of
+    scale is accepted within a few steps; NaN and infinity never enter it.
+    """
+    if not math.isfinite(value):
+        return True, usual
+    if usual is None or value <= 0:
+        return False, usual or (value or None)
+    outlier = factor > 0 and value > factor * usual
+    weight = 0.2 if outlier else 0.02
+    return outlier, math.exp((1 - weight) * math.log(usual) + weight * math.log(value))
+
+
+# ---- order ----
+
+
+def epoch_order(seed: int, epoch: int, rows: int):
+    """The rows of one epoch in their order: int64 [rows], a function of (seed, epoch) alone."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)

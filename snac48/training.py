@@ -1,0 +1,467 @@
+"""What a decoder training is made of: Run, what never changes after the start, and State, what does.
+
+State is the resume contract: what isn't in its state_dict() isn't resumed. Order, crops, noise and rates are
+functions of (seed, epoch, row, step), so there is no generator or loader to restore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .checkpoint import load_checkpoint, prune, require, save_checkpoint
+from .cli import StopFlag, UserError, first_line, pick_device
+from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
+from .codec import (
+    Geometry,
+    align_samples,
+    encode_context,
+    geometry_of,
+    load_snac,
+    load_weights,
+    model_config,
+    new_snac,
+    weights_hash,
+)
+from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
+from .decoder import DualHeadDecoder, chosen_heads, taps_of
+from .files import read_json, write_json
+from .runlog import RunLog, SampleLog, git_sha, versions
+from .schedule import Epoch, adam_betas, epoch_order, groups_of, make_plan, plan_lines, rates_at, trains_codec
+from .starts import start_head
+
+# ---- the run ----
+
+
+@dataclass
+class Run:
+    """What never changes after the start."""
+
+    args: Namespace
+    rank: int
+    world: int  # processes
+    device: torch.device
+    geometry: Geometry
+    config: dict  # SNAC's arguments
+    data: CachedCodesDataset | RawAudioDataset
+    val: CachedCodesDataset | RawAudioDataset
+    plan: list[Epoch]
+    snac: nn.Module | None = None  # encodes recordings on the fly
+    sidon: object = None  # restores them
+    log: RunLog | None = None  # opened last: a mistake before leaves no folder
+    samples: SampleLog | None = None
+    stop: StopFlag | None = None
+    began: float = field(default_factory=time.time)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return chosen_heads(self.args.heads)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.plan[-1].first_step + self.plan[-1].steps
+
+    @property
+    def full(self) -> bool:
+        """Whether the codec itself trains: codes then change at every step."""
+        return trains_codec(self.args)
+
+    def loader(self, data, index_lists):
+        return loader(data, index_lists, self.args.num_workers, pin_memory=self.device.type == "cuda")
+
+    def reduce_sum(self, values) -> list[float]:
+        """Sums over all ranks."""
+        if self.world > 1:
+            shared = torch.as_tensor(values, dtype=torch.float64).to(self.device)
+            dist.all_reduce(shared)
+            values = shared.tolist()
+        return list(map(float, values))
+
+
+def open_run(args, saved: dict | None) -> tuple[Run, State]:
+    """Load codec and data, build the model; saved: the checkpoint to go on from. Raises UserError."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(os.environ["LOCAL_RANK"] if world > 1 and args.device != "cpu" else args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(args.seed)
+    snac = new_snac(args.from_scratch) if args.from_scratch else load_snac(args.pretrained_model)
+    geometry = geometry_of(snac, args.from_scratch or args.pretrained_model)
+    data, val = (open_data(args, snac, geometry, prefix) for prefix in ("", "val_"))
+    plan = make_plan(args, len(data))
+    run = Run(args, rank, world, device, geometry, model_config(snac), data, val, plan)
+    if args.from_scratch and not saved:
+        start_from_features(snac, some_speech(run, 12 * geometry.codebook_size), args.seed)
+    if args.phase10_checkpoint and not saved:
+        take_phase10(snac, args.phase10_checkpoint, geometry)
+    taps = taps_of(saved["model"]) if saved else None
+    model = DualHeadDecoder(snac, run.heads, taps, with_encoder=args.heads == "24k")
+    if "48k" in run.heads and not saved:
+        start_head(model, snac, args.init)
+    state = State(model.to(device), FullCodec(model, align_samples(snac)) if run.full else None)
+    state.codes = torch.zeros(2, len(geometry.vq_strides), geometry.codebook_size, dtype=torch.int64)
+    each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
+    state.best = dict.fromkeys(["loss", *each], math.inf)
+    if saved:
+        state.load_state_dict(run, saved)
+    else:
+        enter_phase(run, state, run.plan[0].phase)
+    if args.data_dir and not run.full:
+        run.snac = snac.to(device).requires_grad_(False)
+    if args.upsampler == "sidon" and args.data_dir and args.heads != "24k" and not args.audio_48k_dir:
+        from .sidon import Sidon
+
+        run.sidon = Sidon(args.sidon_dir or None, device=device)
+    run.log = RunLog(args.output_dir, quiet=rank > 0)
+    if args.sample_log:
+        run.samples = SampleLog(run.folder, rank, state.step)
+    run.stop = StopFlag()  # from here on a signal is answered with a checkpoint
+    return run, state
+
+
+def open_data(args, snac, geometry: Geometry, prefix: str):
+    """The dataset of --cache_dir or --data_dir (prefix "") or of their val_ twins."""
+    fixed, at = prefix == "val_", lambda name: getattr(args, prefix + name)
+    audio_48k_dir = "" if args.heads == "24k" else at("audio_48k_dir")
+    limit = args.val_limit if fixed else args.limit
+    shared = {"seed": args.seed, "fixed": fixed, "include_unfaithful": args.include_unfaithful,
+              "max_bad_fraction": args.max_bad_fraction}  # fmt: skip
+    if args.data_dir:
+        return RawAudioDataset(
+            at("data_dir").split(","), args.val_segment, limit, geometry=geometry,
+            context=encode_context(snac), align=align_samples(snac), audio_48k_dir=audio_48k_dir,
+            heads=chosen_heads(args.heads), upsampler=args.upsampler, native_rate=args.native_rate, **shared,
+        )  # fmt: skip
+    data = CachedCodesDataset(
+        at("cache_dir"), audio_48k_dir, args.val_segment, limit, audio_24k_dir=at("audio_24k_dir"), **shared
+    )
+    differs = geometry.difference(data.geometry)
+    if differs:
+        raise UserError(f"cache {at('cache_dir')} was made by another model "
+                        f"({data.geometry.pretrained_model}: {differs}); make it anew with "
+                        f"--pretrained_model {args.pretrained_model}")  # fmt: skip
+    return data
+
+
+def some_speech(run: Run, coarse_codes: int):
+    """Segments of the training data in the order of epoch 0, about that many coarse codes: [B, 1, N]."""
+    n = math.ceil(coarse_codes / run.data.coarse_len)
+    rows = [int(i) for i in epoch_order(run.args.seed, 0, len(run.data))[:n]]
+    parts = []
+    for batch in run.loader(run.data, [rows[i : i + 64] for i in range(0, len(rows), 64)]):
+        parts.append(batch["audio_24k"][batch["valid_24k"] == batch["audio_24k"].shape[-1]])
+    speech = torch.cat(parts)  # whole segments only: padding would teach silence
+    if not len(speech):
+        raise UserError("--from_scratch found no recording as long as the validation segment; lower "
+                        "--val_segment")  # fmt: skip
+    return speech
+
+
+def take_phase10(snac, path: str, geometry: Geometry) -> None:
+    """Put trunk and 24 kHz head of a phase10 checkpoint into `snac`, whose codes they must have been made
+    for."""
+    saved = require(load_checkpoint(path), path)
+    differs = geometry.difference(Geometry.from_json(json.dumps(saved["geometry"])))
+    if differs:
+        raise UserError(
+            f"--phase10_checkpoint {path} has another encoder than the cache "
+            f"({differs}): write it out (infer.py --checkpoint {path} --export DIR), "
+            "cache the codes with --pretrained_model DIR, and train on those"
+        )
+    model = DualHeadDecoder(snac, ("24k",), with_encoder=True)  # shares its modules with snac
+    load_weights(model, saved["model"], path)
+
+
+# ---- the state ----
+
+
+@dataclass
+class State:
+    """What changes while a run goes on."""
+
+    model: DualHeadDecoder
+    codec: FullCodec | None  # model with encoder and quantizers in training, where the codec trains
+    phase: str = ""  # features | warmup | main
+    step: int = 0  # optimiser steps done or skipped
+    validated: int = -1  # last epoch that was validated; 0: the start
+    optimizer: torch.optim.Optimizer | None = None
+    ema: dict | None = None  # averaged weights by name
+    best: dict = field(default_factory=dict)  # lowest validation losses by name
+    norm: float | None = None  # running gradient norm of this phase
+    skipped: int = 0
+    in_a_row: int = 0  # skipped steps since the last good one
+    codes: torch.Tensor | None = (
+        None  # int64 [2, K, size]: how often each entry occurred this epoch, since restarts
+    )
+    # not resumed: derived, read from the folder, or found anew
+    wrapped: nn.Module | None = None  # model or codec as it is called in training: DDP, compiled
+    baseline: dict = field(default_factory=dict)  # baseline_metrics.json
+    first_step: int = 0  # where this process began
+    saved_at: float = field(default_factory=time.time)  # the last checkpoint by the clock
+    bad_files: dict[str, str] = field(default_factory=dict)  # name: reason
+    left_out: set[str] = field(default_factory=set)
+    unfaithful: set[str] = field(default_factory=set)
+
+    def state_dict(self, run: Run) -> dict:
+        """What a checkpoint holds: all that is resumed, and what readers of the file want to know."""
+        epoch, geometry = self.epoch(run), run.geometry
+        if run.full:
+            geometry = replace(geometry, weights_sha256=weights_hash(self.model.state_dict()))
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {
+                "plan": [asdict(e) for e in run.plan],
+                "rates": rates_at(run.args, run.plan, self.step),
+            },
+            "ema": self.ema,
+            "epoch": epoch.number,
+            "global_step": self.step,
+            "validated_epoch": self.validated,
+            "phase": self.phase,
+            "segment_length": epoch.segment,
+            "args": vars(run.args),
+            "geometry": asdict(geometry) | {"vq_strides": list(geometry.vq_strides)},
+            "codes": self.codes.clone(),
+            "model_config": run.config,
+            "rng": {"seed": run.args.seed},  # order, crops and noise are functions of it: no generator state
+            "guard": {"norm": self.norm, "skipped": self.skipped, "in_a_row": self.in_a_row},
+            "best": self.best,
+            "versions": versions() | {"git": git_sha()},
+        }
+
+    def load_state_dict(self, run: Run, saved: dict) -> None:
+        """Go on from `saved`, the content of run.args.resume. Raises UserError if it doesn't fit."""
+        path = run.args.resume
+        theirs = Geometry.from_json(json.dumps(saved["geometry"], default=str), str(path))
+        if run.full:  # the codec itself trains: its weights may differ
+            theirs = replace(theirs, weights_sha256=run.geometry.weights_sha256)
+        differs = run.geometry.difference(theirs)
+        if differs:
+            raise UserError(f"{path} was trained on another model ({theirs.pretrained_model}: {differs}); "
+                            "give that one as --pretrained_model")  # fmt: skip
+        try:
+            self._take_over(run, saved, path)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{path} can't be resumed: malformed ({type(e).__name__}: {first_line(e)})"
+            ) from None
+
+    def _take_over(self, run: Run, saved: dict, path) -> None:
+        if saved["scheduler"]["plan"] != [asdict(e) for e in run.plan]:
+            raise UserError(f"{path} belongs to a run with another schedule or number of rows "
+                            f"({sum(e['steps'] for e in saved['scheduler']['plan'])} steps there, "
+                            f"{run.total} here): resume it with its own flags and data")  # fmt: skip
+        load_weights(self.model, saved["model"], path)
+        self.step = self.first_step = saved["global_step"]
+        self.validated = saved["validated_epoch"]
+        if not 0 <= self.step <= run.total:
+            raise ValueError(f"global_step {self.step} is outside the schedule")
+        if saved["phase"] not in {e.phase for e in run.plan}:
+            raise ValueError(f"phase {saved['phase']!r} is not in the schedule")
+        self.best = {k: float(saved["best"][k]) for k in self.best}
+        enter_phase(run, self, saved["phase"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            if any(moments[k].shape != parameter.shape for k in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("the optimiser's moments have other shapes than the weights")
+        if saved["ema"] is not None:
+            shapes = {k: p.shape for k, p in self.model.named_parameters()}
+            if {k: v.shape for k, v in saved["ema"].items()} != shapes:
+                raise ValueError("the averaged weights differ from the model's in name or shape")
+            self.ema = {k: v.to(run.device) for k, v in saved["ema"].items()}
+        self.codes = saved["codes"].cpu()
+        baseline = run.folder / "baseline_metrics.json"
+        self.baseline = read_json(baseline) if baseline.is_file() else {}
+        guard = saved["guard"]
+        self.norm, self.skipped, self.in_a_row = guard["norm"], guard["skipped"], guard["in_a_row"]
+
+    def epoch(self, run: Run) -> Epoch:
+        """The epoch that the last step belongs to."""
+        return next(e for e in run.plan if self.step <= e.first_step + e.steps)
+
+
+# ---- phases: optimiser and wrapping are built once a phase ----
+
+
+def enter_phase(run: Run, state: State, phase: str) -> None:
+    """Freeze, build the optimiser, wrap for DDP and compile; a no-op where the state is in that phase."""
+    if state.phase == phase:
+        return
+    state.phase, args, groups = phase, run.args, groups_of(run.args, phase)
+    state.model.requires_grad_(False)
+    for group in groups:
+        getattr(state.model, group).requires_grad_(True)
+    state.model.trunk_frozen = "trunk" not in groups
+    state.optimizer = torch.optim.AdamW(
+        [part for g in groups for part in parameters_of(state.model, g, bool(args.from_scratch))],
+        lr=0.0, betas=adam_betas(args), weight_decay=args.weight_decay, fused=run.device.type == "cuda",
+    )  # fmt: skip
+    state.wrapped = state.model
+    if state.codec:
+        state.codec.from_features = phase == "features"
+        state.wrapped = state.codec
+    if run.world > 1:
+        ids = [run.device.index] if run.device.type == "cuda" else None
+        state.wrapped = nn.parallel.DistributedDataParallel(state.wrapped, device_ids=ids)
+    if args.compile:
+        state.wrapped = torch.compile(state.wrapped)
+    state.norm = None  # the running gradient norm of another set of parameters
+
+
+def parameters_of(model, group: str, from_scratch: bool) -> list[dict]:
+    """Parameter groups of AdamW; from scratch Snake's alpha gets a tenth of the rate, because 1/alpha
+    explodes when a large step takes it near 0."""
+    named = [(k, p) for k, p in getattr(model, group).named_parameters() if p.requires_grad]
+    if not from_scratch:
+        return [{"params": [p for _, p in named], "name": group, "share": 1.0}]
+    parts = [([p for k, p in named if k.endswith("alpha") == small], 0.1 if small else 1.0)
+             for small in (False, True)]  # fmt: skip
+    return [{"params": params, "name": group, "share": share} for params, share in parts if params]
+
+
+# ---- weights: averaged, saved ----
+
+
+@contextlib.contextmanager
+def averaged_weights(state: State):
+    """The EMA weights in the model for the time of the block (no-op without --ema)."""
+    if state.ema is None:
+        yield
+        return
+    own = {k: v.detach().clone() for k, v in state.model.named_parameters()}
+    set_parameters(state.model, state.ema)
+    try:
+        yield
+    finally:
+        set_parameters(state.model, own)
+
+
+@torch.no_grad()
+def set_parameters(model, values: dict) -> None:
+    for k, p in model.named_parameters():
+        p.copy_(values[k])
+
+
+@torch.no_grad()
+def average_weights(state: State, decay: float) -> None:
+    """One step of the moving average, which begins at the first step's weights."""
+    if state.ema is None:
+        state.ema = {k: v.detach().clone() for k, v in state.model.named_parameters()}
+    current = [p.detach() for _, p in state.model.named_parameters()]
+    torch._foreach_lerp_(list(state.ema.values()), current, 1 - decay)
+
+
+def save(run: Run, state: State, name: str, pruned: str = "") -> None:
+    """Write output_dir/name; then delete all but the newest --keep_checkpoints that match the glob
+    `pruned`."""
+    if run.rank == 0:
+        save_checkpoint(run.folder / name, state.state_dict(run))
+        run.log.metric(event="checkpoint", step=state.step, path=name)
+        if pruned:
+            prune(run.folder.glob(pruned), run.args.keep_checkpoints)
+
+
+# ---- what is noted on the way ----
+
+
+def announce(run: Run, state: State) -> None:
+    """Provenance first: arguments, versions, geometry, plan, and what was left out."""
+    a, log, event = run.args, run.log, "resume" if state.step else "start"
+    if run.rank == 0:
+        write_json(run.folder / "args.json",
+                   {"args": vars(a), "git": git_sha(), "versions": versions(), "world": run.world,
+                    "geometry": asdict(run.geometry), "model_config": run.config,
+                    "plan": [asdict(e) for e in run.plan]})  # fmt: skip
+    log.say(
+        f"{event}: recipe {a.recipe}, {len(run.data)} rows ({len(run.val)} validation), {run.total} steps, "
+        f"from step {state.step}, {run.world} process(es) on {run.device}, init {a.init}"
+    )
+    for which, data in (("training", run.data), ("validation", run.val)):
+        for reason, n in data.left_out.items():
+            log.say(f"  left out of {which}: {n} rows, {reason}")
+    for line in plan_lines(a, run.plan):
+        log.say("  " + line)
+    log.metric(event=event, kind="train", recipe=a.recipe, step=state.step, total_steps=run.total,
+               epochs=a.epochs, rows=len(run.data), val_rows=len(run.val), git=git_sha())  # fmt: skip
+
+
+def prepare(run: Run, state: State, batch: dict) -> dict:
+    """The batch on the device, recordings encoded and restored where the dataset left that to us. Files that
+    could not be read, are left out of the loss, or are unfaithful: named once, counted in the state."""
+    for name, reason in batch["left_out"]:
+        if name not in state.left_out:
+            state.left_out.add(name)
+            run.log.say(f"left out {name}: {reason}")
+            run.log.metric(event="left_out", file_path=name, reason=reason, step=state.step)
+    for name, reason in batch["bad"]:
+        if name not in state.bad_files:
+            state.bad_files[name] = reason
+            run.log.say(f"bad file {name}: {reason}")
+            run.log.metric(event="bad_file", file_path=name, reason=reason, step=state.step)
+    batch = to_device(batch, run.device)
+    if run.snac is not None:
+        spans, places, n = batch["encode"], batch["encode_at"], batch["audio_24k"].shape[-1]
+        batch["codes"] = encode_spans(run.snac, spans, places, n, run.geometry, run.device)
+    lowest = -math.inf if run.args.include_unfaithful else run.args.min_envelope_corr
+    for name, corr in restore_targets(batch, run.sidon, lowest):
+        if name not in state.unfaithful:
+            state.unfaithful.add(name)
+            run.log.metric(event="unfaithful", file_path=name, envelope_corr=corr)
+    return batch
+
+
+def note_codes(run: Run, state: State, seen: list) -> None:
+    """Count the codes of a step over all ranks, seen: [(codes, latents, valid)] of its micro-batches; restart
+    entries that 10 x codebook_size codes in a row passed by (by chance that happens to one in e^10 of equally
+    likely ones)."""
+    counts, step = sum(count_codes(codes, valid, run.geometry) for codes, _, valid in seen), state.step - 1
+    if run.world > 1:
+        shared = counts.to(run.device)
+        dist.all_reduce(shared)
+        counts = shared.cpu()
+    state.codes += counts
+    for k, vq in enumerate(state.model.quantizer.quantizers):
+        if run.args.freeze_vq or state.codes[1, k].sum() < 10 * run.geometry.codebook_size:
+            continue
+        generator = torch.Generator().manual_seed(run.args.seed + 1000003 * step + k)
+        n = restart_dead_entries(vq, state.codes[1, k], seen[-1][1][k], state.optimizer, generator)
+        if run.world > 1:
+            dist.broadcast(vq.codebook.weight.data, 0)
+        run.log.metric(event="restart", codebook=k, entries=n, step=step)
+        state.codes[1, k] = 0
+
+
+def report_codes(run: Run, state: State, epoch: Epoch | None) -> None:
+    """Log usage and perplexity of every codebook over the epoch's training codes, and count anew."""
+    if not epoch or not state.codes[0].any():
+        return
+    found = {f"{name}_{k}": v for k, c in enumerate(state.codes[0]) for name, v in usage(c).items()}
+    run.log.say(f"codes of epoch {epoch.number}: " + ", ".join(
+        f"codebook {k} {100 * found[f'usage_{k}']:.1f} % used, perplexity {found[f'perplexity_{k}']:.0f}"
+        for k in range(len(state.codes[0]))))  # fmt: skip
+    run.log.metric(event="usage", epoch=epoch.number, step=state.step, **found)
+    state.codes[0] = 0
