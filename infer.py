@@ -71,8 +71,7 @@ from snac48.audio import (
     resolve_inside,
 )
 from snac48.cache import CodeIndex, shard_rows
-from snac48.checkpoint import check_ours, load_checkpoint
-from snac48.decoder import HEADS, DualHead, load_dual_head
+from snac48.decoder import HEADS, DualHead, load_dual_head, read_checkpoint
 from snac48.files import atomic_file, write_json
 
 # ---- export ----
@@ -83,19 +82,18 @@ def export(checkpoint: str, folder: str, half: bool = False) -> None:
     a codec that phase10 has trained, SNAC's own pytorch_model.bin and config.json, for --pretrained_model."""
     from safetensors.torch import save_file
 
-    saved = load_checkpoint(checkpoint)
-    check_ours(saved, checkpoint)
-    out, state = Path(folder), saved["model"]
+    state, config, geometry = read_checkpoint(checkpoint)
+    out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     if any(k.startswith("encoder.") for k in state):
         trunk_layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("trunk."))
         codec = {snac_name(k, trunk_layers): as_stored(k, v, half) for k, v in state.items()}
         torch.save(codec, out / "pytorch_model.bin")
-        write_json(out / "config.json", saved["model_config"])
+        write_json(out / "config.json", config)
         print(f"wrote a SNAC codec into {folder}; open it with --pretrained_model {folder}")
         return
     save_file({k: v.contiguous().clone() for k, v in state.items()}, out / "model.safetensors")
-    write_json(out / "config.json", {"model_config": saved["model_config"], "geometry": saved["geometry"]})
+    write_json(out / "config.json", {"model_config": config, "geometry": geometry})
     print(f"wrote {folder}/model.safetensors and {folder}/config.json; open with load_dual_head({folder!r})")
 
 

@@ -133,7 +133,7 @@ class CodeIndex:
 
 
 def scales_of(block, geometry: Geometry) -> list:
-    """Codes of all scales, int64 [coarse * codes a coarse code] each; block: rows [coarse, F] of the index."""
+    """Codes of all scales, int64 [coarse * S // vq_strides[k]] each; block [coarse, F]: rows of the index."""
     counts = [geometry.frames_per_coarse(k) for k in range(len(geometry.vq_strides))]
     parts = np.split(block.astype(np.int64), np.cumsum(counts)[:-1], axis=1)
     return [part.reshape(-1) for part in parts]

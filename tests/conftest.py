@@ -11,8 +11,10 @@ from pathlib import Path
 # before torch is imported, and for every process a test starts: with another number of threads sums are added
 # in another order, and a resumed run would differ from the unbroken one in the last digits
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 import torch
@@ -96,6 +98,10 @@ def one_sentence(done) -> str:
     return line
 
 
+def parquet_rows(cache: Path) -> list[dict]:
+    return [r for p in sorted(cache.glob("*.parquet")) for r in pq.read_table(p).to_pylist()]
+
+
 @pytest.fixture(scope="session")
 def snac():
     return make_snac()
@@ -144,3 +150,22 @@ def targets_dir(audio_dir, tmp_path_factory):
     run("precompute_48k.py", "--input_dir", audio_dir, "--output_dir", out, "--native_rate", 44100,
         "--device", "cpu", "--num_workers", 0)  # fmt: skip
     return out
+
+
+@pytest.fixture(scope="session")
+def checkpoint(cache_dir, targets_dir, snac_dir, tmp_path_factory):
+    """best_model.pt of two epochs: the first of them trains the 48 kHz head alone."""
+    out = tmp_path_factory.mktemp("run")
+    run("train_dual_head.py", "--cache_dir", cache_dir, "--val_cache_dir", cache_dir, "--audio_48k_dir",
+        targets_dir, "--val_audio_48k_dir", targets_dir, "--pretrained_model", snac_dir, "--output_dir", out,
+        "--device", "cpu", "--epochs", 2, "--epoch_ranges", "1-1,2-2", "--segment_schedule", "0.3,0.5",
+        "--batch_multiplier", "2.0,1.0", "--batch_size", 4, "--val_segment", 0.5, "--val_limit", 4,
+        "--num_workers", 0, "--main_lr", 1e-3, "--lr_24k_final_conv", 2e-4)  # fmt: skip
+    return out / "best_model.pt"
+
+
+@pytest.fixture(scope="session")
+def sidon_dir(tmp_path_factory):
+    from helpers import standin
+
+    return standin.build(tmp_path_factory.mktemp("sidon"))

@@ -15,7 +15,7 @@ from snac48.codec import slice_at
 
 def test_index_reads_back_the_parquet(cache_dir):
     index = CodeIndex(str(cache_dir))
-    rows = rows_of(cache_dir)
+    rows = parquet_rows(cache_dir)
     assert len(index) == len(rows)
     for i, row in enumerate(rows):
         assert index.path(i) == row["file_path"] and index.lengths[i] == row["audio_length"]
@@ -51,8 +51,6 @@ def test_index_refuses_what_is_not_a_cache(cache_dir, snac_dir, tmp_path):
 
 
 def test_malformed_rows_are_quarantined_by_reason(cache_dir, tmp_path):
-    import pyarrow as pa
-
     shard = next(cache_dir.glob("*_0.parquet"))
     table = pq.read_table(shard)
     rows = table.to_pylist()
@@ -65,3 +63,19 @@ def test_malformed_rows_are_quarantined_by_reason(cache_dir, tmp_path):
     assert len(index) == 1 and index.path(0) == rows[4]["file_path"]
     assert sum(index.bad.values()) == 4 and len(index.bad) == 4
     assert len(open(index.folder / "bad_rows.jsonl").readlines()) == 4
+
+
+def test_one_shard_is_read_as_the_index_reads_it(cache_dir, tmp_path):
+    """infer.py takes a single .parquet, wherever it lies and whatever it is called."""
+    index, shard = CodeIndex(str(cache_dir)), tmp_path / "talk.parquet"
+    shard.write_bytes((cache_dir / "codes_batch_gpu0_1.parquet").read_bytes())
+    geometry, rows = shard_rows(shard)
+    assert geometry == index.geometry
+    for i, (path, codes, n) in enumerate(rows, 5):  # five rows a shard
+        assert (path, n) == (index.path(i), index.lengths[i])
+        for a, b in zip(codes, index.slice(i, 0, index.coarse(i)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert i == 9 and [p.name for p in tmp_path.iterdir()] == ["talk.parquet"]
+    shard.write_bytes(shard.read_bytes()[:-500])
+    with pytest.raises(UserError, match="corrupt"):
+        shard_rows(shard)

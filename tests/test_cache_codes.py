@@ -19,7 +19,7 @@ from snac48.codec import geometry_of
 
 
 def test_cached_codes_equal_encoding_each_file_alone(cache_dir, audio_dir, snac):
-    rows = rows_of(cache_dir)
+    rows = parquet_rows(cache_dir)
     assert [r["file_path"] for r in rows] == find_audio(audio_dir)  # every file, sorted, relative
     for row in rows:
         x, rate = read_audio(audio_dir / row["file_path"])
@@ -68,9 +68,9 @@ def test_processes_share_a_folder_and_a_killed_one_is_replaced(audio_dir, snac_d
     jobs[0].wait()
     assert jobs[1].wait(timeout=120) == 0
     run("cache_codes.py", *args)  # takes over what the dead one held, if it held anything
-    rows = rows_of(tmp_path / "c")
+    rows = parquet_rows(tmp_path / "c")
     key = lambda r: r["file_path"]
-    assert sorted(rows, key=key) == sorted(rows_of(cache_dir), key=key)
+    assert sorted(rows, key=key) == sorted(parquet_rows(cache_dir), key=key)
 
 
 def test_bad_files_are_skipped_by_name_and_reason(audio_dir, snac_dir, tmp_path):
@@ -122,4 +122,15 @@ def test_a_signal_to_the_whole_group_stops_and_the_same_command_goes_on(audio_di
     os.killpg(job.pid, signal.SIGTERM)
     assert job.wait(timeout=30) in (0, 3)  # 0: it was done before the signal came
     run("cache_codes.py", *args)
-    assert len(rows_of(tmp_path / "c")) == 14
+    assert len(parquet_rows(tmp_path / "c")) == 14
+
+
+def test_help_and_mistakes_in_flags_come_before_torch(tmp_path):
+    start = children_cpu()
+    assert "--rows_per_file" in run("cache_codes.py", "--help").stdout
+    for flags, words in [
+        (["--data_dirs", "x"], "--data_dir"),
+        (["--data_dir", "x", "--output_dir", tmp_path, "--batch_size", 0], "--batch_size must be at least 1"),
+    ]:
+        assert words in one_sentence(run("cache_codes.py", *flags, code=2))
+    assert children_cpu() - start < 1.5  # torch alone takes more than one second

@@ -66,7 +66,7 @@ def test_visqol_measures_48_khz_systems_and_is_named_when_missing(checkpoint, au
             "--visqol", "--num_samples", 1, "--output", tmp_path / "r.json",
             "--samples_dir", tmp_path / "s"]  # fmt: skip
     (tmp_path / "visqol.py").write_text("raise ImportError")
-    found = {"PYTHONPATH": f"{tmp_path}:{E.__file__[: -len('/evaluate.py')]}"}
+    found = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     assert "pip install visqol-python" in one_sentence(run(*argv, code=1, env=found))
     (tmp_path / "visqol.py").write_text(
         "class R: moslqo = 3.25\n"

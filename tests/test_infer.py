@@ -110,7 +110,7 @@ def test_wav_folder_and_cache_give_the_same_48k_files(checkpoint, audio_dir, cac
 def test_mistakes_get_one_sentence_and_write_nothing(checkpoint, snac_dir, tmp_path):
     (tmp_path / "text.wav").write_text("no audio")
     sf.write(tmp_path / "ok.wav", voice(1, 24000, 0), 24000)
-    other = save_snac(make(5), tmp_path / "other")
+    other = save_snac(make_snac(5), tmp_path / "other")
     state = load_checkpoint(checkpoint)
     del state["model_config"]
     save_checkpoint(tmp_path / "foreign.pt", state)
@@ -137,5 +137,5 @@ def test_an_untrained_dual_head_scores_like_base_snac(snac_dir):
     """At initialisation our 24 kHz output is base SNAC's, so a difference in the table is a difference
     learnt."""
     a, b = (DualHead(DualHeadDecoder(s), geometry_of(s, ""), model_config(s), torch.device("cpu"), "")
-            for s in (make(), make()))  # fmt: skip
+            for s in (make_snac(), make_snac()))  # fmt: skip
     assert torch.equal(a.decode(codes_of(6))[0], b.decode(codes_of(6))[0])

@@ -17,11 +17,12 @@ from helpers import standin
 from helpers.standin import buzz
 
 import precompute_48k
+from precompute_48k import Waiting, batches, read_file
 from snac48.sidon import RATE, Sidon, sha256_of
 
 
-def command(*args) -> list[str]:
-    return [sys.executable, "-W", "ignore", str(ROOT / "precompute_48k.py"), *map(str, args)]
+def precompute(*args, code=0):
+    return run("precompute_48k.py", *args, code=code)
 
 
 def rows_of(folder: Path, name: str = "manifest.jsonl") -> list[dict]:
@@ -48,14 +49,13 @@ def corpus(tmp_path_factory) -> Path:
 
 def digest(folder: Path) -> dict:
     files = sorted(p for p in folder.rglob("*.wav"))
-    return {str(p.relative_to(folder)): sidon_module.sha256_of(p) for p in files}
+    return {str(p.relative_to(folder)): sha256_of(p) for p in files}
 
 
 @pytest.fixture(scope="session")
-def finished(corpus, modules, tmp_path_factory) -> Path:
+def finished(corpus, sidon_dir, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
-    r = run("--input_dir", corpus, "--output_dir", out, "--sidon_dir", modules, "--device", "cpu")
-    assert r.returncode == 0, r.stderr
+    precompute("--input_dir", corpus, "--output_dir", out, "--sidon_dir", sidon_dir, "--device", "cpu")
     return out
 
 
@@ -63,12 +63,10 @@ def test_who_shares_a_pass():
     """Equal lengths, at most batch_size; --batch_slack widens it, a chunk's length bounds it."""
 
     def groups(lengths, size, slack):
-        args = SimpleNamespace(batch_slack=slack)
-        job = SimpleNamespace(args=args, sidon=SimpleNamespace(batch_size=size))
-        restored = [{"path": f"{i:02d}", "front": {"features": range(n)}} for i, n in enumerate(lengths)]
-        found = precompute_48k.Job.batches(job, [*restored, {"path": "x", "long": "x.wav"}])
-        assert found.pop() == [{"path": "x", "long": "x.wav"}]
-        return [[len(r["front"]["features"]) for r in g] for g in found]
+        waiting = [Waiting(f"{i:02d}", None, 24000, np.zeros((n, 1))) for i, n in enumerate(lengths)]
+        *found, last = batches([*waiting, Waiting("x", None, 24000)], size, slack)
+        assert [w.path for w in last] == ["x"]  # not read yet: too long
+        return [[w.frames for w in group] for group in found]
 
     assert groups([50, 70, 50, 50, 70], 2, 0.0) == [[50, 50], [50], [70, 70]]
     assert groups([50, 70, 50, 76], 8, 0.5) == [[50, 50, 70], [76]]
@@ -95,11 +93,11 @@ def test_whole_job(finished, corpus):
     assert (copied["gain"], copied["level"], copied["lag_samples"], copied["envelope_corr"]) == (1, 1, 0, 1)
 
 
-def test_killed_twice_with_others_at_work(finished, corpus, modules, tmp_path):
+def test_killed_twice_with_others_at_work(finished, corpus, sidon_dir, tmp_path):
     """Three processes on one folder, one of them killed -9 twice: the same bytes, every file once."""
     out = tmp_path / "out"
-    args = command("--input_dir", corpus, "--output_dir", out, "--sidon_dir", modules, "--device", "cpu",
-                   "--num_workers", 1)  # fmt: skip
+    args = [sys.executable, ROOT / "precompute_48k.py", "--input_dir", corpus, "--output_dir", out,
+            "--sidon_dir", sidon_dir, "--device", "cpu", "--num_workers", "1"]  # fmt: skip
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     others = [subprocess.Popen(args, **quiet)]
     for _ in range(2):
@@ -121,22 +119,22 @@ def test_killed_twice_with_others_at_work(finished, corpus, modules, tmp_path):
     assert rows_of(out) == rows_of(finished)
 
 
-def test_stop_and_continue(finished, corpus, modules, tmp_path):
+def test_stop_and_continue(finished, corpus, sidon_dir, tmp_path):
     out = tmp_path / "out"
-    args = ("--input_dir", corpus, "--output_dir", out, "--sidon_dir", modules, "--device", "cpu")
-    p = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL)
+    args = ("--input_dir", corpus, "--output_dir", out, "--sidon_dir", sidon_dir, "--device", "cpu")
+    command = [sys.executable, ROOT / "precompute_48k.py", *args]
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while p.poll() is None and not list((out / "work").glob("*.claim")):
         time.sleep(0.01)
     p.send_signal(signal.SIGTERM)
     assert p.wait(timeout=60) == 3
     assert not list((out / "work").glob("*.claim")) or list((out / "work").glob("unit_*.json"))
-    assert run(*args).returncode == 0
+    precompute(*args)
     assert digest(out) == digest(finished)
-    again = run(*args)
-    assert again.returncode == 0 and "150/150 files" in again.stdout
+    assert "150/150 files" in precompute(*args).stdout
 
 
-def test_bad_files(tmp_path, modules):
+def test_bad_files(tmp_path, sidon_dir):
     """Each quarantined by name and reason; the others are done; exit code 5, or 0 with a larger fraction."""
     root = tmp_path / "in"
     (root / "deep").mkdir(parents=True)
@@ -159,9 +157,9 @@ def test_bad_files(tmp_path, modules):
         (root / "locked.wav").chmod(0)
         bad["locked.wav"] = "Permission"
     out = tmp_path / "out"
-    args = ("--input_dir", root, "--output_dir", out, "--sidon_dir", modules, "--device", "cpu")
-    r = run(*args, "--num_workers", 1)
-    assert r.returncode == 5 and "files were skipped, more than --max_bad_fraction 0.01" in r.stderr
+    args = ("--input_dir", root, "--output_dir", out, "--sidon_dir", sidon_dir, "--device", "cpu")
+    r = precompute(*args, "--num_workers", 1, code=5)
+    assert "files were skipped, more than --max_bad_fraction 0.01" in r.stderr
     skipped = {row["path"]: row["reason"] for row in rows_of(out, "skipped.jsonl")}
     assert skipped.keys() == bad.keys()
     for name, reason in bad.items():
@@ -169,7 +167,7 @@ def test_bad_files(tmp_path, modules):
     assert len(rows_of(out)) + len(skipped) == 11
     assert len(digest(out)) == len(rows_of(out))
     assert f"skipped {len(bad)}" in r.stdout
-    assert run(*args, "--max_bad_fraction", 0.9).returncode == 0
+    precompute(*args, "--max_bad_fraction", 0.9)
 
 
 def test_unreadable_permission(tmp_path, monkeypatch):
@@ -181,19 +179,20 @@ def test_unreadable_permission(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     job = {"input_dir": str(tmp_path), "allowed": (tmp_path.resolve(),), "native_rate": 48000}
-    found = precompute_48k.read_file("a.wav", "a.wav", job | {"upsampler": "sidon"})
+    found = read_file("a.wav", "a.wav", job | {"upsampler": "sidon"})
     assert found["reason"] == "unreadable: Permission denied"
 
 
-def test_users_mistakes_are_one_sentence(tmp_path, corpus, modules):
+def test_users_mistakes_are_one_sentence(tmp_path, corpus, sidon_dir):
     def refusal(*args, code=1) -> str:
-        r = run(*args)
-        assert r.returncode == code and r.stderr.count("\n") == 1, r.stderr
+        r = precompute(*args, code=code)
+        assert r.stderr.count("\n") == 1, r.stderr
         return r.stderr
 
     out = tmp_path / "out"
     data = ("--input_dir", corpus, "--output_dir", out, "--device", "cpu", "--num_workers", 0)
     assert "does not exist" in refusal("--input_dir", tmp_path / "no", "--output_dir", out)
+    assert "--batch_size must be at least 1" in refusal(*data, "--batch_size", 0, code=2)
     assert "lies inside --input_dir" in refusal("--input_dir", corpus, "--output_dir", corpus / "x")
     cuda = standin.build(tmp_path / "cuda", "cuda")
     message = refusal(*data, "--sidon_dir", cuda)
@@ -202,7 +201,7 @@ def test_users_mistakes_are_one_sentence(tmp_path, corpus, modules):
     assert "other settings" in refusal(*data, "--upsampler", "sinc")
     standin.build(tmp_path / "other", lost=26)
     a = ("--input_dir", corpus, "--output_dir", tmp_path / "o", "--device", "cpu", "--num_workers", 0)
-    assert run(*a, "--sidon_dir", modules, "--limit", 3).returncode == 0
+    precompute(*a, "--sidon_dir", sidon_dir, "--limit", 3)
     assert "other settings" in refusal(*a, "--sidon_dir", tmp_path / "other", "--limit", 9)
 
 
@@ -214,10 +213,9 @@ def test_unfaithful_rows(tmp_path, corpus):
             b, t, _ = input_features.shape
             return {"last_hidden_state": torch.zeros(b, t, 1024)}
 
-    modules = standin.build(tmp_path / "deaf", extractor=Deaf())
-    r = run("--input_dir", corpus, "--output_dir", tmp_path / "out", "--sidon_dir", modules, "--device",
-            "cpu", "--test_mode", "--test_samples", 4, "--num_workers", 0)  # fmt: skip
-    assert r.returncode == 0, r.stderr
+    sidon_dir = standin.build(tmp_path / "deaf", extractor=Deaf())
+    r = precompute("--input_dir", corpus, "--output_dir", tmp_path / "out", "--sidon_dir", sidon_dir,
+                   "--device", "cpu", "--test_mode", "--test_samples", 4, "--num_workers", 0)  # fmt: skip
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 4 and not any(row["faithful"] for row in rows) and "unfaithful 4" in r.stdout
     assert r.stdout.count("envelope_corr") == 4  # --test_mode's table
@@ -231,9 +229,9 @@ def test_sinc_ranges_and_clipping(tmp_path):
     sf.write(root / "b.wav", 3 * x / np.abs(x).max(), 48000, subtype="FLOAT")
     sf.write(root / "b.flac", x, 48000)
     args = ("--input_dir", root, "--output_dir", tmp_path / "out", "--upsampler", "sinc", "--num_workers", 0)
-    assert run(*args, "--start_idx", 1, "--end_idx", 2).returncode == 0
+    precompute(*args, "--start_idx", 1, "--end_idx", 2)
     assert [r["path"] for r in rows_of(tmp_path / "out")] == ["b.flac"]
-    assert run(*args).returncode == 0
+    precompute(*args)
     rows = {r["path"]: r for r in rows_of(tmp_path / "out")}
     assert rows["a.wav"]["kind"] == "sinc" and rows["b.wav"]["kind"] == "copied"
     assert rows["b.flac"]["target"] == "b.flac.wav"  # beside b.wav
@@ -241,32 +239,23 @@ def test_sinc_ranges_and_clipping(tmp_path):
     assert np.abs(sf.read(tmp_path / "out" / "b.wav", dtype="int16")[0].astype(int)).max() == 32767
 
 
-def test_long_files_go_piece_by_piece(tmp_path, modules, sidon, monkeypatch, capsys):
+def test_long_files_go_piece_by_piece(tmp_path, sidon_dir, monkeypatch):
     """More than LONG_SECONDS are read by the main process, more than one chunk goes through in pieces."""
     root = tmp_path / "in"
     root.mkdir()
     x, _ = buzz(16000, 65)
     sf.write(root / "a.wav", x, 16000, subtype="FLOAT")
     monkeypatch.setattr(precompute_48k, "LONG_SECONDS", 30)
-    argv = [
-        "precompute_48k.py",
-        "--input_dir",
-        root,
-        "--output_dir",
-        tmp_path / "out",
-        "--sidon_dir",
-        modules,
-    ]
-    monkeypatch.setattr(sys, "argv", [*map(str, argv), "--device", "cpu", "--num_workers", "0"])
+    argv = ["--input_dir", root, "--output_dir", tmp_path / "out", "--sidon_dir", sidon_dir]
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    assert precompute_48k.main() == 0
+    assert precompute_48k.main([*map(str, argv), "--device", "cpu", "--num_workers", "0"]) == 0
     for s, handler in handlers.items():
         signal.signal(s, handler)
     y = sf.read(tmp_path / "out" / "a.wav", dtype="float32")[0]
-    np.testing.assert_allclose(y, sidon.upsample(x, 16000)[0], atol=1.01 / 32768)
+    np.testing.assert_allclose(y, Sidon(sidon_dir).upsample(x, 16000)[0], atol=1.01 / 32768)
 
 
 def test_help_is_fast():
     start = children_cpu()
-    assert run("--help").returncode == 0
+    precompute("--help")
     assert children_cpu() - start < 1.5

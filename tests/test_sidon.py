@@ -1,7 +1,5 @@
 """SIDON's surroundings, with a stand-in for SIDON whose right answer is known (tests/helpers/standin.py)."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,8 +13,8 @@ from snac48.sidon import NOTHING, RATE, Fbank, HighPass, Resampler, Sidon, SincR
 
 
 @pytest.fixture(scope="session")
-def sidon(modules) -> Sidon:
-    return Sidon(modules, device="cpu", batch_size=4)
+def sidon(sidon_dir) -> Sidon:
+    return Sidon(sidon_dir, device="cpu", batch_size=4)
 
 
 def burst_lags(x, rate: int, y, centres) -> np.ndarray:
@@ -150,7 +148,7 @@ def test_published_recipe_fails_the_same_checks(sidon):
 
 def one_pass(sidon: Sidon, x, rate: int) -> np.ndarray:
     """The whole file through extractor and decoder at once, raw."""
-    features = front_end(lambda: iter([x]), rate)["features"]
+    features, _ = front_end(lambda: iter([x]), rate)
     with torch.inference_mode():
         latents = sidon.extractor(torch.from_numpy(features[None]))["last_hidden_state"]
         return sidon.decoder(latents.transpose(1, 2))[0, 0].numpy()
@@ -170,12 +168,12 @@ def test_130_seconds_equal_one_pass(sidon):
 
 
 @pytest.mark.parametrize("what", ["EDGE", "context"])
-def test_context_matters(modules, sidon, monkeypatch, what):
+def test_context_matters(sidon_dir, sidon, monkeypatch, what):
     """Without real context for decoder or extractor the seams are back, and the test above sees it."""
     if what == "EDGE":
         monkeypatch.setattr(sidon_module, "EDGE", 0)
     x, _ = buzz(16000, 70, floor=0.05)
-    bare = sidon if what == "EDGE" else Sidon(modules, context=0)
+    bare = sidon if what == "EDGE" else Sidon(sidon_dir, context=0)
     y, info = bare.upsample(x, 16000)
     assert np.abs(y / np.float32(info["scale"]) - one_pass(sidon, x, 16000)[: len(y)]).max() > 1e-3
 
@@ -222,7 +220,7 @@ class SingleExtractor(standin.Extractor):
         return {"last_hidden_state": torch.cat([energy, torch.zeros(b, t, self.width - 2)], dim=2)}
 
 
-def test_wrong_files_are_one_sentence(tmp_path, modules, monkeypatch):
+def test_wrong_files_are_one_sentence(tmp_path, sidon_dir):
     def refusal(*args, **kwargs) -> str:
         with pytest.raises(UserError) as e:
             Sidon(*args, **kwargs)
@@ -242,11 +240,11 @@ def test_wrong_files_are_one_sentence(tmp_path, modules, monkeypatch):
     assert "SIDON cannot be loaded from" in refusal(tmp_path / "text")
     assert "no full commit SHA" in refusal(revision="main")
     assert "could not be fetched" in refusal(revision="0" * 40)
-    good = {p.name: sidon_module.sha256_of(p) for p in modules.glob("*.pt")}
-    Sidon(modules, sha256=good)
-    assert "lists " + "0" * 64 in refusal(modules, sha256=good | {"decoder_cpu.pt": "0" * 64})
+    good = {p.name: sidon_module.sha256_of(p) for p in sidon_dir.glob("*.pt")}
+    Sidon(sidon_dir, sha256=good)
+    assert "lists " + "0" * 64 in refusal(sidon_dir, sha256=good | {"decoder_cpu.pt": "0" * 64})
     if not torch.cuda.is_available():
-        assert "torch sees 0 GPU(s) here" in refusal(modules, device="3")
+        assert "torch sees 0 GPU(s) here" in refusal(sidon_dir, device="3")
 
 
 def test_released_decoder_is_26_samples_short(tmp_path, sidon):
@@ -258,12 +256,11 @@ def test_released_decoder_is_26_samples_short(tmp_path, sidon):
     np.testing.assert_allclose(a[:-26], b[:-26], rtol=1e-3, atol=1e-6)
 
 
-def test_batches(tmp_path, sidon, capsys):
-    x = np.stack([front_end(lambda s=s: iter([buzz(16000, 3, s)[0]]), 16000)["features"] for s in range(4)])
+def test_batches(tmp_path, sidon):
+    x = np.stack([front_end(lambda s=s: iter([buzz(16000, 3, s)[0]]), 16000)[0] for s in range(4)])
     together = np.concatenate(list(sidon.stream(x)), axis=1)
     singly = [np.concatenate(list(sidon.stream(x[i : i + 1])), axis=1)[0] for i in range(4)]
     np.testing.assert_allclose(together, singly, atol=1e-6)
-    assert sidon.batch_size == 4
+    assert sidon.batch_size == 4 and sidon.no_batches is None
     single = Sidon(standin.build(tmp_path, extractor=SingleExtractor()), batch_size=4)
-    assert single.batch_size == 1
-    assert "traced for one utterance" in capsys.readouterr().out
+    assert single.batch_size == 1 and "traced for one utterance" in single.no_batches
