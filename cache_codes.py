@@ -14,13 +14,14 @@ line a file left out, with the reason) and work/ (claims). Columns: file_path (r
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import itertools
 import math
 import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,8 +29,6 @@ from snac48 import DEFAULT_MODEL
 from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
-    Ending,
-    Finished,
     Parser,
     StopFlag,
     Stopped,
@@ -72,10 +71,8 @@ from snac48.cache import write_shard
 from snac48.codec import Geometry, align_samples, encode, fold_weight_norm, geometry_of, load_snac
 from snac48.files import read_json, write_json, write_jsonl
 from snac48.runlog import RunLog, human_time
-from snac48.work import SharedWork
+from snac48.work import SharedWork, in_order
 
-# how metrics.jsonl calls the endings
-REASONS = {Finished: "finished", Stopped: "stopped", TooManyBadFiles: "bad input"}
 MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
 MAX_WAITING_SECONDS = 30 * 60  # of audio that waits for companions of its length
 
@@ -99,32 +96,26 @@ class Reader:
 
     def __init__(self, root: str, rate: int, num_workers: int, stop: StopFlag):
         self.stop, self.root, self.rate, self.allowed = stop, root, rate, link_roots(root)
-        self.workers = num_workers
-        context = multiprocessing.get_context("forkserver")  # not fork: CUDA is already up in the parent
-        self.pool = None
+        self.pool, self.ahead = None, 4 * num_workers
         if num_workers:
-            self.pool = concurrent.futures.ProcessPoolExecutor(num_workers, context, ignore_stop_signals)
+            context = multiprocessing.get_context("forkserver")  # not fork: CUDA is already up in the parent
+            self.pool = ProcessPoolExecutor(num_workers, context, ignore_stop_signals)
 
     def __call__(self, files):
         """Yield read_one(...) of each file; ends early when a stop was asked for."""
-        if self.pool is None:
-            yield from (read_one(self.root, rel, self.allowed, self.rate) for rel in files)
-            return
-        ahead = collections.deque()
+        jobs = ((rel, (self.root, rel, self.allowed, self.rate)) for rel in files)
+        last = files[0]
         try:
-            for rel in files:
-                ahead.append(self.pool.submit(read_one, self.root, rel, self.allowed, self.rate))
-                if len(ahead) >= 4 * self.workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool:
+            for rel, clip in in_order(self.pool, read_one, jobs, self.ahead):
+                last = rel
+                yield clip
+        except BrokenProcessPool:
             time.sleep(0.2)  # a signal to the group may have reached a starting worker before us
             if self.stop:
                 return
             why = "out of memory, or a file that crashes the decoder"
             todo = "move that file away or lower --num_workers"
-            raise UserError(f"a decoding process died ({why}) near {rel}; {todo}") from None
+            raise UserError(f"a decoding process died ({why}) near {last}; {todo}") from None
 
     def close(self):
         if self.pool is not None:
@@ -206,8 +197,8 @@ class Progress:
         self.bad += sum(s["bad"] for s in skipped)
         total, left, spent = sum(self.sizes), sum(self.sizes[unit + 1 :]), time.time() - self.began
         rate, eta = self.seconds / spent, left * spent / self.files
-        self.log.metric(step=total - left, total_steps=total, phase="cache", audio_s_per_s=rate, eta_s=eta,
-                        skipped=len(skipped), worker=self.worker)  # fmt: skip
+        values = {"step": total - left, "total_steps": total, "phase": "cache", "audio_s_per_s": rate}
+        self.log.metric(**values, eta_s=eta, skipped=len(skipped), worker=self.worker)
         speed = f"{rate:.0f} audio-s/s, {len(skipped)} skipped here, eta {human_time(eta)}"
         line = f"cache {total - left}/{total} files, {speed}"
         print(f"\r{line}", end="", flush=True) if self.terminal else self.log.say(line)
@@ -293,47 +284,42 @@ def first_bad(work: SharedWork) -> str:
     return ", ".join(f"{s['file_path']} ({s['reason']})" for s in bad[:3])
 
 
-def open_codec(name: str, device) -> tuple:
-    """(SNAC with folded weight norms, its geometry)."""
-    model = load_snac(name, device)
-    geometry = geometry_of(model, name)
-    if geometry.codebook_size > 32767:
-        size = geometry.codebook_size
-        raise UserError(f"codebook of {size} entries does not fit the cache's int16 columns")
-    return fold_weight_norm(model), geometry
-
-
 def main(args) -> int:
     files = find_audio(args.data_dir)
     files = files[: args.limit] if args.limit >= 0 else files
     device, stop = pick_device(args.device), StopFlag()
-    model, geometry = open_codec(args.pretrained_model, device)
+    model = load_snac(args.pretrained_model, device)
+    geometry = geometry_of(model, args.pretrained_model)
+    if (size := geometry.codebook_size) > 32767:
+        raise UserError(f"codebook of {size} entries does not fit the cache's int16 columns")
+    fold_weight_norm(model)
+    data_dir = str(Path(args.data_dir).resolve())
     settings = {
-        "data_dir": str(Path(args.data_dir).resolve()),
+        "data_dir": data_dir,
         "weights_sha256": geometry.weights_sha256,
         "min_seconds": args.min_seconds,
     }
     work = SharedWork(args.output_dir, files, args.rows_per_file, settings, print)
     log, worker = RunLog(args.output_dir, "cache.log"), f"gpu{device.index or 0}"
     progress = Progress(log, work, worker)
-    total, codec = sum(progress.sizes), f"hop {geometry.hop_length}, strides {geometry.vq_strides}"
-    log.say(f"cache: {total} files in {len(work.units)} units, {work.unfinished()} to do; {device}, "
-            f"{geometry.sampling_rate} Hz, {codec}")  # fmt: skip
+    total = sum(progress.sizes)
+    codec = f"{geometry.sampling_rate} Hz, hop {geometry.hop_length}, strides {geometry.vq_strides}"
+    todo = f"{total} files in {len(work.units)} units, {work.unfinished()} to do"
+    log.say(f"cache: {todo}; {device}, {codec}")
     log.metric(event="start", kind="cache", total_steps=total, phase="cache", worker=worker)
     try:
         encode_all(model, geometry, work, progress, args, stop)
         finish(work, log, args, geometry)
-        ending = Finished()
-    except Ending as e:
-        ending = e
-    log.metric(event="end", reason=REASONS[type(ending)], kind="cache", worker=worker)
-    if isinstance(ending, TooManyBadFiles):
-        share = f"{ending} bad files of {total} are more than --max_bad_fraction {args.max_bad_fraction:g}"
+    except TooManyBadFiles as e:
+        log.metric(event="end", reason="bad input", kind="cache", worker=worker)
+        share = f"{e} bad files of {total} are more than --max_bad_fraction {args.max_bad_fraction:g}"
         todo = "mend them, or run again with a higher --max_bad_fraction"
-        raise UserError(f"{share}: {first_bad(work)}; {todo}", EXIT_BAD_INPUT)
-    if isinstance(ending, Stopped):
+        raise UserError(f"{share}: {first_bad(work)}; {todo}", EXIT_BAD_INPUT) from None
+    except Stopped:
+        log.metric(event="end", reason="stopped", kind="cache", worker=worker)
         log.say(f"stopped by {stop.signal}: finished units are kept, the same command continues")
         return EXIT_STOPPED
+    log.metric(event="end", reason="finished", kind="cache", worker=worker)
     return 0
 
 

@@ -50,7 +50,7 @@ from snac48.cli import (
 from snac48.files import read_json, sweep_leftovers, write_json, write_jsonl
 from snac48.runlog import RunLog, human_time
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
-from snac48.work import SharedWork
+from snac48.work import SharedWork, in_order
 
 UNIT_FILES = 64  # files a claim; a killed process loses at most this much work
 BLOCK_SECONDS = 5.0  # read at a time
@@ -177,9 +177,8 @@ class Progress:
     def text(self) -> str:
         spent = time.monotonic() - self.start
         eta = human_time((self.total - self.done) * spent / self.mine if self.mine else None)
-        return (
-            f"{self.done}/{self.total} files  skipped {self.skipped}  {self.rate():.1f} audio-s/s  eta {eta}"
-        )
+        counts = f"{self.done}/{self.total} files  skipped {self.skipped}"
+        return f"{counts}  {self.rate():.1f} audio-s/s  eta {eta}"
 
     def say(self) -> None:
         self.last = time.monotonic()
@@ -218,27 +217,17 @@ class Job:
                 time.sleep(0.5)  # should their owner die, their unit is ours
 
     def claimed(self):
-        """(unit, file) of everything this process gets to do, claimed only as the readers come to it."""
+        """(unit, (file, target)) of all that we get to do, claimed only as the readers come to it."""
         for u in self.units:
             if not self.stop and self.work.claim(u):
-                yield from itertools.takewhile(lambda _: not self.stop, ((u, f) for f in self.work.units[u]))
+                jobs = ((u, (rel, self.names[rel])) for rel in self.work.units[u])
+                yield from itertools.takewhile(lambda _: not self.stop, jobs)
 
     def read(self):
         """(unit, read_file(file)) in order; the readers are at most one unit ahead (memory)."""
         read = partial(read_file, job=self.settings)
-        if self.readers is None:
-            yield from ((u, read(rel, self.names[rel])) for u, rel in self.claimed())
-            return
-        ahead: collections.deque = collections.deque()
-        try:
-            for u, rel in self.claimed():
-                ahead.append((u, self.readers.submit(read, rel, self.names[rel])))
-                if len(ahead) > UNIT_FILES:  # so that the device finds the next unit read
-                    u, future = ahead.popleft()
-                    yield u, future.result()
-            while ahead:
-                u, future = ahead.popleft()
-                yield u, future.result()
+        try:  # one unit ahead: the device finds the next one read
+            yield from in_order(self.readers, read, self.claimed(), UNIT_FILES + 1)
         except BrokenProcessPool:
             raise UserError("a reader was killed (out of memory?); try a smaller --num_workers") from None
 
@@ -305,9 +294,8 @@ class Job:
         try:
             features, source = w.features, w.source
             if features is None:
-                features, source = front_end(
-                    lambda: (x for x, _ in audio_blocks(w.file, BLOCK_SECONDS)), w.rate
-                )
+                blocks = lambda: (x for x, _ in audio_blocks(w.file, BLOCK_SECONDS))
+                features, source = front_end(blocks, w.rate)
             row = self.write(w.path, Restored(source, self.until_stopped(self.sidon.stream(features[None]))))
         except AudioError as e:
             row = {"path": w.path, "reason": str(e)}
@@ -404,12 +392,7 @@ def parse_args(argv=None):
     add("--limit", type=int, default=-1, help="first N files only; -1 = all")
     add("--start_idx", type=int, default=0, help="first file of the sorted list that this process does")
     add("--end_idx", type=int, default=-1, help="the file it stops before; -1 = to the end")
-    add(
-        "--native_rate",
-        type=int,
-        default=48000,
-        help="Hz; sources at it or above are kept (44100: CD quality)",
-    )
+    add("--native_rate", type=int, default=48000, help="sources at this rate or above are kept, Hz")
     add("--num_workers", type=int, default=2, help="reading processes; 0 = read in this one")
     # what lower rates get
     add("--upsampler", choices=["sidon", "sinc"], default="sidon", help="sinc: a baseline without new band")
@@ -480,8 +463,7 @@ def open_job(args) -> Job:
     return job
 
 
-def main(argv=None) -> int:
-    args = parse_args(argv)
+def main(args) -> int:
     with open_job(args) as job:
         job.run()
     log, progress = job.log, job.progress
@@ -514,4 +496,4 @@ def show_table(log: RunLog, output_dir: Path, files: set[str]) -> None:
 
 if __name__ == "__main__":
     stop_at_once()
-    main_guard(main)
+    main_guard(lambda: main(parse_args()))

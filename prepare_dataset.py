@@ -103,8 +103,7 @@ def split_by_list(files: list[str], path: str) -> dict[str, str]:
     return {rel: "valid" if rel in valid else "train" for rel in files}
 
 
-def main(argv=None) -> int:
-    args = parse_args(argv)
+def main(args) -> int:
     source, out = Path(args.input_dir).resolve(), Path(args.output_dir)
     files = find_audio(args.input_dir)
     if (out / "train").exists() or (out / "valid").exists():
@@ -142,4 +141,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    main_guard(lambda: main(parse_args()))

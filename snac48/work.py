@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import socket
@@ -159,3 +160,19 @@ class SharedWork:
 
     def close(self) -> None:
         self._stop.set()
+
+
+def in_order(pool, function, jobs, ahead: int):
+    """Yield (key, function(*args)) of the jobs (key, args), in their order; at most `ahead` of them are with
+    the processes of the pool (None: each is done here when its turn comes)."""
+    if pool is None:
+        yield from ((key, function(*args)) for key, args in jobs)
+        return
+    begun = collections.deque()
+    for key, args in jobs:
+        begun.append((key, pool.submit(function, *args)))
+        if len(begun) == ahead:
+            key, future = begun.popleft()
+            yield key, future.result()
+    for key, future in begun:
+        yield key, future.result()

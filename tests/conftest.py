@@ -4,6 +4,7 @@ audio files."""
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from snac import SNAC
+
+from snac48.cli import STOP_SIGNALS, UserError
 
 TINY = {
     "sampling_rate": 24000,
@@ -100,6 +103,24 @@ def one_sentence(done) -> str:
 
 def parquet_rows(cache: Path) -> list[dict]:
     return [r for p in sorted(cache.glob("*.parquet")) for r in pq.read_table(p).to_pylist()]
+
+
+def call(script, *args) -> int:
+    """main() of an imported script, without starting torch once more; what it does to signals is undone."""
+    handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    try:
+        return script.main(script.parse_args([*map(str, args)]))
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def refused(script, *args) -> str:
+    """The one sentence with which an imported script refuses these arguments."""
+    with pytest.raises(UserError) as e:
+        call(script, *args)
+    assert "\n" not in str(e.value)
+    return str(e.value)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import soundfile as sf
 import torch
-from conftest import ROOT, children_cpu, one_sentence, parquet_rows, run, voice
+from conftest import ROOT, call, children_cpu, one_sentence, parquet_rows, refused, run, voice
 
+import cache_codes
 from snac48.audio import find_audio, read_audio, resample
 from snac48.codec import geometry_of
 
@@ -45,15 +46,14 @@ def test_restart_skips_what_is_done_and_new_files_are_added(audio_dir, snac_dir,
     shutil.copytree(audio_dir / "a", data)
     args = ("--data_dir", data, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir,
             "--device", "cpu", "--num_workers", 0)  # fmt: skip
-    run("cache_codes.py", *args)
+    assert call(cache_codes, *args) == 0
     first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "c").glob("*.parquet")}
     shutil.copy(audio_dir / "b c" / "utt07.wav", data / "new.wav")
-    run("cache_codes.py", *args)
+    assert call(cache_codes, *args) == 0
     second = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "c").glob("*.parquet")}
     assert first.items() < second.items() and len(second) == len(first) + 1
     assert json.loads((tmp_path / "c" / "metadata.json").read_text())["rows"] == 8
-    done = run("cache_codes.py", *args, "--min_seconds", "2.5", code=1)
-    assert "other settings" in one_sentence(done)
+    assert "other settings" in refused(cache_codes, *args, "--min_seconds", "2.5")
 
 
 def test_processes_share_a_folder_and_a_killed_one_is_replaced(audio_dir, snac_dir, cache_dir, tmp_path):
@@ -87,10 +87,8 @@ def test_bad_files_are_skipped_by_name_and_reason(audio_dir, snac_dir, tmp_path)
             "--device", "cpu", "--num_workers", 0)  # fmt: skip
     done = run("cache_codes.py", *args, code=5)
     assert "5 bad files of 13" in one_sentence(done)
-    assert "5 bad files of 13" in one_sentence(
-        run("cache_codes.py", *args, code=5)
-    )  # not forgotten by a restart
-    run("cache_codes.py", *args, "--max_bad_fraction", 0.5)
+    assert "5 bad files of 13" in refused(cache_codes, *args)  # not forgotten by a restart
+    assert call(cache_codes, *args, "--max_bad_fraction", 0.5) == 0
     skipped = {r["file_path"]: r["reason"] for r in map(json.loads, open(tmp_path / "c" / "skipped.jsonl"))}
     assert set(skipped) == {"short.wav", "text.wav", "cut.wav", "empty.wav", "nan.wav", "zero.wav"}
     assert "min_seconds" in skipped["short.wav"] and "truncated" in skipped["cut.wav"]
@@ -107,7 +105,8 @@ def test_mistakes_get_one_sentence_and_leave_nothing(audio_dir, snac_dir, tmp_pa
         (["--data_dir", audio_dir, "--device", "7"], "GPU 7 isn't there"),
         (["--data_dir", audio_dir, "--pretrained_model", tmp_path / "void"], "lacks config.json"),
     ]:
-        assert words in one_sentence(run("cache_codes.py", *base, *extra, code=1))
+        assert words in refused(cache_codes, *base, *extra)
+    assert words in one_sentence(run("cache_codes.py", *base, *extra, code=1))
     assert not (tmp_path / "c").exists()
 
 

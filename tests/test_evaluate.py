@@ -4,7 +4,7 @@ import json
 
 import soundfile as sf
 import torch
-from conftest import ROOT, one_sentence, run
+from conftest import ROOT, call, one_sentence, run
 
 import evaluate as E
 
@@ -45,18 +45,8 @@ def test_evaluate_compares_all_systems_on_the_same_clips(checkpoint, audio_dir, 
     assert len(set(signals)) == 5  # five different sounds, not one written five times
     assert "| ours_48k |" in (tmp_path / "e" / "r.md").read_text()
     assert (tmp_path / "e" / "r.png").read_bytes()[:4] == b"\x89PNG"
-    run(
-        "evaluate.py",
-        *args,
-        "--output",
-        tmp_path / "2.json",
-        "--samples_dir",
-        tmp_path / "s2",
-        "--num_samples",
-        4,
-        "--max_samples_saved",
-        0,
-    )
+    call(E, *args, "--output", tmp_path / "2.json", "--samples_dir", tmp_path / "s2", "--num_samples", 4,
+         "--max_samples_saved", 0)  # fmt: skip
     again = json.loads((tmp_path / "2.json").read_text())["systems"]
     assert all(again[s][k] == v for s, row in r["systems"].items() for k, v in row.items() if k != "rtf")
 

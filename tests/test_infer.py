@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import make_snac, one_sentence, run, save_snac, voice
+from conftest import call, make_snac, one_sentence, refused, run, save_snac, voice
 
+import infer
 from snac48.checkpoint import load_checkpoint, save_checkpoint
 from snac48.cli import UserError
 from snac48.codec import geometry_of, model_config
@@ -80,9 +81,9 @@ def test_onnx_computes_the_same_for_any_length(checkpoint, tts, tmp_path):
 def test_wav_folder_and_cache_give_the_same_48k_files(checkpoint, audio_dir, cache_dir, tmp_path):
     base = ("--checkpoint", checkpoint, "--device", "cpu")
     run("infer.py", *base, "--input", audio_dir, "--output", tmp_path / "a")
-    run("infer.py", *base, "--input", cache_dir, "--output", tmp_path / "b")
-    run("infer.py", *base, "--input", audio_dir / "a" / "utt00.wav", "--output", tmp_path / "one.wav",
-        "--sample_rate", "both", "--chunk_seconds", 0.3)  # fmt: skip
+    call(infer, *base, "--input", cache_dir, "--output", tmp_path / "b")
+    call(infer, *base, "--input", audio_dir / "a" / "utt00.wav", "--output", tmp_path / "one.wav",
+         "--sample_rate", "both", "--chunk_seconds", 0.3)  # fmt: skip
     found = sorted(p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*.wav"))
     assert len(found) == 14 and "b c/utt07.wav" in found
     for rel in found:
@@ -94,17 +95,20 @@ def test_wav_folder_and_cache_give_the_same_48k_files(checkpoint, audio_dir, cac
     y, _ = sf.read(tmp_path / "a" / "a" / "utt00.wav", dtype="int16")
     assert len(x) == 48000 and np.abs(x.astype(int) - y).max() <= 1
     assert len(sf.read(tmp_path / "one_24k.wav")[0]) == 24000
-    raw = run(
-        "infer.py",
-        *base,
-        "--input",
-        audio_dir / "a" / "utt00.wav",
-        "--output",
-        "-",
-        "--stream",
-        text_ok=False,
-    )
+    talk = ("--input", audio_dir / "a" / "utt00.wav", "--output", "-", "--stream")
+    raw = run("infer.py", *base, *talk, text_ok=False)
     assert np.abs(np.frombuffer(raw.stdout, "<i2").astype(int) - y).max() <= 2
+
+
+def test_one_shard_and_names_that_are_taken(checkpoint, audio_dir, cache_dir, tmp_path):
+    """A single .parquet gives the wavs of its rows; a/b.mp3 and a/b.ogg do not overwrite each other."""
+    shard = cache_dir / "codes_batch_gpu0_2.parquet"
+    call(infer, "--checkpoint", checkpoint, "--device", "cpu", "--input", shard, "--output", tmp_path / "s",
+         "--sample_rate", 24000)  # fmt: skip
+    assert sorted(p.name for p in tmp_path.rglob("*.wav")) == [f"utt{i}.wav" for i in range(10, 14)]
+    taken = {}
+    names = [infer.wav_name(rel, "o", taken) for rel in ("a/b.mp3", "a/b.ogg", "c.wav", "a/b.mp3")]
+    assert names == ["o/a/b.wav", "o/a/b.ogg.wav", "o/c.wav", "o/a/b.wav"]
 
 
 def test_mistakes_get_one_sentence_and_write_nothing(checkpoint, snac_dir, tmp_path):
@@ -125,9 +129,19 @@ def test_mistakes_get_one_sentence_and_write_nothing(checkpoint, snac_dir, tmp_p
         (checkpoint, ["--pretrained_model", other], "is not the one this decoder was trained with"),
         (checkpoint, ["--device", 3], "GPU 3 isn't there"),
     ]:
-        done = run("infer.py", "--input", tmp_path / "ok.wav", "--output", out, "--device", "cpu",
-                   "--checkpoint", ckpt, *extra, code=1)  # fmt: skip
-        assert words in one_sentence(done)
+        args = (
+            "--input",
+            tmp_path / "ok.wav",
+            "--output",
+            out,
+            "--device",
+            "cpu",
+            "--checkpoint",
+            ckpt,
+            *extra,
+        )
+        assert words in refused(infer, *args)
+    assert words in one_sentence(run("infer.py", *args, code=1))
     assert not out.exists()
     with pytest.raises(UserError, match="no codes"):
         list(load_dual_head(checkpoint).stream([]))

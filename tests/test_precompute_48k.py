@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import ROOT, children_cpu, run
+from conftest import ROOT, call, children_cpu, one_sentence, refused, run
 from helpers import standin
 from helpers.standin import buzz
 
@@ -184,24 +184,21 @@ def test_unreadable_permission(tmp_path, monkeypatch):
 
 
 def test_users_mistakes_are_one_sentence(tmp_path, corpus, sidon_dir):
-    def refusal(*args, code=1) -> str:
-        r = precompute(*args, code=code)
-        assert r.stderr.count("\n") == 1, r.stderr
-        return r.stderr
-
+    refusal = lambda *args: refused(precompute_48k, *args)
     out = tmp_path / "out"
     data = ("--input_dir", corpus, "--output_dir", out, "--device", "cpu", "--num_workers", 0)
     assert "does not exist" in refusal("--input_dir", tmp_path / "no", "--output_dir", out)
-    assert "--batch_size must be at least 1" in refusal(*data, "--batch_size", 0, code=2)
+    usage = precompute(*data, "--batch_size", 0, code=2)
+    assert "--batch_size must be at least 1" in one_sentence(usage)
     assert "lies inside --input_dir" in refusal("--input_dir", corpus, "--output_dir", corpus / "x")
     cuda = standin.build(tmp_path / "cuda", "cuda")
-    message = refusal(*data, "--sidon_dir", cuda)
+    message = one_sentence(precompute(*data, "--sidon_dir", cuda, code=1))
     assert "needs SIDON" in message and "it holds decoder_cuda.pt, feature_extractor_cuda.pt" in message
     assert "could not be fetched" in refusal(*data)
     assert "other settings" in refusal(*data, "--upsampler", "sinc")
     standin.build(tmp_path / "other", lost=26)
     a = ("--input_dir", corpus, "--output_dir", tmp_path / "o", "--device", "cpu", "--num_workers", 0)
-    precompute(*a, "--sidon_dir", sidon_dir, "--limit", 3)
+    assert call(precompute_48k, *a, "--sidon_dir", sidon_dir, "--limit", 3) == 0
     assert "other settings" in refusal(*a, "--sidon_dir", tmp_path / "other", "--limit", 9)
 
 
@@ -246,11 +243,8 @@ def test_long_files_go_piece_by_piece(tmp_path, sidon_dir, monkeypatch):
     x, _ = buzz(16000, 65)
     sf.write(root / "a.wav", x, 16000, subtype="FLOAT")
     monkeypatch.setattr(precompute_48k, "LONG_SECONDS", 30)
-    argv = ["--input_dir", root, "--output_dir", tmp_path / "out", "--sidon_dir", sidon_dir]
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    assert precompute_48k.main([*map(str, argv), "--device", "cpu", "--num_workers", "0"]) == 0
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    args = ("--input_dir", root, "--output_dir", tmp_path / "out", "--sidon_dir", sidon_dir)
+    assert call(precompute_48k, *args, "--device", "cpu", "--num_workers", 0) == 0
     y = sf.read(tmp_path / "out" / "a.wav", dtype="float32")[0]
     np.testing.assert_allclose(y, Sidon(sidon_dir).upsample(x, 16000)[0], atol=1.01 / 32768)
 
