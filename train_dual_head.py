@@ -59,7 +59,7 @@ from snac48.cli import (
     stop_at_once,
 )
 from snac48.files import write_json
-from snac48.runlog import human_time, step_line
+from snac48.runlog import human_time
 from snac48.schedule import (
     Epoch,
     adam_betas,
@@ -79,8 +79,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
     "data": {
         "data_dir": ("", "recordings to encode on the fly, instead of --cache_dir; several: A,B"),
         "val_data_dir": ("", "the same for validation"),
-        "codes_dir": ("", "cache folder holding train/ and val/ (instead of --cache_dir and "
-                          "--val_cache_dir)"),
+        "codes_dir": ("", "cache folder holding train/ and val/ (for --cache_dir and --val_cache_dir)"),
         "cache_dir": ("", "training codes of cache_codes.py"),
         "val_cache_dir": ("", "validation codes"),
         "audio_48k_dir": ("", "48 kHz targets of the training codes: precompute_48k.py's output, or real "
@@ -98,8 +97,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "limit": (-1, "only the first N rows of the cache (-1 = all)"),
         "val_limit": (-1, "only the first N validation rows (-1 = all)"),
         "num_workers": (4, "data loader processes a GPU (0 = in this process)"),
-        "max_bad_fraction": (0.01, "stop when more rows or files than this are bad; fewer are counted and "
-                                   "left out"),
+        "max_bad_fraction": (0.01, "stop when a larger share of rows or files is bad; fewer are left out"),
         "include_unfaithful": (False, "train also on unfaithful rows"),
     },
     "model": {
@@ -114,8 +112,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
     "run": {
         "output_dir": ("checkpoints/phase12_dual_head", "run directory"),
         "device": ("0", "GPU number or cpu; under torchrun each process takes its LOCAL_RANK"),
-        "resume": ("", "checkpoint file, run directory, or auto (newest good one in --output_dir, else "
-                       "start)"),
+        "resume": ("", "checkpoint file, run directory, or auto (newest good one of --output_dir, if any)"),
         "seed": (42, "decides sample order, crops, noise and random initialisation"),
         "log_every": (10, "steps between log lines"),
         "save_every": (1, "epochs between epoch checkpoints"),
@@ -179,32 +176,18 @@ CHOICES = {
 PHASE11 = {"heads": "48k", "batch_size": 32, "segment_schedule": "4.0", "batch_multiplier": "1.0",
            "epoch_ranges": "1-15", "n_ffts": "1024,2048,4096,8192", "main_lr": 1e-5,
            "scheduler": "constant"}  # fmt: skip
+PHASE11_FAST = {"lr": 5e-5, "main_lr": 1e-4, "scheduler": "onecycle", "segment_schedule": "1.0,2.0,3.0,4.0",
+                "batch_multiplier": "1.0,1.0,1.0,1.0", "epoch_ranges": "1-3,4-6,7-9,10-15"}  # fmt: skip
 RECIPES = {  # what differs from DEFAULTS
-    "phase10": {
-        "heads": "24k",
-        "epochs": 10,
-        "warmup_epochs": 0,
-        "batch_size": 48,
-        "epoch_ranges": "1-2,3-4,5-6,7-10",
-        "main_lr": 1.5e-5,
-        "scheduler": "cosine",
-        "output_dir": "checkpoints/phase10",
-    },
-    "phase11-standard": PHASE11
-    | {"init": "random", "warmup_epochs": 0, "output_dir": "checkpoints/phase11_standard"},
+    "phase10": {"heads": "24k", "epochs": 10, "warmup_epochs": 0, "batch_size": 48, "main_lr": 1.5e-5,
+                "epoch_ranges": "1-2,3-4,5-6,7-10", "scheduler": "cosine",
+                "output_dir": "checkpoints/phase10"},
+    "phase11-standard": PHASE11 | {"init": "random", "warmup_epochs": 0,
+                                   "output_dir": "checkpoints/phase11_standard"},
     "phase11-warmup": PHASE11 | {"warmup_epochs": 3, "lr": 5e-5, "output_dir": "checkpoints/phase11_warmup"},
-    "phase11-fast": PHASE11
-    | {
-        "lr": 5e-5,
-        "main_lr": 1e-4,
-        "scheduler": "onecycle",
-        "segment_schedule": "1.0,2.0,3.0,4.0",
-        "batch_multiplier": "1.0,1.0,1.0,1.0",
-        "epoch_ranges": "1-3,4-6,7-9,10-15",
-        "output_dir": "checkpoints/phase11_fast",
-    },
+    "phase11-fast": PHASE11 | PHASE11_FAST | {"output_dir": "checkpoints/phase11_fast"},
     "phase12": {},
-}
+}  # fmt: skip
 RAW_RECIPES = ("phase10", "phase11-standard", "phase11-warmup")  # "train_data" of their configs: recordings
 
 SKIPS_IN_A_ROW = 20  # non-finite or outlier steps; then the run is declared diverged
@@ -254,7 +237,7 @@ def flag_parser() -> Parser:
     p.add_argument("--print_config", nargs="?", const="text", choices=("text", "json"),
                    help="print every value, where it came from, and stop")  # fmt: skip
     p.add_argument(
-        "--print_schedule", type=int, metavar="ROWS", help="print the epochs of that many rows, and stop"
+        "--print_schedule", type=int, metavar="ROWS", help="print the epochs of ROWS rows, and stop"
     )
     for group, options in OPTIONS.items():
         g = p.add_argument_group(group)
@@ -279,9 +262,9 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         raise UserError(f"unknown recipe {recipe!r}; known are {', '.join(sorted(RECIPES))}")
     if typed.get("resume"):
         places = DEFAULTS | RECIPES[recipe or "phase12"] | config | typed
-        typed["resume"], saved = find_resume(
-            typed["resume"], places["output_dir"], "checkpoint_*.pt", resumable
-        )
+        check = lambda content, path: require(content, path, RESUMED)
+        where = places["output_dir"], "checkpoint_*.pt"
+        typed["resume"], saved = find_resume(typed["resume"], *where, check)
     if saved:  # a resumed run keeps its values unless a flag says otherwise
         recipe, kept = values_of(saved, typed["resume"], recipe)
     recipe = recipe or "phase12"
@@ -309,10 +292,6 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     check_data(args)
     check_free(args, asked="resume" in typed)
     return args, origin, saved
-
-
-def resumable(saved: dict, path) -> dict:
-    return require(saved, path, RESUMED)
 
 
 def values_of(saved: dict, path: str, recipe: str) -> tuple[str, dict]:
@@ -348,10 +327,8 @@ def check_values(args) -> None:
     if args.feature_epochs and not args.from_scratch:
         raise UserError("--feature_epochs belongs to --from_scratch")
     if args.phase10_checkpoint and args.heads == "24k":
-        raise UserError(
-            "--phase10_checkpoint is the trunk of another recipe; to go on with phase10 use --resume"
-        )
-    curriculum(args)  # these raise on malformed lists
+        raise UserError("--phase10_checkpoint is the trunk of another recipe; phase10 goes on by --resume")
+    curriculum(args)  # these three raise on malformed lists
     fft_sizes(args)
     adam_betas(args)
 
@@ -391,7 +368,7 @@ from tqdm import tqdm
 
 from snac48.data import Filler, batches
 from snac48.decoder import HEADS, chosen_heads
-from snac48.losses import TERMS, head_losses, lsd, masked, weighted
+from snac48.losses import TERMS, distances, head_losses, weighted
 from snac48.training import (
     Run,
     State,
@@ -402,8 +379,13 @@ from snac48.training import (
     note_codes,
     open_run,
     prepare,
+    report,
     report_codes,
     save,
+    save_before_skips,
+    save_begun,
+    save_if_due,
+    save_step,
 )
 
 # ---- the loop ----
@@ -580,17 +562,9 @@ def validate(run: Run, state: State) -> dict:
             check_stop(run, state)
             batch = prepare(run, state, batch)
             found, audio, *_ = losses_of(run, state, state.codec or state.model, batch)
-            counted = batch["valid_24k"] > 0
-            for (name, head), x in zip(HEADS.items(), audio):
-                if x is None:
-                    continue
-                valid, target = head.factor * batch["valid_24k"], batch[f"audio_{name}"][:, 0]
-                pred = masked(x[:, 0].float(), valid)
-                found[f"lsd_{name}"] = lsd(pred, target, valid, head.rate) * counted
-                if name == "48k":
-                    found["lsd_12_24k"] = lsd(pred, target, valid, head.rate, 12000) * counted
+            found |= distances(audio, batch)
             sums.update({k: float(v.double().sum()) for k, v in found.items()})
-            sums["count"] += float(counted.sum())
+            sums["count"] += float((batch["valid_24k"] > 0).sum())
         state.model.train()
     check_stop(run, state)
     total = dict(zip(sums, run.reduce_sum(list(sums.values()))))
@@ -625,7 +599,7 @@ def validate_and_keep(run: Run, state: State, epoch: Epoch | None) -> None:
             save(run, state, k.replace("loss", "best_model") + ".pt")
 
 
-# ---- what a run says and saves on its way ----
+# ---- what a step says ----
 
 
 class Progress:
@@ -666,56 +640,7 @@ def log_step(run: Run, state: State, epoch: Epoch, progress: Progress, result: S
     progress.clear()
 
 
-def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed: float) -> None:
-    """The line of a step, in the log and in metrics.jsonl; one more metric goes into the latter."""
-    a, rates = run.args, rates_at(run.args, run.plan, state.step - 1)
-    pace = (time.time() - run.began) / max(state.step - state.first_step, 1)
-    # steps of later epochs are as long as their segments: scale the pace by audio still to come
-    todo = sum((e.first_step + e.steps - max(e.first_step, state.step)) * e.segment * e.batch
-               for e in run.plan if e.first_step + e.steps > state.step)  # fmt: skip
-    eta, rate = pace * todo / (epoch.segment * epoch.batch), rates.get("head_48k", rates.get("head_24k"))
-    shown = {"loss": means.get("loss"), "24k": means.get("loss_24k"), "48k": means.get("loss_48k")}
-    shown = {k: v for k, v in shown.items() if v is not None}
-    shown |= {"lr": rate, "norm": norm, "audio-s/s": speed, "eta": human_time(eta)}
-    run.log.say(step_line(state.step, run.total, epoch.number, a.epochs, epoch.phase, shown))
-    run.log.metric(step=state.step, total_steps=run.total, epoch=epoch.number, epochs=a.epochs,
-                   phase=epoch.phase, segment_length=epoch.segment, batch_size=epoch.batch, **means,
-                   lr=rate, **{f"lr_{k}": v for k, v in rates.items()}, grad_norm=norm,
-                   skipped=state.skipped, audio_s_per_s=speed, eta_s=eta)  # fmt: skip
-
-
-def save_if_due(run: Run, state: State, epoch: Epoch) -> None:
-    """A checkpoint every --save_every_batches steps, and one every --save_every_minutes."""
-    a = run.args
-    if a.save_every_batches > 0 and state.step % a.save_every_batches == 0:
-        save_step(run, state)
-    if a.save_every_minutes > 0 and time.time() - state.saved_at > 60 * a.save_every_minutes:
-        stamp = time.strftime("%Y%m%d_%H%M%S")
-        save(run, state, f"checkpoint_epoch{epoch.number}_time_{stamp}.pt", "checkpoint_epoch*_time_*.pt")
-        state.saved_at = time.time()
-
-
-def save_step(run: Run, state: State) -> None:
-    number = state.epoch(run).number
-    save(run, state, f"checkpoint_epoch{number}_iter{state.step}.pt", "checkpoint_epoch*_iter*.pt")
-
-
 # ---- endings ----
-
-
-def save_begun(run: Run, state: State) -> None:
-    if state.step > 0:  # before that there is nothing to lose, and the folder stays free
-        save_step(run, state)
-
-
-def save_before_skips(run: Run, state: State) -> None:
-    """A checkpoint from before the skipped steps of this epoch: they changed no weight, so only the position
-    goes back, and a resumed run repeats them."""
-    first, now = state.epoch(run).first_step, (state.step, state.skipped, state.in_a_row)
-    state.step = max(state.step - state.in_a_row, first)
-    state.skipped, state.in_a_row = state.skipped - (now[0] - state.step), 0
-    save_step(run, state)
-    state.step, state.skipped, state.in_a_row = now
 
 
 # exception: (reason in the log, exit code, checkpoint, what to do; an error where the code is 1 or 5)

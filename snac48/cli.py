@@ -145,6 +145,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{name} must be at least {low}, not {getattr(args, name)}")
 
 
+def warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def guarded(function, *args):
     """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen keeps its
     traceback."""

@@ -17,29 +17,26 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import snac.layers
 import torch
 from snac import SNAC
 from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d, WNConv1d
 from torch import nn
 
 if __package__:
+    from .cli import UserError, pick_device
     from .codec import (
         Geometry,
-        Snake,
-        UserError,
         encode,
         fold_weight_norm,
         geometry_of,
         load_snac,
         load_weights,
-        pick_device,
         receptive_reach,
+        replace_snakes,
     )
 else:  # copied beside a server
     from codec import (
         Geometry,
-        Snake,
         UserError,
         encode,
         fold_weight_norm,
@@ -48,9 +45,8 @@ else:  # copied beside a server
         load_weights,
         pick_device,
         receptive_reach,
+        replace_snakes,
     )
-
-snac.layers.snake = Snake.apply
 
 # ---- heads: what comes out of the shared trunk ----
 
@@ -151,6 +147,7 @@ class DualHeadDecoder(nn.Module):
         for name in self.heads:
             self._find_noises(self.head(name), trunk_rate)
         self.trunk_frozen = False
+        replace_snakes(self)
 
     def head(self, name: str) -> nn.Module:
         return getattr(self, f"head_{name}")
@@ -328,7 +325,7 @@ def read_checkpoint(path: str) -> tuple[dict, dict, dict]:
     """(weights, SNAC's arguments, geometry) of a checkpoint of train_dual_head.py."""
     if not __package__:
         raise UserError(f"{path}: this copy opens exported folders; make one with infer.py --export DIR")
-    from .checkpoint import load_checkpoint, require  # its verification needs more of the library
+    from .checkpoint import load_checkpoint, require
 
     saved = require(load_checkpoint(path), path)
     return saved["model"], saved["model_config"], saved["geometry"]

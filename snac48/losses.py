@@ -115,6 +115,8 @@ TERMS = {
     "mel": lambda x: mel_loss(x.audio, x.target, x.valid, x.rate),
 }
 
+REPORTED = ("l1", "stft")  # in every log and validation, whatever they weigh
+
 
 def weighted(losses: dict, weights: dict):
     """The sum of weight x loss over the names of `weights`: a name that is not in `losses` is a KeyError."""
@@ -124,10 +126,10 @@ def weighted(losses: dict, weights: dict):
 def head_losses(audio, batch, weights: dict, **options) -> dict:
     """Every loss of each item, fp32 [B], by the names of logs and flags: l1_24k, stft_24k, loss_24k, …_48k.
 
-    audio: [B, 1, N] of each of HEADS, or None. weights: {term: weight}; terms of weight 0 are not computed.
-    options: of Judged.
+    audio: [B, 1, N] of each of HEADS, or None. weights: {term: weight}; of those of weight 0 only REPORTED
+    are computed. options: of Judged.
     """
-    out, valid, weights = {}, batch["valid_24k"], {term: w for term, w in weights.items() if w}
+    out, valid, weights = {}, batch["valid_24k"], {t: w for t, w in weights.items() if w or t in REPORTED}
     for (name, head), x in zip(HEADS.items(), audio):
         if x is None:
             continue
@@ -141,6 +143,22 @@ def head_losses(audio, batch, weights: dict, **options) -> dict:
 
 
 # ---- measures ----
+
+
+def distances(audio, batch) -> dict:
+    """Log-spectral distances of each item [B], by name: lsd_24k, lsd_48k and, above 12 kHz, lsd_12_24k.
+
+    audio: as for head_losses."""
+    out, counted = {}, batch["valid_24k"] > 0
+    for (name, head), x in zip(HEADS.items(), audio):
+        if x is None:
+            continue
+        valid, target = head.factor * batch["valid_24k"], batch[f"audio_{name}"][:, 0]
+        pred = masked(x[:, 0].float(), valid)
+        out[f"lsd_{name}"] = lsd(pred, target, valid, head.rate) * counted
+        if name == "48k":
+            out["lsd_12_24k"] = lsd(pred, target, valid, head.rate, 12000) * counted
+    return out
 
 
 def lsd(pred, target, valid, rate: int, above_hz: float = 0.0):

@@ -110,10 +110,7 @@ SHAPES = {
 
 def groups_of(args, phase: str) -> list[str]:
     """Parts of the model that train in this phase."""
-    from .decoder import (
-        HEADS,
-        chosen_heads,
-    )  # here: it imports torch, and --print_config shall answer at once
+    from .decoder import HEADS, chosen_heads
 
     if phase == "warmup":
         return [f"head_{name}" for name in chosen_heads(args.heads) if HEADS[name].factor > 1]

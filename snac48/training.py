@@ -36,8 +36,17 @@ from .codec import (
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
 from .decoder import DualHeadDecoder, chosen_heads, taps_of
 from .files import read_json, write_json
-from .runlog import RunLog, SampleLog, git_sha, versions
-from .schedule import Epoch, adam_betas, epoch_order, groups_of, make_plan, plan_lines, rates_at, trains_codec
+from .runlog import RunLog, SampleLog, git_sha, human_time, step_line, versions
+from .schedule import (
+    Epoch,
+    adam_betas,
+    epoch_order,
+    groups_of,
+    make_plan,
+    plan_lines,
+    rates_at,
+    trains_codec,
+)
 from .starts import start_head
 
 # ---- the run ----
@@ -385,6 +394,37 @@ def save(run: Run, state: State, name: str, pruned: str = "") -> None:
             prune(run.folder.glob(pruned), run.args.keep_checkpoints)
 
 
+def save_if_due(run: Run, state: State, epoch: Epoch) -> None:
+    """A checkpoint every --save_every_batches steps, and one every --save_every_minutes."""
+    a = run.args
+    if a.save_every_batches > 0 and state.step % a.save_every_batches == 0:
+        save_step(run, state)
+    if a.save_every_minutes > 0 and time.time() - state.saved_at > 60 * a.save_every_minutes:
+        stamp = time.strftime("%Y%m%d_%H%M%S")
+        save(run, state, f"checkpoint_epoch{epoch.number}_time_{stamp}.pt", "checkpoint_epoch*_time_*.pt")
+        state.saved_at = time.time()
+
+
+def save_step(run: Run, state: State) -> None:
+    number = state.epoch(run).number
+    save(run, state, f"checkpoint_epoch{number}_iter{state.step}.pt", "checkpoint_epoch*_iter*.pt")
+
+
+def save_begun(run: Run, state: State) -> None:
+    if state.step > 0:  # before that there is nothing to lose, and the folder stays free
+        save_step(run, state)
+
+
+def save_before_skips(run: Run, state: State) -> None:
+    """A checkpoint from before the skipped steps of this epoch: they changed no weight, so only the position
+    goes back, and a resumed run repeats them."""
+    first, now = state.epoch(run).first_step, (state.step, state.skipped, state.in_a_row)
+    state.step = max(state.step - state.in_a_row, first)
+    state.skipped, state.in_a_row = state.skipped - (now[0] - state.step), 0
+    save_step(run, state)
+    state.step, state.skipped, state.in_a_row = now
+
+
 # ---- what is noted on the way ----
 
 
@@ -465,3 +505,21 @@ def report_codes(run: Run, state: State, epoch: Epoch | None) -> None:
         for k in range(len(state.codes[0]))))  # fmt: skip
     run.log.metric(event="usage", epoch=epoch.number, step=state.step, **found)
     state.codes[0] = 0
+
+
+def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed: float) -> None:
+    """The line of a step, in the log and in metrics.jsonl; one more metric goes into the latter."""
+    a, rates = run.args, rates_at(run.args, run.plan, state.step - 1)
+    pace = (time.time() - run.began) / max(state.step - state.first_step, 1)
+    # steps of later epochs are as long as their segments: scale the pace by audio still to come
+    todo = sum((e.first_step + e.steps - max(e.first_step, state.step)) * e.segment * e.batch
+               for e in run.plan if e.first_step + e.steps > state.step)  # fmt: skip
+    eta, rate = pace * todo / (epoch.segment * epoch.batch), rates.get("head_48k", rates.get("head_24k"))
+    shown = {"loss": means.get("loss"), "24k": means.get("loss_24k"), "48k": means.get("loss_48k")}
+    shown = {k: v for k, v in shown.items() if v is not None}
+    shown |= {"lr": rate, "norm": norm, "audio-s/s": speed, "eta": human_time(eta)}
+    run.log.say(step_line(state.step, run.total, epoch.number, a.epochs, epoch.phase, shown))
+    run.log.metric(step=state.step, total_steps=run.total, epoch=epoch.number, epochs=a.epochs,
+                   phase=epoch.phase, segment_length=epoch.segment, batch_size=epoch.batch, **means,
+                   lr=rate, **{f"lr_{k}": v for k, v in rates.items()}, grad_norm=norm,
+                   skipped=state.skipped, audio_s_per_s=speed, eta_s=eta)  # fmt: skip

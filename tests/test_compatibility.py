@@ -119,7 +119,7 @@ def decoded(before):
 
 @pytest.mark.parametrize("name", ["exported_dual", f"phase12/{CHECKPOINT}"])
 def test_exports_and_checkpoints_decode_to_the_same_samples(before, name):
-    from infer import load_dual_head
+    from snac48.decoder import load_dual_head
 
     codes, *wanted = decoded(before)
     found = load_dual_head(before / name).decode(codes, noise_seed=0)
