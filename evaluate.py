@@ -203,8 +203,8 @@ def open_systems(args, device) -> tuple[DualHead, dict[str, DualHead]]:
 
 def label_of(path: str, among: list[str]) -> str:
     """Shortest name that tells a checkpoint from the others: its folder, or folder/file."""
-    folders = [Path(p).parent.name for p in among]
-    return Path(path).parent.name if folders.count(Path(path).parent.name) == 1 else str(path)
+    name = Path(path).parent.name
+    return name if [Path(p).parent.name for p in among].count(name) == 1 else str(path)
 
 
 def timed(tts: DualHead, codes, seed: int) -> dict[str, Signal]:

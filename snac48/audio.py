@@ -9,6 +9,8 @@ import struct
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from .cli import UserError
 from .files import atomic_file, read_json
 
@@ -160,8 +162,6 @@ def why(e: Exception) -> str:
 
 def check_audio(x) -> None:
     """Raises AudioError for zero samples and for NaN or infinite ones."""
-    import numpy as np
-
     if len(x) == 0:
         raise AudioError("0 samples")
     if not np.isfinite(x).all():
@@ -204,8 +204,6 @@ def read_audio(path: str | Path):
 
     Raises AudioError (never anything else) for whatever is wrong with the file.
     """
-    import numpy as np
-
     blocks = list(audio_blocks(path))
     rate = blocks[0][1]
     return (blocks[0][0] if len(blocks) == 1 else np.concatenate([x for x, _ in blocks])), rate
@@ -213,7 +211,6 @@ def read_audio(path: str | Path):
 
 def resample(x, rate: int, new_rate: int):
     """Band-limited (soxr VHQ, linear phase, no delay): float32 [n] -> [round(n * new_rate / rate)]."""
-    import numpy as np
     import soxr
 
     if rate == new_rate:
@@ -245,7 +242,6 @@ def read_audio_span(path: str | Path, start: int, count: int, rate: int, need: i
     16-bit mono wav at `rate` is read by one seek; everything else by soundfile, resampled from a span
     that begins on a common sample of both rates, with a margin longer than the filter. Raises AudioError.
     """
-    import numpy as np
     import soundfile as sf
 
     def held_to(frames: int, file_rate: int) -> None:
@@ -306,8 +302,6 @@ class Spool:
         self.peak, self.n = 0.0, 0
 
     def add(self, x) -> None:
-        import numpy as np
-
         self.file.write(np.ascontiguousarray(x, dtype="<f4").tobytes())
         self.peak = max(self.peak, float(np.abs(x).max(initial=0.0)))
         self.n += len(x)
@@ -317,7 +311,6 @@ class Spool:
 
         level = 1, or the smaller factor that keeps the loudest sample within full scale.
         """
-        import numpy as np
         import soundfile as sf
 
         top = 32767 / 32768

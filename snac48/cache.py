@@ -111,8 +111,8 @@ class CodeIndex:
                 geometry = geometry or found
                 data_dir = data_dir or origin
                 if geometry.difference(found):
-                    raise UserError(f"cache {self.cache_dir} mixes models: {shard.name} differs "
-                                    f"({found.difference(geometry)})")  # fmt: skip
+                    differs = f"{shard.name} differs ({found.difference(geometry)})"
+                    raise UserError(f"cache {self.cache_dir} mixes models: {differs}")
                 block, n, length, names, reasons = shard_arrays(table, geometry, seen, shard)
                 for row, reason in reasons.items():
                     bad[reason] = bad.get(reason, 0) + 1

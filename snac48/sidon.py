@@ -354,11 +354,10 @@ class Sidon:
     Raises UserError, with the exact cause, for whatever keeps SIDON from running. Nothing ever replaces it.
     """
 
-    def __init__(self, sidon_dir=None, revision=SIDON_REVISION, device="cpu", sha256=None, batch_size=1,
-                 chunk=CHUNK, context=CONTEXT):  # fmt: skip
+    def __init__(self, sidon_dir=None, revision=SIDON_REVISION, device="cpu", sha256=None, batch_size=1):
         import torch
 
-        self.device, self.chunk, self.context = str(pick_device(device)), chunk, context
+        self.device = str(pick_device(device))
         kind = "cpu" if self.device == "cpu" else "cuda"
         names = [f"feature_extractor_{kind}.pt", f"decoder_{kind}.pt"]
         paths = self._find(names, sidon_dir, revision)
@@ -368,8 +367,8 @@ class Sidon:
         for path in paths:
             found, expected = self.sha256[path.name], (sha256 or {}).get(path.name)
             if sha256 is not None and found != expected:
-                raise UserError(f"{path} is not the expected file: its SHA-256 is {found}, --sidon_sha256 or "
-                                f"the pinned revision lists {expected or 'none for it'}")  # fmt: skip
+                listed = f"--sidon_sha256 or the pinned revision lists {expected or 'none for it'}"
+                raise UserError(f"{path} is not the expected file: its SHA-256 is {found}, {listed}")
         try:
             modules = [torch.jit.load(str(path), map_location=self.device).eval() for path in paths]
         except (torch.jit.Error, RuntimeError, ValueError, OSError) as e:
@@ -387,12 +386,12 @@ class Sidon:
             if missing:
                 there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "no .pt file"
                 lacks = f"--sidon_dir {folder} lacks {' and '.join(missing)} (it holds {there})"
-                raise UserError(f"{lacks}; SIDON's files are traced for one kind of device: add {both}, "
-                                "or choose the --device that yours are for")  # fmt: skip
+                todo = f"add {both}, or choose the --device that yours are for"
+                raise UserError(f"{lacks}; SIDON's files are traced for one kind of device: {todo}")
             return [folder / name for name in names]
         if not re.fullmatch(r"[0-9a-f]{40}", revision):
-            raise UserError(f"--sidon_revision {revision!r} is no full commit SHA (40 hex digits); a branch "
-                            "or tag can change under a long run")  # fmt: skip
+            what = "no full commit SHA (40 hex digits); a branch or tag can change under a long run"
+            raise UserError(f"--sidon_revision {revision!r} is {what}")
         try:
             from huggingface_hub import hf_hub_download
 
@@ -418,11 +417,11 @@ class Sidon:
     def _run(self, features, start: int, stop: int):
         """features [B, T, 160] -> raw output of frames start..stop: [B, 960 * (stop - start)] (LOST: fewer).
 
-        The extractor sees `context` frames beyond them on each side, the decoder EDGE, where there are any.
+        The extractor sees CONTEXT frames beyond them on each side, the decoder EDGE, where there are any.
         """
         import torch
 
-        lo, hi = max(0, start - self.context), min(features.shape[1], stop + self.context)
+        lo, hi = max(0, start - CONTEXT), min(features.shape[1], stop + CONTEXT)
         left, right = max(lo, start - EDGE), min(hi, stop + EDGE)
         # TorchScript's optimiser changes the last bits after the first calls; on the CPU it gains nothing
         with torch.inference_mode(), torch.jit.optimized_execution(self.device != "cpu"):
@@ -436,8 +435,8 @@ class Sidon:
             except torch.OutOfMemoryError as e:
                 raise UserError(f"{first_line(e)}; try a smaller --batch_size, or a free GPU") from None
             except (torch.jit.Error, RuntimeError, KeyError, TypeError, AttributeError) as e:
-                raise UserError(f"SIDON failed on {self.device}: {first_line(e)}; its files run only on the "
-                                "kind of device they were traced for (_cpu, _cuda)") from None  # fmt: skip
+                where = "its files run only on the kind of device they were traced for (_cpu, _cuda)"
+                raise UserError(f"SIDON failed on {self.device}: {first_line(e)}; {where}") from None
 
     @staticmethod
     def _expect(what: str, tensor, shape: list[int], lost: int = 0) -> None:
@@ -447,8 +446,8 @@ class Sidon:
 
     def stream(self, features):
         """[B, T, 160] (one length) -> yields raw output [B, n], one a 60 s chunk, 960 samples a frame."""
-        for start in range(0, features.shape[1], self.chunk):
-            yield self._run(features, start, min(start + self.chunk, features.shape[1]))
+        for start in range(0, features.shape[1], CHUNK):
+            yield self._run(features, start, min(start + CHUNK, features.shape[1]))
 
     def upsample(self, audio, rate: int) -> tuple:
         """Restore one recording: float [n] or [channels, n], numpy or torch -> (float32 numpy [n_48k], info).

@@ -66,10 +66,10 @@ class SharedWork:
         begun = read_json(self.dir / name)
         differ = [f"{k}: {begun.get(k)!r} then, {v!r} now" for k, v in settings.items() if begun.get(k) != v]
         if differ:
-            begun = any(self.dir.glob("unit_*.json"))
-            raise UserError(f"{self.dir.parent} was begun with other settings ({'; '.join(differ)}); "
-                            "use the same ones or another --output_dir"
-                            + ("" if begun else f", or delete {self.dir}: no file is done yet"))  # fmt: skip
+            todo = "use the same ones or another --output_dir"
+            if not any(self.dir.glob("unit_*.json")):
+                todo += f", or delete {self.dir}: no file is done yet"
+            raise UserError(f"{self.dir.parent} was begun with other settings ({'; '.join(differ)}); {todo}")
 
     def _plan(self, files: list[str]) -> None:
         wanted = list(files)
