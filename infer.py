@@ -148,7 +148,7 @@ def export_onnx(tts: DualHead, path: str) -> None:
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise UserError(f"--export_onnx needs {e.name}: pip install onnx onnxscript onnxruntime") from None
-    graph, silent, free = OnnxGraph(tts), torch.tensor(0.0), torch.export.Dim.DYNAMIC
+    graph, silent, free = OnnxGraph(tts).eval(), torch.tensor(0.0), torch.export.Dim.DYNAMIC
     program = torch.onnx.export(
         graph,
         (silent, *graph.random_codes(2, 5)),
