@@ -98,8 +98,8 @@ def cpu(source: Path, work: Path, modules: Path, files: list[str]) -> None:
 
     torch.set_num_threads(1)
     sidon = Sidon(modules)
-    spent = dict.fromkeys(["decode", "front end", "of it high-pass", "of it resampling", "of it mel features",
-                           "SIDON (the stand-in)", "compare and write"], 0.0)  # fmt: skip
+    within = ["of it high-pass", "of it resampling", "of it mel features"]
+    spent = dict.fromkeys(["decode", "front end", *within, "SIDON (the stand-in)", "compare and write"], 0.0)
     total = 0.0
 
     def timed(stage, function, *args):
@@ -145,8 +145,8 @@ def memory(work: Path, modules: Path) -> None:
         start = time.monotonic()
         more = ["--native_rate", 44100] if rate == 44100 else []
         # a shell of its own, so that the peak is of this run and not of the one before
-        code = ("import resource, subprocess, sys; r = subprocess.call(sys.argv[1:], stdout=2); "
-                "print(r, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")  # fmt: skip
+        code = "import resource, subprocess, sys; r = subprocess.call(sys.argv[1:], stdout=2); "
+        code += "print(r, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
         args = [sys.executable, "-c", code, *command(source, out, modules, 1, *more)]
         done = subprocess.run(args, capture_output=True, text=True)
         status, peak = map(int, done.stdout.split())

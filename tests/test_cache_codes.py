@@ -19,6 +19,11 @@ from snac48.audio import find_audio, read_audio, resample
 from snac48.codec import geometry_of
 
 
+def flags(data, out, model, workers=0) -> tuple:
+    folders = ("--data_dir", data, "--output_dir", out, "--pretrained_model", model)
+    return (*folders, "--device", "cpu", "--num_workers", workers)
+
+
 def test_cached_codes_equal_encoding_each_file_alone(cache_dir, audio_dir, snac):
     rows = parquet_rows(cache_dir)
     assert [r["file_path"] for r in rows] == find_audio(audio_dir)  # every file, sorted, relative
@@ -44,8 +49,7 @@ def test_cache_says_which_model_made_it_and_counts(cache_dir, snac):
 def test_restart_skips_what_is_done_and_new_files_are_added(audio_dir, snac_dir, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(audio_dir / "a", data)
-    args = ("--data_dir", data, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir,
-            "--device", "cpu", "--num_workers", 0)  # fmt: skip
+    args = flags(data, tmp_path / "c", snac_dir)
     assert call(cache_codes, *args) == 0
     first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "c").glob("*.parquet")}
     shutil.copy(audio_dir / "b c" / "utt07.wav", data / "new.wav")
@@ -57,8 +61,7 @@ def test_restart_skips_what_is_done_and_new_files_are_added(audio_dir, snac_dir,
 
 
 def test_processes_share_a_folder_and_a_killed_one_is_replaced(audio_dir, snac_dir, cache_dir, tmp_path):
-    args = ("--data_dir", audio_dir, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir,
-            "--device", "cpu", "--rows_per_file", 2, "--num_workers", 0)  # fmt: skip
+    args = (*flags(audio_dir, tmp_path / "c", snac_dir), "--rows_per_file", 2)
     command = [sys.executable, ROOT / "cache_codes.py", *args]
     jobs = [subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) for _ in range(2)]
     deadline = time.time() + 60
@@ -83,8 +86,7 @@ def test_bad_files_are_skipped_by_name_and_reason(audio_dir, snac_dir, tmp_path)
     (data / "empty.wav").write_bytes(b"")
     sf.write(data / "nan.wav", np.full(30000, np.nan, np.float32), 24000, subtype="FLOAT")
     sf.write(data / "zero.wav", np.zeros(0, np.float32), 24000)
-    args = ("--data_dir", data, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir,
-            "--device", "cpu", "--num_workers", 0)  # fmt: skip
+    args = flags(data, tmp_path / "c", snac_dir)
     done = run("cache_codes.py", *args, code=5)
     assert "5 bad files of 13" in one_sentence(done)
     assert "5 bad files of 13" in refused(cache_codes, *args)  # not forgotten by a restart
@@ -111,8 +113,7 @@ def test_mistakes_get_one_sentence_and_leave_nothing(audio_dir, snac_dir, tmp_pa
 
 
 def test_a_signal_to_the_whole_group_stops_and_the_same_command_goes_on(audio_dir, snac_dir, tmp_path):
-    args = ("--data_dir", audio_dir, "--output_dir", tmp_path / "c", "--pretrained_model", snac_dir,
-            "--device", "cpu", "--rows_per_file", 1, "--num_workers", 1)  # fmt: skip
+    args = (*flags(audio_dir, tmp_path / "c", snac_dir, 1), "--rows_per_file", 1)
     command = list(map(str, [sys.executable, ROOT / "cache_codes.py", *args]))
     job = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.time() + 120

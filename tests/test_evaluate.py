@@ -24,8 +24,8 @@ def test_metrics_differ_between_systems_and_are_right_on_known_signals():
 
 def test_evaluate_compares_all_systems_on_the_same_clips(checkpoint, audio_dir, tmp_path):
     args = ("--checkpoint", checkpoint, "--data_dirs", audio_dir, "--device", "cpu", "--segment_length", 0.5)
-    run("evaluate.py", *args, "--output", tmp_path / "e" / "r.json", "--samples_dir", tmp_path / "s",
-        "--num_samples", 4)  # fmt: skip
+    args = (*args, "--num_samples", 4)
+    run("evaluate.py", *args, "--output", tmp_path / "e" / "r.json", "--samples_dir", tmp_path / "s")
     r = json.loads((tmp_path / "e" / "r.json").read_text())
     assert r["clips"] == 4 and abs(r["seconds"] - 4 * 5 * 2048 / 24000) < 1e-3
     assert list(r["systems"]) == ["base_snac", "base_snac_sinc48", "ours_24k", "ours_48k"]
@@ -42,16 +42,25 @@ def test_evaluate_compares_all_systems_on_the_same_clips(checkpoint, audio_dir, 
     assert len(set(signals)) == 5  # five different sounds, not one written five times
     assert "| ours_48k |" in (tmp_path / "e" / "r.md").read_text()
     assert (tmp_path / "e" / "r.png").read_bytes()[:4] == b"\x89PNG"
-    call(E, *args, "--output", tmp_path / "2.json", "--samples_dir", tmp_path / "s2", "--num_samples", 4,
-         "--max_samples_saved", 0)  # fmt: skip
+    call(
+        E, *args, "--output", tmp_path / "2.json", "--samples_dir", tmp_path / "s2", "--max_samples_saved", 0
+    )
     again = json.loads((tmp_path / "2.json").read_text())["systems"]
     assert all(again[s][k] == v for s, row in r["systems"].items() for k, v in row.items() if k != "rtf")
 
 
 def test_visqol_measures_48_khz_systems_and_is_named_when_missing(checkpoint, audio_dir, tmp_path):
-    argv = ["evaluate.py", "--checkpoint", checkpoint, "--data_dirs", audio_dir, "--device", "cpu",
-            "--visqol", "--num_samples", 1, "--output", tmp_path / "r.json",
-            "--samples_dir", tmp_path / "s"]  # fmt: skip
+    argv = [
+        "evaluate.py",
+        "--checkpoint",
+        checkpoint,
+        "--data_dirs",
+        audio_dir,
+        "--device",
+        "cpu",
+        "--visqol",
+    ]
+    argv += ["--num_samples", 1, "--output", tmp_path / "r.json", "--samples_dir", tmp_path / "s"]
     (tmp_path / "visqol.py").write_text("raise ImportError")
     found = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     assert "pip install visqol-python" in one_sentence(run(*argv, code=1, env=found))

@@ -82,8 +82,8 @@ def test_wav_folder_and_cache_give_the_same_48k_files(checkpoint, audio_dir, cac
     base = ("--checkpoint", checkpoint, "--device", "cpu")
     run("infer.py", *base, "--input", audio_dir, "--output", tmp_path / "a")
     call(infer, *base, "--input", cache_dir, "--output", tmp_path / "b")
-    call(infer, *base, "--input", audio_dir / "a" / "utt00.wav", "--output", tmp_path / "one.wav",
-         "--sample_rate", "both", "--chunk_seconds", 0.3)  # fmt: skip
+    one = ("--input", audio_dir / "a" / "utt00.wav", "--output", tmp_path / "one.wav")
+    call(infer, *base, *one, "--sample_rate", "both", "--chunk_seconds", 0.3)
     found = sorted(p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*.wav"))
     assert len(found) == 14 and "b c/utt07.wav" in found
     for rel in found:
@@ -103,8 +103,8 @@ def test_wav_folder_and_cache_give_the_same_48k_files(checkpoint, audio_dir, cac
 def test_one_shard_and_names_that_are_taken(checkpoint, audio_dir, cache_dir, tmp_path):
     """A single .parquet gives the wavs of its rows; a/b.mp3 and a/b.ogg do not overwrite each other."""
     shard = cache_dir / "codes_batch_gpu0_2.parquet"
-    call(infer, "--checkpoint", checkpoint, "--device", "cpu", "--input", shard, "--output", tmp_path / "s",
-         "--sample_rate", 24000)  # fmt: skip
+    args = ("--checkpoint", checkpoint, "--device", "cpu", "--sample_rate", 24000)
+    call(infer, *args, "--input", shard, "--output", tmp_path / "s")
     assert sorted(p.name for p in tmp_path.rglob("*.wav")) == [f"utt{i}.wav" for i in range(10, 14)]
     taken = {}
     names = [infer.wav_name(rel, "o", taken) for rel in ("a/b.mp3", "a/b.ogg", "c.wav", "a/b.mp3")]
@@ -150,6 +150,10 @@ def test_mistakes_get_one_sentence_and_write_nothing(checkpoint, snac_dir, tmp_p
 def test_an_untrained_dual_head_scores_like_base_snac(snac_dir):
     """At initialisation our 24 kHz output is base SNAC's, so a difference in the table is a difference
     learnt."""
-    a, b = (DualHead(DualHeadDecoder(s), geometry_of(s, ""), model_config(s), torch.device("cpu"), "")
-            for s in (make_snac(), make_snac()))  # fmt: skip
-    assert torch.equal(a.decode(codes_of(6))[0], b.decode(codes_of(6))[0])
+    made = []
+    for snac in (make_snac(), make_snac()):
+        tts = DualHead(
+            DualHeadDecoder(snac), geometry_of(snac, ""), model_config(snac), torch.device("cpu"), ""
+        )
+        made.append(tts.decode(codes_of(6))[0])
+    assert torch.equal(*made)

@@ -96,8 +96,8 @@ def test_whole_job(finished, corpus):
 def test_killed_twice_with_others_at_work(finished, corpus, sidon_dir, tmp_path):
     """Three processes on one folder, one of them killed -9 twice: the same bytes, every file once."""
     out = tmp_path / "out"
-    args = [sys.executable, ROOT / "precompute_48k.py", "--input_dir", corpus, "--output_dir", out,
-            "--sidon_dir", sidon_dir, "--device", "cpu", "--num_workers", "1"]  # fmt: skip
+    flags = ["--input_dir", corpus, "--output_dir", out, "--sidon_dir", sidon_dir, "--device", "cpu"]
+    args = [sys.executable, ROOT / "precompute_48k.py", *flags, "--num_workers", "1"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     others = [subprocess.Popen(args, **quiet)]
     for _ in range(2):
@@ -105,10 +105,7 @@ def test_killed_twice_with_others_at_work(finished, corpus, sidon_dir, tmp_path)
         until = time.monotonic() + 20
         claims = out / "work"
         while victim.poll() is None and time.monotonic() < until:  # until it holds a claim
-            held = (
-                [json.loads(p.read_text())["pid"] for p in claims.glob("*.claim")] if claims.exists() else []
-            )
-            if victim.pid in held:
+            if victim.pid in [json.loads(p.read_text())["pid"] for p in claims.glob("*.claim")]:
                 break
             time.sleep(0.01)
         victim.send_signal(signal.SIGKILL)
@@ -150,9 +147,8 @@ def test_bad_files(tmp_path, sidon_dir):
     sf.write(root / "nan.wav", np.array([0.1, np.nan, 0.2] * 500), 48000, subtype="FLOAT")
     sf.write(root / "locked.wav", x, 24000)
     (root / "outside.wav").symlink_to(Path(sf.__file__).resolve())
-    bad = {"truncated.wav": "truncated", "empty.wav": "RIFF", "no_samples.wav": "0 samples",
-           "text.wav": "RIFF", "deep/noise.mp3": "unreadable", "nan.wav": "NaN",
-           "outside.wav": "leaves"}  # fmt: skip
+    bad = {"truncated.wav": "truncated", "empty.wav": "RIFF", "no_samples.wav": "0 samples"}
+    bad |= {"text.wav": "RIFF", "deep/noise.mp3": "unreadable", "nan.wav": "NaN", "outside.wav": "leaves"}
     if os.geteuid() != 0:  # root reads everything
         (root / "locked.wav").chmod(0)
         bad["locked.wav"] = "Permission"
@@ -211,8 +207,8 @@ def test_unfaithful_rows(tmp_path, corpus):
             return {"last_hidden_state": torch.zeros(b, t, 1024)}
 
     sidon_dir = standin.build(tmp_path / "deaf", extractor=Deaf())
-    r = precompute("--input_dir", corpus, "--output_dir", tmp_path / "out", "--sidon_dir", sidon_dir,
-                   "--device", "cpu", "--test_mode", "--test_samples", 4, "--num_workers", 0)  # fmt: skip
+    folders = ("--input_dir", corpus, "--output_dir", tmp_path / "out", "--sidon_dir", sidon_dir)
+    r = precompute(*folders, "--device", "cpu", "--test_mode", "--test_samples", 4, "--num_workers", 0)
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 4 and not any(row["faithful"] for row in rows) and "unfaithful 4" in r.stdout
     assert r.stdout.count("envelope_corr") == 4  # --test_mode's table
