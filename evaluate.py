@@ -78,15 +78,11 @@ def log(text: str) -> None:
 
 @dataclass
 class Signal:
-    """Audio [N] of the rate of a head, and how long its decoding took."""
+    """Audio [N] at `rate` Hz, and how long its decoding took."""
 
-    head: str
     audio: torch.Tensor
+    rate: int
     seconds: float = 0.0
-
-    @property
-    def rate(self) -> int:
-        return HEADS[self.head].rate
 
 
 # ---- metrics: [N] against [N], floats ----
@@ -146,8 +142,7 @@ def pcm16(x):
 
 
 def clips(args, g):
-    """Yield (name, {head: audio [N] at its rate}) of held-out clips of whole coarse codes, drawn with the
-    seed."""
+    """Yield (name, {rate of each head: audio [N]}) of clips of whole coarse codes, drawn with the seed."""
     files = [(d, rel, link_roots(d)) for d in args.data_dirs for rel in find_audio(d)]
     left_out, count = {}, 0
     for i in np.random.default_rng(args.seed).permutation(len(files)):
@@ -167,7 +162,7 @@ def clips(args, g):
             continue
         start = int(np.random.default_rng([args.seed, int(i)]).integers(0, coarse - n + 1))
         count += 1
-        yield rel, {name: cut(x, rate, head.rate, start, n, g) for name, head in HEADS.items()}
+        yield rel, {head.rate: cut(x, rate, head.rate, start, n, g) for head in HEADS.values()}
     for rel, reason in sorted(left_out.items())[:10]:
         log(f"left out {rel}: {reason}")
     if left_out:
@@ -215,16 +210,16 @@ def timed(tts: DualHead, codes, seed: int) -> dict[str, Signal]:
         torch.cuda.synchronize()
     found = {head: x[0, 0].float().cpu() for head, x in zip(HEADS, out) if x is not None}
     spent = time.perf_counter() - began
-    return {head: Signal(head, x, spent) for head, x in found.items()}
+    return {head: Signal(x, HEADS[head].rate, spent) for head, x in found.items()}
 
 
 def decode_all(clip: dict, base: DualHead, ours: dict[str, DualHead], seed: int) -> dict[str, Signal]:
     """The clip as every system gives it back."""
-    audio_24k = clip["24k"][None, None]
+    audio_24k = clip[24000][None, None]
     codes = base.encode(audio_24k)
     low = timed(base, codes, seed)["24k"]
-    sinc = torch.from_numpy(resample(low.audio.numpy(), low.rate, HEADS["48k"].rate))
-    systems = {"base_snac": low, "base_snac_sinc48": Signal("48k", sinc, low.seconds)}
+    sinc = torch.from_numpy(resample(low.audio.numpy(), low.rate, 48000))
+    systems = {"base_snac": low, "base_snac_sinc48": Signal(sinc, 48000, low.seconds)}
     for label, tts in ours.items():
         own = codes if tts.snac is None else tts.encode(audio_24k)
         suffix = f":{label}" if len(ours) > 1 else ""
@@ -296,14 +291,14 @@ def main(args) -> int:
             log(f"stopped by {stop.signal}; nothing was written")
             return EXIT_STOPPED
         if count == 0:
-            timed(base, base.encode(clip["24k"][None, None]), args.seed)  # warms up kernels
+            timed(base, base.encode(clip[24000][None, None]), args.seed)  # warms up kernels
         systems = decode_all(clip, base, ours, args.seed)
-        signals = {"original": Signal("48k", clip["48k"])} | systems
+        signals = {"original": Signal(clip[48000], 48000)} | systems
         for signal in signals.values():
             signal.audio = pcm16(signal.audio)
-        length = len(clip["24k"]) / HEADS["24k"].rate
+        length = len(clip[24000]) / 24000
         for system, s in systems.items():
-            found = measure(s.audio, pcm16(clip[s.head]), s.rate, visqol)
+            found = measure(s.audio, pcm16(clip[s.rate]), s.rate, visqol)
             rows[system].append(found | {"rtf": s.seconds / length})
         if args.max_samples_saved < 0 or count < args.max_samples_saved:
             for system, s in signals.items():

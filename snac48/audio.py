@@ -60,12 +60,18 @@ def link_roots(root: str | Path) -> tuple[Path, ...]:
     return tuple(roots)
 
 
+def is_safe(rel: str) -> bool:
+    """Whether a path is relative and has no `..`: links may still lead out, resolve_inside looks at them."""
+    absolute = rel.startswith(("/", "\\")) or rel[1:3] == ":\\"
+    return bool(rel) and not absolute and "\0" not in rel and ".." not in rel.split("/")
+
+
 def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -> Path:
     """The file `rel` (relative POSIX path) below `root`; `..`, absolute, NUL and escaping links are refused.
 
     allowed: resolved folders a link may lead to (default: root itself). Raises AudioError.
     """
-    if not rel or "\0" in rel or rel.startswith(("/", "\\")) or ".." in rel.split("/") or rel[1:3] == ":\\":
+    if not is_safe(rel):
         raise AudioError(f"unsafe path {rel!r}: must be relative, without '..'")
     path = Path(root) / rel
     try:

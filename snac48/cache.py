@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .audio import is_safe
 from .cli import UserError, first_line
 from .codec import Geometry
 from .files import atomic_file, read_json, sweep_leftovers, temporary, write_json
@@ -190,7 +191,7 @@ def shard_arrays(table, geometry: Geometry, seen: set[int], where: str | Path = 
 
     refuse(no_length, "no audio length")
     for row, name in enumerate(names):
-        if not safe(name):
+        if not isinstance(name, str) or not is_safe(name):
             reasons[row] = "unsafe path"
         elif hash(name) in seen:
             reasons.setdefault(row, "path occurs twice")
@@ -217,17 +218,6 @@ def shard_arrays(table, geometry: Geometry, seen: set[int], where: str | Path = 
     ]
     kept = [name for name, g in zip(names, good) if g]
     return np.concatenate(blocks, axis=1), coarse[good], length[good], kept, reasons
-
-
-def safe(name) -> bool:
-    """Whether a cache may name this path: relative, inside its folder."""
-    return (
-        isinstance(name, str)
-        and bool(name)
-        and name[0] not in "/\\"
-        and "\0" not in name
-        and ".." not in name.split("/")
-    )
 
 
 def list_column(column) -> tuple:
