@@ -358,7 +358,7 @@ def test_a_recording_far_over_full_scale_is_left_out_by_name_and_teaches_nothing
 
 
 def test_sidon_on_the_fly_gives_the_targets_that_precompute_writes(speech_48k, snac_dir, tmp_path):
-    from standin import build
+    from helpers.standin import build
 
     sidon_dir = build(tmp_path / "sidon")
     low = tmp_path / "low"
