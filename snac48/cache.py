@@ -248,16 +248,3 @@ def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> No
     with atomic_file(path) as f:
         table = pa.table(columns).replace_schema_metadata(meta)
         pq.write_table(table, f, write_page_checksum=True)  # a flipped bit is an error, not another code
-
-
-def open_shard(path: str | Path) -> tuple:
-    """One parquet file on its own: (geometry, *shard_arrays). Raises UserError when it is none of ours."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        geometry = Geometry.from_json(table.schema.metadata[b"snac"].decode(), str(path))
-        return geometry, *shard_arrays(table, geometry, set())
-    except (KeyError, TypeError, ValueError, OSError, pa.ArrowException) as e:
-        raise UserError(f"{path} is not a parquet file of cache_codes.py: {first_line(e)}") from None

@@ -248,9 +248,10 @@ def snac_source(geometry) -> dict:
 
 def read_shard(path: str | Path):
     """One parquet file of a cache -> (source, [frames int16 [T, K] of each row]). Raises UserError."""
-    from .cache import open_shard
+    from .cache import open_shard, shard_arrays
 
-    geometry, block, coarse, _, _, bad = open_shard(path)
+    table, geometry, _ = open_shard(path)
+    block, coarse, _, _, bad = shard_arrays(table, geometry, set(), path)
     if bad:  # row numbers would silently mean other rows
         raise UserError(f"{path} has {len(bad)} bad rows, first row {min(bad)}: {bad[min(bad)]}")
     frames = block[:, slot_order(geometry.vq_strides)]
