@@ -13,6 +13,7 @@ line a file left out, with the reason) and work/ (claims). Columns: file_path (r
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import itertools
@@ -29,21 +30,23 @@ from snac48 import DEFAULT_MODEL
 from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
-    Parser,
     StopFlag,
     Stopped,
     TooManyBadFiles,
     UserError,
+    at_least,
     guarded,
     ignore_stop_signals,
     main_guard,
+    one_line_errors,
     pick_device,
     stop_at_once,
 )
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     add = p.add_argument
     add("--data_dir", required=True, help="audio folder, read recursively")
     add("--output_dir", required=True, help="cache folder; may be shared by several processes")
@@ -56,7 +59,7 @@ def parse_args(argv=None):
     add("--num_workers", type=int, default=4, help="decoding processes (0 = in this process)")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more files than this are bad")
     args = p.parse_args(argv)
-    p.at_least(args, batch_size=1, rows_per_file=1, min_seconds=0, num_workers=0, max_bad_fraction=0)
+    at_least(p, args, batch_size=1, rows_per_file=1, min_seconds=0, num_workers=0, max_bad_fraction=0)
     return args
 
 

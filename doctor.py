@@ -15,6 +15,7 @@ Exit code 0: all healthy; 4: the first sick checkpoint is named.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import glob
 import math
@@ -22,7 +23,7 @@ from pathlib import Path
 from statistics import median
 
 from snac48.checkpoint import load_checkpoint
-from snac48.cli import EXIT_DIVERGED, Parser, UserError, first_line, main_guard
+from snac48.cli import EXIT_DIVERGED, UserError, first_line, main_guard, one_line_errors
 from snac48.files import atomic_file
 
 COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
@@ -176,7 +177,8 @@ def report(rows: list[dict]) -> None:
 
 
 def main() -> int:
-    p = Parser(description=__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     p.add_argument("--ckpts", required=True, help="glob of checkpoints of one run")
     p.add_argument("--probe-data", help=".npq glob or cache folder: entropy and loss of token models on it")
     p.add_argument("--probe-windows", type=int, default=16, help="windows of up to 256 frames (default 16)")

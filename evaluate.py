@@ -18,6 +18,7 @@ audio mode, 48 kHz systems, higher is better), rtf (decoding time / audio time).
 
 from __future__ import annotations
 
+import argparse
 import collections
 import math
 import sys
@@ -25,11 +26,21 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from snac48.cli import EXIT_STOPPED, Parser, StopFlag, UserError, guarded, main_guard, pick_device
+from snac48.cli import (
+    EXIT_STOPPED,
+    StopFlag,
+    UserError,
+    at_least,
+    guarded,
+    main_guard,
+    one_line_errors,
+    pick_device,
+)
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     add = p.add_argument
     add("--checkpoint", nargs="+", required=True, help="checkpoints or exported folders")
     add("--data_dirs", nargs="+", required=True, help="folders of held-out recordings, 44.1 kHz or more")
@@ -44,7 +55,7 @@ def parse_args(argv=None):
     add("--max_samples_saved", type=int, default=20, help="clips written as wav (-1 = all)")
     add("--visqol", action="store_true", help="also ViSQOL (pip install visqol-python; about 1 s a clip)")
     args = p.parse_args(argv)
-    p.at_least(args, segment_length=0, min_rate=0, seed=0)
+    at_least(p, args, segment_length=0, min_rate=0, seed=0)
     return args
 
 

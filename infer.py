@@ -19,6 +19,7 @@ and noise is a function of position, so the samples are those of one pass.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import os
@@ -27,11 +28,21 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from snac48.cli import EXIT_BAD_INPUT, EXIT_STOPPED, Parser, StopFlag, UserError, guarded, main_guard
+from snac48.cli import (
+    EXIT_BAD_INPUT,
+    EXIT_STOPPED,
+    StopFlag,
+    UserError,
+    at_least,
+    guarded,
+    main_guard,
+    one_line_errors,
+)
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     add = p.add_argument
     add("--checkpoint", required=True, help="checkpoint, exported folder, or hub id@COMMIT")
     add("--input", help="audio file, folder, cache of cache_codes.py, or one .parquet of it")
@@ -46,7 +57,7 @@ def parse_args(argv=None):
     add("--half", action="store_true", help="--export of a codec: float16 weights")
     add("--export_onnx", metavar="FILE", help="write an ONNX graph: codes of any length -> audio")
     args = p.parse_args(argv)
-    p.at_least(args, chunk_seconds=0)
+    at_least(p, args, chunk_seconds=0)
     if not (args.export or args.export_onnx) and not (args.input and args.output):
         p.error("--input and --output are required (or --export DIR, --export_onnx FILE)")
     if args.output == "-" and args.sample_rate == "both":

@@ -16,6 +16,7 @@ but more files were bad than --max_bad_fraction allows (skipped.jsonl names them
 
 from __future__ import annotations
 
+import argparse
 import collections
 import itertools
 import json
@@ -39,12 +40,13 @@ from snac48.audio import AudioError, Spool, audio_blocks, find_audio, link_roots
 from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
-    Parser,
     StopFlag,
     Stopped,
     UserError,
+    at_least,
     ignore_stop_signals,
     main_guard,
+    one_line_errors,
     stop_at_once,
 )
 from snac48.files import read_json, sweep_leftovers, write_json, write_jsonl
@@ -384,7 +386,8 @@ def merge(work: SharedWork, output_dir: Path, min_corr: float) -> dict:
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     add = p.add_argument
     # data
     add("--input_dir", type=Path, required=True, help="recordings, any rate, searched recursively")
@@ -412,8 +415,8 @@ def parse_args(argv=None):
     add("--test_mode", action="store_true", help="only the first files that need upsampling, then a table")
     add("--test_samples", type=int, default=10, help="how many files --test_mode takes")
     args = p.parse_args(argv)
-    p.at_least(
-        args, native_rate=1, batch_size=1, num_workers=0, start_idx=0, batch_slack=0, max_bad_fraction=0
+    at_least(
+        p, args, native_rate=1, batch_size=1, num_workers=0, start_idx=0, batch_slack=0, max_bad_fraction=0
     )
     if args.output_dir.resolve().is_relative_to(args.input_dir.resolve()):
         raise UserError(f"--output_dir {args.output_dir} lies inside --input_dir; choose a folder beside it")

@@ -11,6 +11,7 @@ counts and the groups.
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import re
@@ -18,12 +19,13 @@ import shutil
 from pathlib import Path
 
 from snac48.audio import find_audio
-from snac48.cli import Parser, UserError, main_guard
+from snac48.cli import UserError, main_guard, one_line_errors
 from snac48.files import write_json
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     add = p.add_argument
     add("--input_dir", required=True, help="audio folder, read recursively")
     add("--output_dir", required=True, help="gets train/audio, valid/audio and manifest.json")

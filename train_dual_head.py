@@ -45,7 +45,6 @@ from snac48.cli import (
     Diverged,
     Finished,
     LoaderDied,
-    Parser,
     Stopped,
     TooManyBadFiles,
     UserError,
@@ -55,6 +54,7 @@ from snac48.cli import (
     guarded,
     layered,
     main_guard,
+    one_line_errors,
     read_config,
     stop_at_once,
 )
@@ -230,8 +230,9 @@ def config_values(path: str, recipe: str = "") -> dict:
     return values
 
 
-def flag_parser() -> Parser:
-    p = Parser(description=__doc__)
+def flag_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: phase12)")
     p.add_argument("--config", default="", help="JSON file with values of these options or the older keys")
     p.add_argument("--print_config", nargs="?", const="text", choices=("text", "json"),

@@ -38,7 +38,7 @@ import numpy as np
 
 from snac48 import cli, tokens
 from snac48.checkpoint import load_checkpoint, prune, save_checkpoint
-from snac48.cli import Diverged, Finished, Parser, Stopped, UserError
+from snac48.cli import Diverged, Finished, Stopped, UserError, one_line_errors
 from snac48.files import write_json
 from snac48.runlog import RunLog, git_sha, human_time, step_line, versions
 
@@ -123,7 +123,13 @@ OF_THE_START = ("data", "val_data", "npq2", "save_dir", "tag", "device", "config
 
 
 def training_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="train_rvq.py", description=__doc__, allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        prog="train_rvq.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one_line_errors(p)
     for flag, (default, text) in OPTIONS.items():
         name = flag[2:].replace("-", "_")
         text += f" (default {default})" if default and not isinstance(default, bool) else ""
@@ -182,7 +188,13 @@ def architecture(args, vocab: list[int]) -> dict:
 
 
 def generate_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="train_rvq.py generate", description="Sample tokens (EMA weights).", allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        prog="train_rvq.py generate",
+        description="Sample tokens (EMA weights).",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one_line_errors(p)
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--output", required=True, help="out.npq, out.parquet (SNAC) or out.wav (decoded)")
     p.add_argument("--prompt", help=".npq file, or .parquet of a cache (its row --prompt-row)")
@@ -197,7 +209,12 @@ def generate_parser() -> argparse.ArgumentParser:
 
 
 def tokens_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="train_rvq.py tokens", description="Read, check and write token files (.npq).")
+    p = argparse.ArgumentParser(
+        prog="train_rvq.py tokens",
+        description="Read, check and write token files (.npq).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one_line_errors(p)
     commands = p.add_subparsers(dest="command", required=True)
     one = commands.add_parser("info", help="check every token of .npq files and print what they hold")
     one.add_argument("files", nargs="+")
