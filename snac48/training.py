@@ -130,6 +130,8 @@ def open_run(args, saved: dict | None) -> tuple[Run, State]:
     model = DualHeadDecoder(snac, run.heads, taps, with_encoder=args.heads == "24k")
     if "48k" in run.heads and not saved:
         start_head(model, snac, args.init)
+    if args.data_dir and not run.full:  # before a phase says what trains: the model shares its modules
+        run.snac = snac.to(device).requires_grad_(False)
     state = State(model.to(device), FullCodec(model, align_samples(snac)) if run.full else None)
     state.codes = torch.zeros(2, len(geometry.vq_strides), geometry.codebook_size, dtype=torch.int64)
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
@@ -138,8 +140,6 @@ def open_run(args, saved: dict | None) -> tuple[Run, State]:
         state.load_state_dict(run, saved)
     else:
         enter_phase(run, state, run.plan[0].phase)
-    if args.data_dir and not run.full:
-        run.snac = snac.to(device).requires_grad_(False)
     if args.upsampler == "sidon" and args.data_dir and args.heads != "24k" and not args.audio_48k_dir:
         from .sidon import Sidon
 

@@ -144,3 +144,20 @@ def targets_dir(audio_dir, tmp_path_factory):
     run("precompute_48k.py", "--input_dir", audio_dir, "--output_dir", out, "--native_rate", 44100,
         "--device", "cpu", "--num_workers", 0)  # fmt: skip
     return out
+
+
+@pytest.fixture(scope="session")
+def speech_48k(tmp_path_factory):
+    """12 recordings at 48 kHz, 16 bit, of 0.6 to 2.1 s: what cache and raw audio read the same."""
+    root = tmp_path_factory.mktemp("speech48")
+    for i in range(12):
+        sf.write(root / f"utt{i:02d}.wav", voice(0.6 + 0.14 * i, 48000, i), 48000)
+    return root
+
+
+@pytest.fixture(scope="session")
+def codes_48k(speech_48k, snac_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("codes48")
+    run("cache_codes.py", "--data_dir", speech_48k, "--output_dir", out, "--pretrained_model", snac_dir,
+        "--device", "cpu", "--num_workers", 0, "--min_seconds", 0.1)  # fmt: skip
+    return out
