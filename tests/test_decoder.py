@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, make_snac, run
 from helpers.training import training
+from snac import SNAC
 
 from snac48.cli import UserError
+from snac48.codec import model_config
 from snac48.decoder import HEADS, DualHeadDecoder, chosen_heads, counter_noise, load_dual_head
 
 
@@ -53,6 +55,11 @@ def test_codes_past_the_end_do_not_change_what_lies_before():
     zero = [torch.cat([c, torch.zeros(1, 5 * f, dtype=torch.long)], 1) for c, f in zip(codes, (1, 2, 4))]
     n = 8 * 2048
     assert not torch.allclose(model(zero)[0][..., :n], b[0][..., :n], atol=1e-4)  # 0 is a real code
+
+
+def test_the_recorded_model_config_rebuilds_the_model(snac):
+    shapes = lambda model: {k: v.shape for k, v in model.state_dict().items()}
+    assert shapes(SNAC(**model_config(snac))) == shapes(snac)
 
 
 SERVER = """
