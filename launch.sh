@@ -74,7 +74,7 @@ run_tests() {
   "$VENV/bin/ruff" check .
   "$VENV/bin/ruff" format --check .
   "$VENV/bin/shellcheck" launch.sh .ci/run
-  "$VENV/bin/python" -m pytest -q "$@"
+  "$VENV/bin/python" -m pytest -q -n auto --dist loadfile "$@"
 }
 
 # ---- process truth ----
@@ -214,14 +214,14 @@ job_name() { # KIND GPUS -> train_gpu3, train_gpu0_1, train_cpu
 }
 
 start_train() {
-  local gpus=${1:-} run_dir command
+  local gpus=${1:-} config run_dir command
   [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh train 3 --codes_dir …"
   shift
   need_setup
   preflight train "$gpus" "$@"
   # the recipe or a config names the run directory too: ask the trainer (it answers before it loads torch)
-  run_dir=$("$VENV/bin/python" "$ROOT/train_dual_head.py" "$@" --print_config) || exit $?
-  run_dir=$(awk -F"'" '/^output_dir / {print $2}' <<<"$run_dir")
+  config=$("$VENV/bin/python" "$ROOT/train_dual_head.py" "$@" --print_config json) || exit $?
+  run_dir=$(ask 'import json; print(json.loads(sys.argv[1])["output_dir"]["value"])' "$config")
   command=("$VENV/bin/python" -u "$ROOT/train_dual_head.py" --device "$gpus")
   if [[ $gpus == *,* ]]; then
     export CUDA_VISIBLE_DEVICES=$gpus

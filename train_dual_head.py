@@ -79,8 +79,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
     "data": {
         "data_dir": ("", "recordings to encode on the fly, instead of --cache_dir; several: A,B"),
         "val_data_dir": ("", "the same for validation"),
-        "codes_dir": ("", "cache folder holding train/ and val/ (instead of --cache_dir and "
-                          "--val_cache_dir)"),
+        "codes_dir": ("", "cache folder holding train/ and val/ (for --cache_dir and --val_cache_dir)"),
         "cache_dir": ("", "training codes of cache_codes.py"),
         "val_cache_dir": ("", "validation codes"),
         "audio_48k_dir": ("", "48 kHz targets of the training codes: precompute_48k.py's output, or real "
@@ -98,8 +97,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "limit": (-1, "only the first N rows of the cache (-1 = all)"),
         "val_limit": (-1, "only the first N validation rows (-1 = all)"),
         "num_workers": (4, "data loader processes a GPU (0 = in this process)"),
-        "max_bad_fraction": (0.01, "stop when more rows or files than this are bad; fewer are counted and "
-                                   "left out"),
+        "max_bad_fraction": (0.01, "stop when a larger share of rows or files is bad; fewer are left out"),
         "include_unfaithful": (False, "train also on unfaithful rows"),
     },
     "model": {
@@ -114,8 +112,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
     "run": {
         "output_dir": ("checkpoints/phase12_dual_head", "run directory"),
         "device": ("0", "GPU number or cpu; under torchrun each process takes its LOCAL_RANK"),
-        "resume": ("", "checkpoint file, run directory, or auto (newest good one in --output_dir, else "
-                       "start)"),
+        "resume": ("", "checkpoint file, run directory, or auto (newest good one of --output_dir, if any)"),
         "seed": (42, "decides sample order, crops, noise and random initialisation"),
         "log_every": (10, "steps between log lines"),
         "save_every": (1, "epochs between epoch checkpoints"),
@@ -240,7 +237,7 @@ def flag_parser() -> Parser:
     p.add_argument("--print_config", nargs="?", const="text", choices=("text", "json"),
                    help="print every value, where it came from, and stop")  # fmt: skip
     p.add_argument(
-        "--print_schedule", type=int, metavar="ROWS", help="print the epochs of that many rows, and stop"
+        "--print_schedule", type=int, metavar="ROWS", help="print the epochs of ROWS rows, and stop"
     )
     for group, options in OPTIONS.items():
         g = p.add_argument_group(group)
@@ -265,9 +262,9 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         raise UserError(f"unknown recipe {recipe!r}; known are {', '.join(sorted(RECIPES))}")
     if typed.get("resume"):
         places = DEFAULTS | RECIPES[recipe or "phase12"] | config | typed
-        whole = lambda content, path: require(content, path, RESUMED)
-        where = typed["resume"], places["output_dir"], "checkpoint_*.pt"
-        typed["resume"], saved = find_resume(*where, whole)
+        check = lambda content, path: require(content, path, RESUMED)
+        where = places["output_dir"], "checkpoint_*.pt"
+        typed["resume"], saved = find_resume(typed["resume"], *where, check)
     if saved:  # a resumed run keeps its values unless a flag says otherwise
         recipe, kept = values_of(saved, typed["resume"], recipe)
     recipe = recipe or "phase12"
@@ -330,10 +327,8 @@ def check_values(args) -> None:
     if args.feature_epochs and not args.from_scratch:
         raise UserError("--feature_epochs belongs to --from_scratch")
     if args.phase10_checkpoint and args.heads == "24k":
-        raise UserError(
-            "--phase10_checkpoint is the trunk of another recipe; to go on with phase10 use --resume"
-        )
-    curriculum(args)  # these raise on malformed lists
+        raise UserError("--phase10_checkpoint is the trunk of another recipe; phase10 goes on by --resume")
+    curriculum(args)  # these three raise on malformed lists
     fft_sizes(args)
     adam_betas(args)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 import zipfile
 from pathlib import Path
 
-from .cli import UserError, first_line
+from .cli import UserError, first_line, warn
 from .files import atomic_file
 
 
@@ -102,10 +101,10 @@ def require(saved: dict, path, keys=OPENED) -> dict:
 # ---- which one to go on from ----
 
 
-def newest_good(paths, check, warn) -> tuple[Path, dict] | None:
+def newest_good(paths, check, warn=warn) -> tuple[Path, dict] | None:
     """(path, its content) of the newest file in `paths` that verifies, or None; the others are warned about.
 
-    check: called with (content, path), raises UserError for what can't be resumed.
+    check: called with (content, path), raises UserError for what can't be resumed. warn: takes a sentence.
     """
     for path in sorted(paths, key=lambda p: p.stat().st_mtime, reverse=True):
         try:
@@ -133,8 +132,7 @@ def find_resume(value: str, output_dir: str, pattern: str, check) -> tuple[str, 
         state = load_checkpoint(value)
         check(state, value)
         return value, state
-    warn = lambda text: print(text, file=sys.stderr, flush=True)
-    found = newest_good(Path(output_dir if value == "auto" else value).glob(pattern), check, warn)
+    found = newest_good(Path(output_dir if value == "auto" else value).glob(pattern), check)
     if not found and value != "auto":
         raise UserError(f"--resume {value}: no usable {pattern} in that folder")
     return (str(found[0]), found[1]) if found else ("", None)

@@ -139,6 +139,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}\n")
 
 
+def warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def guarded(function, *args):
     """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen keeps its
     traceback."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.utils.parametrize as P
 from snac import SNAC
-from snac.layers import NoiseBlock, ResidualUnit
+from snac.layers import NoiseBlock, ResidualUnit, Snake1d
 
 try:
     from .cli import UserError, pick_device
@@ -27,6 +27,47 @@ except ImportError:  # this file was copied into somebody's server
 
 # of the hub; another model is named with its own: NAME@REVISION
 PINNED_REVISIONS = {"hubertsiuzdak/snac_24khz": "d73ad176a12188fcf4f360ba3bf2c2fbbe8f58ec"}
+
+
+# ---- Snake: one for encoder, decoder, training and inference ----
+
+
+class Snake(torch.autograd.Function):
+    """x + sin(alpha x)² / alpha (Ziyin et al. 2020): x [B, C, T], alpha [1, C, 1]."""
+
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.save_for_backward(x, alpha)
+        return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, alpha = ctx.saved_tensors
+        inverse, slope = (alpha + 1e-9).reciprocal(), torch.sin(2 * alpha * x)
+        of_x = grad * (1 + alpha * inverse * slope)
+        # sin² as it stands: (1 - cos) / 2 is 0 in fp32 for small alpha, where `interpolate` starts
+        square = torch.sin(alpha * x).square()
+        of_alpha = (grad * inverse * (x * slope - inverse * square)).sum((0, 2), keepdim=True)
+        return of_x, of_alpha.to(alpha.dtype)
+
+
+class OwnSnake1d(Snake1d):
+    """snac's layer without its TorchScript function, whose executor changes kernels after the first calls, so
+    that a resumed run differs from the unbroken one in the last bit; torch.compile stops at it, too."""
+
+    def forward(self, x):
+        return Snake.apply(x, self.alpha)
+
+
+def replace_snakes(module):
+    """`module` with OwnSnake1d in the place of every Snake1d: the same parameters and state-dict keys."""
+    for m in module.modules():
+        if type(m) is Snake1d:
+            m.__class__ = OwnSnake1d
+    return module
+
+
+# ---- geometry ----
 
 
 @dataclass(frozen=True)
@@ -120,7 +161,7 @@ def load_snac(name: str, device="cpu"):
         raise UserError(f"model {name} could not be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
                         "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "
                         "the hub reachable") from e  # fmt: skip
-    return model.to(device).eval().requires_grad_(False)
+    return replace_snakes(model).to(device).eval().requires_grad_(False)
 
 
 def weights_hash(state: dict) -> str:
@@ -211,7 +252,7 @@ def encode(model, audio, max_seconds: float = 60.0):
 def new_snac(path: str):
     """A SNAC with fresh weights from a JSON file of its arguments. Raises UserError."""
     try:
-        return SNAC(**json.loads(Path(path).read_text(encoding="utf-8"))).eval()
+        return replace_snakes(SNAC(**json.loads(Path(path).read_text(encoding="utf-8")))).eval()
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"--from_scratch {path} is no SNAC configuration: {e}") from None
 
@@ -246,26 +287,3 @@ def model_config(snac) -> dict:
         "noise": noise,
         "depthwise": first_unit.block[1].groups > 1,
     }
-
-
-class Snake(torch.autograd.Function):
-    """x + sin(alpha x)² / alpha (Ziyin et al. 2020): x [B, C, T], alpha [1, C, 1].
-
-    In the place of snac.layers.snake, which is TorchScript: its executor changes kernels after the first
-    calls, so that a resumed run differs from the unbroken one in the last bit; and torch.compile stops at it.
-    """
-
-    @staticmethod
-    def forward(ctx, x, alpha):
-        ctx.save_for_backward(x, alpha)
-        return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, alpha = ctx.saved_tensors
-        inverse, double = (alpha + 1e-9).reciprocal(), 2 * alpha * x
-        slope = torch.sin(double)
-        of_x = grad * (1 + alpha * inverse * slope)
-        half = (1 - torch.cos(double)) / 2  # sin²
-        of_alpha = (grad * inverse * (x * slope - inverse * half)).sum((0, 2), keepdim=True)
-        return of_x, of_alpha.to(alpha.dtype)

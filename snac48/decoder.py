@@ -17,7 +17,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import snac.layers
 import torch
 from snac import SNAC
 from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d, WNConv1d
@@ -27,18 +26,17 @@ if __package__:
     from .cli import UserError, pick_device
     from .codec import (
         Geometry,
-        Snake,
         encode,
         fold_weight_norm,
         geometry_of,
         load_snac,
         load_weights,
         receptive_reach,
+        replace_snakes,
     )
 else:  # copied beside a server
     from codec import (
         Geometry,
-        Snake,
         UserError,
         encode,
         fold_weight_norm,
@@ -47,9 +45,8 @@ else:  # copied beside a server
         load_weights,
         pick_device,
         receptive_reach,
+        replace_snakes,
     )
-
-snac.layers.snake = Snake.apply
 
 # ---- heads: what comes out of the shared trunk ----
 
@@ -150,6 +147,7 @@ class DualHeadDecoder(nn.Module):
         for name in self.heads:
             self._find_noises(self.head(name), trunk_rate)
         self.trunk_frozen = False
+        replace_snakes(self)
 
     def head(self, name: str) -> nn.Module:
         return getattr(self, f"head_{name}")
