@@ -66,11 +66,6 @@ class Head:
 HEADS = {"24k": Head(24000), "48k": Head(48000)}  # the order of every tuple of audio
 
 
-def chosen_heads(choice: str) -> tuple[str, ...]:
-    """The names that --heads means: all of them for both."""
-    return tuple(HEADS) if choice == "both" else (choice,)
-
-
 # ---- noise ----
 
 

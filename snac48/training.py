@@ -34,12 +34,13 @@ from .codec import (
     weights_hash,
 )
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
-from .decoder import DualHeadDecoder, chosen_heads, taps_of
+from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
 from .runlog import RunLog, SampleLog, git_sha, human_time, step_line, versions
 from .schedule import (
     Epoch,
     adam_betas,
+    chosen_heads,
     epoch_order,
     groups_of,
     make_plan,

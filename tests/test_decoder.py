@@ -14,13 +14,14 @@ from snac import SNAC
 
 from snac48.cli import UserError
 from snac48.codec import model_config
-from snac48.decoder import HEADS, DualHeadDecoder, chosen_heads, counter_noise, load_dual_head
+from snac48.decoder import HEADS, DualHeadDecoder, counter_noise, load_dual_head
+from snac48.schedule import HEAD_NAMES, chosen_heads
 
 
 def test_only_the_heads_asked_for_are_computed_or_there():
     codes = [torch.randint(64, (1, 2 * f)) for f in (1, 2, 4)]
     model = DualHeadDecoder(make_snac())
-    assert tuple(HEADS) == ("24k", "48k") == chosen_heads("both")  # the order of every tuple of audio
+    assert tuple(HEADS) == HEAD_NAMES == chosen_heads("both")  # the order of every tuple of audio
     for wanted in (["24k"], ["48k"]):
         assert [x is not None for x in model(codes, wanted)] == [name in wanted for name in HEADS]
         assert DualHeadDecoder(make_snac(), wanted).heads == tuple(wanted) == chosen_heads(wanted[0])
