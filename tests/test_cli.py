@@ -37,7 +37,7 @@ def test_values_of_configs_and_checkpoints_are_of_the_options_type(kind, value, 
 def test_lists_of_numbers():
     assert numbers(int, "1,2", "--x") == [1, 2] and numbers(float, "1.5", "--x") == [1.5]
     for kind, text in ((int, "1.5"), (int, ""), (float, "1,,2")):
-        with pytest.raises(UserError, match="^--x .* must be a comma-separated list"):
+        with pytest.raises(UserError, match=r"^--x .* must be a comma-separated list"):
             numbers(kind, text, "--x")
 
 

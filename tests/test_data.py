@@ -23,15 +23,15 @@ def test_every_row_once_an_epoch_whatever_ranks_and_micro_batches():
     order = epoch_order(42, 3, 101)
     epoch = Epoch(3, "main", 1.0, 8, 100, 13)
 
-    def rows(lists):
-        return sorted(i for part in lists for i in part if not isinstance(i, Filler))
+    def rows(ranks):
+        return sorted(i for lists in ranks for part in lists for i in part if not isinstance(i, Filler))
 
     for world, accum in ((1, 1), (2, 1), (3, 2), (1, 4)):
         ranks = [batches(order, epoch, 100, r, world, accum) for r in range(world)]
         assert all(len(lists) == 13 * accum for lists in ranks)
-        assert rows(sum(ranks, [])) == list(range(101))
+        assert rows(ranks) == list(range(101))
         resumed = [batches(order, epoch, 105, r, world, accum) for r in range(world)]
-        assert rows(sum(resumed, [])) == sorted(order[40:])
+        assert rows(resumed) == sorted(order[40:])
 
 
 # ---- a cache ----
