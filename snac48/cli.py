@@ -138,6 +138,12 @@ class Parser(argparse.ArgumentParser):
             hints += [f"{word}: did you mean {near}?" for near in difflib.get_close_matches(word, known, 1)]
         self.exit(2, f"{self.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}\n")
 
+    def at_least(self, args, **lowest) -> None:
+        """An error for the first flag below its lowest value: at_least(args, batch_size=1)."""
+        for name, low in lowest.items():
+            if not getattr(args, name) >= low:  # so that nan is one, too
+                self.error(f"--{name} must be at least {low}, not {getattr(args, name)}")
+
 
 def warn(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import one_sentence, run, voice
+from conftest import call, one_sentence, run, voice
 from helpers.training import cached, metrics, raw, recipe_args, recipe_training
 
+import precompute_48k
 import train_dual_head as T
 from snac48.audio import read_audio, resample
 from snac48.cli import UserError
@@ -186,16 +187,13 @@ def test_a_recording_far_over_full_scale_is_left_out_by_name_and_teaches_nothing
     assert max(v["loss"] for v in metrics(tmp_path / "run", "val")) < 50
 
 
-def test_sidon_on_the_fly_gives_the_targets_that_precompute_writes(snac_dir, tmp_path):
-    from standin import build
-
-    sidon_dir = build(tmp_path / "sidon")
+def test_sidon_on_the_fly_gives_the_targets_that_precompute_writes(sidon_dir, snac_dir, tmp_path):
     low = tmp_path / "low"
     low.mkdir()
     for i in range(3):
         sf.write(low / f"{i}.wav", voice(1.2 + 0.3 * i, 24000, i), 24000)
-    run("precompute_48k.py", "--input_dir", low, "--output_dir", tmp_path / "targets", "--sidon_dir",
-        sidon_dir, "--device", "cpu", "--num_workers", 0, "--min_envelope_corr", 0.0)  # fmt: skip
+    call(precompute_48k, "--input_dir", low, "--output_dir", tmp_path / "targets", "--sidon_dir", sidon_dir,
+         "--device", "cpu", "--num_workers", 0, "--min_envelope_corr", 0.0)  # fmt: skip
     written = ["--audio_48k_dir", tmp_path / "targets", "--val_audio_48k_dir", tmp_path / "targets"]
     flying = ["--upsampler", "sidon", "--sidon_dir", sidon_dir]
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 import torch
-from conftest import voice
+from conftest import call, voice
 from helpers import fuzz
 from helpers.training import Training, newest, tiny_args
 
@@ -75,10 +75,8 @@ def wav_folder(tmp_path_factory):
 
 def test_bad_wavs_are_listed_by_the_cache_with_their_reason(wav_folder, snac_dir, tmp_path):
     folder, cases = wav_folder
-    flags = {"--data_dir": folder, "--output_dir": tmp_path, "--device": "cpu",
-             "--pretrained_model": snac_dir,
-             "--num_workers": 0, "--min_seconds": 0.1, "--max_bad_fraction": 1}  # fmt: skip
-    assert cache_codes.main([str(v) for pair in flags.items() for v in pair]) == 0
+    args = ("--data_dir", folder, "--output_dir", tmp_path, "--device", "cpu", "--pretrained_model", snac_dir)
+    assert call(cache_codes, *args, "--num_workers", 0, "--min_seconds", 0.1, "--max_bad_fraction", 1) == 0
     skipped = {r["file_path"]: r["reason"] for r in map(json.loads, open(tmp_path / "skipped.jsonl"))}
     rows = [r for p in tmp_path.glob("*.parquet") for r in pq.read_table(p).to_pylist()]
     kept = {r["file_path"] for r in rows}
@@ -87,12 +85,10 @@ def test_bad_wavs_are_listed_by_the_cache_with_their_reason(wav_folder, snac_dir
     check([(c.name, verdict(c, skipped.get(f"{c.name}.wav"))) for c in cases])
 
 
-def test_bad_wavs_are_listed_by_precompute_with_their_reason(wav_folder, tmp_path, monkeypatch):
+def test_bad_wavs_are_listed_by_precompute_with_their_reason(wav_folder, tmp_path):
     folder, cases = wav_folder
-    monkeypatch.setattr(sys, "argv", ["precompute_48k.py", "--input_dir", str(folder), "--output_dir",
-                                      str(tmp_path), "--upsampler", "sinc", "--num_workers", "0",
-                                      "--max_bad_fraction", "1"])  # fmt: skip
-    assert precompute_48k.main() == 0
+    args = ("--input_dir", folder, "--output_dir", tmp_path, "--upsampler", "sinc", "--num_workers", 0)
+    assert call(precompute_48k, *args, "--max_bad_fraction", 1) == 0
     skipped = {r["path"]: r["reason"] for r in map(json.loads, open(tmp_path / "skipped.jsonl"))}
     rows = {r["path"]: r for r in map(json.loads, open(tmp_path / "manifest.jsonl"))}
     assert len(rows) + len(skipped) == len(cases) + 2 and not rows.keys() & skipped.keys()
