@@ -11,8 +11,6 @@ line a file left out, with the reason) and work/ (claims). Columns: file_path (r
 (samples at the model's rate), codes_scale_0 … codes_scale_{K-1} (list<int16>).
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import contextlib

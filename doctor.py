@@ -13,8 +13,6 @@ One row per checkpoint in training order. A checkpoint is sick when
 Exit code 0: all healthy; 4: the first sick checkpoint is named.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import glob

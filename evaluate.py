@@ -16,8 +16,6 @@ lsd_12_24k (12-24 kHz) as AP-BWE defines them (48 kHz systems), visqol (with --v
 audio mode, 48 kHz systems, higher is better), rtf (decoding time / audio time).
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import math

@@ -17,8 +17,6 @@ Long files are decoded in chunks; each sees as many neighbouring latent frames a
 and noise is a function of position, so the samples are those of one pass.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -14,8 +14,6 @@ Exit codes: 0 done; 1 wrong input or environment; 3 stopped by a signal, the sam
 but more files were bad than --max_bad_fraction allows (skipped.jsonl names them all, with the reason).
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import itertools
@@ -316,7 +314,7 @@ class Job:
                 raise Stopped
             yield wave[0]
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, error, *_) -> None:

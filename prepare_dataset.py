@@ -9,8 +9,6 @@ kept, so files of one name in two folders stay apart. Writes manifest.json: what
 counts and the groups.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

@@ -22,8 +22,6 @@ head one of STARTS (snac48/starts.py). Don't touch lightly: State.state_dict (sn
 contract.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math
@@ -61,8 +59,10 @@ from snac48.cli import (
 from snac48.files import write_json
 from snac48.runlog import human_time
 from snac48.schedule import (
+    HEAD_NAMES,
     Epoch,
     adam_betas,
+    chosen_heads,
     curriculum,
     epoch_order,
     fft_sizes,
@@ -169,7 +169,7 @@ DEFAULTS = {name: default for group in OPTIONS.values() for name, (default, _) i
 CHOICES = {
     "init": ("interpolate", "average", "first", "random"),
     "stft": ("magnitude", "complex"),
-    "heads": ("both", "24k", "48k"),
+    "heads": ("both", *HEAD_NAMES),
     "scheduler": ("onecycle", "cosine", "constant"),
     "upsampler": ("", "sidon", "sinc"),
 }
@@ -269,14 +269,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     if saved:  # a resumed run keeps its values unless a flag says otherwise
         recipe, kept = values_of(saved, typed["resume"], recipe)
     recipe = recipe or "phase12"
-    layers = {
-        "default": DEFAULTS,
-        "recipe": RECIPES[recipe],
-        "checkpoint": kept,
-        "config": config,
-        "flag": typed,
-    }
-    values, origin = layered(layers)
+    layers = {"default": DEFAULTS, "recipe": RECIPES[recipe], "checkpoint": kept}
+    values, origin = layered(layers | {"config": config, "flag": typed})
     if values["codes_dir"]:
         codes = Path(values["codes_dir"])
         val = codes / ("valid" if (codes / "valid").is_dir() and not (codes / "val").exists() else "val")
@@ -368,7 +362,7 @@ from torch import nn
 from tqdm import tqdm
 
 from snac48.data import Filler, batches
-from snac48.decoder import HEADS, chosen_heads
+from snac48.decoder import HEADS
 from snac48.losses import TERMS, distances, head_losses, weighted
 from snac48.training import (
     Run,

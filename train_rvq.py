@@ -22,8 +22,6 @@ Tokens are frames [T, K]: K codebooks of DAC, or the K slots of a coarse SNAC fr
 Edit here: options, learning rate, loop. Model, loss and what a checkpoint holds (State): snac48/token_lm.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math

@@ -15,8 +15,6 @@ Counts the words that a recogniser (its own English model, a grammar of nothing 
 recordings named after what they say (Front_Left.wav), before and after decode(encode(recording)).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -8,8 +8,6 @@ one epoch and two, to learn what one costs, then as many as fit the time, so tha
 Held-out files whose tokens equal those of a training file (copies in the corpus) are counted and said.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """What every program that walks an audio folder agrees on: listing, safe paths, decoding, resampling."""
 
-from __future__ import annotations
-
 import math
 import os
 import stat

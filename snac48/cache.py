@@ -3,8 +3,6 @@
 Don't touch without thinking of caches on people's disks.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

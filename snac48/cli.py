@@ -3,8 +3,6 @@
 Imports torch only inside the function that needs it, so that --help and a misspelt flag answer at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import errno

@@ -10,8 +10,6 @@ Two TorchScript modules do the work: features [1, T, 160] at 50 Hz -> latents [1
 level, and the measuring of each.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

@@ -4,8 +4,6 @@ holds, and speaking.
 train_rvq.py trains and samples it, doctor.py probes it. Tokens are frames [B, T, K]; -1 means "no token".
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,8 +12,6 @@ Layouts of .npq, little-endian and packed:
           u32[k_mid + k_side] vocab, u8 dtype, tokens [T, K] with the mid columns first
 """
 
-from __future__ import annotations
-
 import glob
 import itertools
 import math
@@ -273,7 +271,7 @@ def write_cache(path: str | Path, rows: dict[str, np.ndarray], source: dict) -> 
 # ---- one corpus, whatever the files ----
 
 
-def open_data(data: str, val_data: str | None, npq2: str) -> tuple[Corpus, Corpus | None]:
+def open_data(data: str, val_data: str | None, npq2: str) -> "tuple[Corpus, Corpus | None]":
     """(training corpus, held-out corpus or None). Raises UserError when their tokens differ in kind."""
     corpus, held_out = Corpus(data, npq2), Corpus(val_data, npq2) if val_data else None
     if held_out and (held_out.vocab != corpus.vocab or held_out.source != corpus.source):

@@ -4,8 +4,6 @@ State is the resume contract: what isn't in its state_dict() isn't resumed. Orde
 functions of (seed, epoch, row, step), so there is no generator or loader to restore.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -34,12 +32,13 @@ from .codec import (
     weights_hash,
 )
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
-from .decoder import DualHeadDecoder, chosen_heads, taps_of
+from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
 from .runlog import RunLog, SampleLog, git_sha, human_time, step_line, versions
 from .schedule import (
     Epoch,
     adam_betas,
+    chosen_heads,
     epoch_order,
     groups_of,
     make_plan,
@@ -102,7 +101,7 @@ class Run:
         return list(map(float, values))
 
 
-def open_run(args, saved: dict | None) -> tuple[Run, State]:
+def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     """Load codec and data, build the model; saved: the checkpoint to go on from. Raises UserError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(os.environ["LOCAL_RANK"] if world > 1 and args.device != "cpu" else args.device)

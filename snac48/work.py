@@ -1,7 +1,5 @@
 """A list of files shared among any number of processes on any machines, without server and locks."""
 
-from __future__ import annotations
-
 import collections
 import json
 import os

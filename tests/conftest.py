@@ -167,21 +167,39 @@ def cache_dir(audio_dir, snac_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def targets_dir(audio_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("targets")
-    run("precompute_48k.py", "--input_dir", audio_dir, "--output_dir", out, "--native_rate", 44100,
-        "--device", "cpu", "--num_workers", 0)  # fmt: skip
+    import precompute_48k
+
+    out, folders = tmp_path_factory.mktemp("targets"), ("--input_dir", audio_dir, "--output_dir")
+    call(precompute_48k, *folders, out, "--native_rate", 44100, "--device", "cpu", "--num_workers", 0)
+    return out
+
+
+@pytest.fixture(scope="session")
+def speech_48k(tmp_path_factory):
+    """12 recordings at 48 kHz, 16 bit, of 0.6 to 2.1 s: what cache and raw audio read the same."""
+    root = tmp_path_factory.mktemp("speech48")
+    for i in range(12):
+        sf.write(root / f"utt{i:02d}.wav", voice(0.6 + 0.14 * i, 48000, i), 48000)
+    return root
+
+
+@pytest.fixture(scope="session")
+def codes_48k(speech_48k, snac_dir, tmp_path_factory):
+    import cache_codes
+
+    out = tmp_path_factory.mktemp("codes48")
+    call(cache_codes, "--data_dir", speech_48k, "--output_dir", out, "--pretrained_model", snac_dir,
+         "--device", "cpu", "--num_workers", 0, "--min_seconds", 0.1)  # fmt: skip
     return out
 
 
 @pytest.fixture(scope="session")
 def checkpoint(cache_dir, targets_dir, snac_dir, tmp_path_factory):
     """best_model.pt of two epochs: the first of them trains the 48 kHz head alone."""
+    from helpers.training import training
+
     out = tmp_path_factory.mktemp("run")
-    run("train_dual_head.py", "--cache_dir", cache_dir, "--val_cache_dir", cache_dir, "--audio_48k_dir",
-        targets_dir, "--val_audio_48k_dir", targets_dir, "--pretrained_model", snac_dir, "--output_dir", out,
-        "--device", "cpu", "--epochs", 2, "--epoch_ranges", "1-1,2-2", "--segment_schedule", "0.3,0.5",
-        "--batch_multiplier", "2.0,1.0", "--batch_size", 4, "--val_segment", 0.5, "--val_limit", 4,
-        "--num_workers", 0, "--main_lr", 1e-3, "--lr_24k_final_conv", 2e-4)  # fmt: skip
+    assert training(cache_dir, targets_dir, snac_dir, out, "--epochs", 2).train() == 0
     return out / "best_model.pt"
 
 
