@@ -1,10 +1,20 @@
 """snac48/cli.py: configs, layers of values, one-sentence errors."""
 
+import argparse
 import json
 
 import pytest
 
-from snac48.cli import Parser, UserError, as_type, config_text, guarded, layered, numbers, read_config
+from snac48.cli import (
+    UserError,
+    as_type,
+    config_text,
+    guarded,
+    layered,
+    numbers,
+    one_line_errors,
+    read_config,
+)
 
 
 def test_a_config_may_have_comments_and_a_misspelt_key_is_named(tmp_path):
@@ -59,7 +69,14 @@ def test_a_users_mistake_is_one_sentence_and_its_exit_code(capsys, monkeypatch, 
     assert left.value.code == 5 and (tmp_path / "exit").read_text() == "5\n"
     assert capsys.readouterr().err == "script.py: error: this is wrong: do that\n"
     assert guarded(lambda: 7) == 7
-    with pytest.raises(SystemExit) as left:
-        Parser(prog="x").parse_args(["--hlep"])
-    assert left.value.code == 2
-    assert capsys.readouterr().err.endswith("--hlep: did you mean --help?\n")
+
+
+def test_a_misspelt_flag_is_one_line_that_names_the_nearest(capsys):
+    parser = argparse.ArgumentParser(prog="x")
+    parser.add_argument("--batch_size", type=int)
+    one_line_errors(parser)
+    for flag, words in (("--batchsize", "--batchsize: did you mean --batch_size?"), ("--q", "--help lists")):
+        with pytest.raises(SystemExit) as left:
+            parser.parse_args([flag, "3"])
+        printed = capsys.readouterr().err
+        assert left.value.code == 2 and printed.count("\n") == 1 and words in printed
