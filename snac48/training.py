@@ -9,7 +9,6 @@ import json
 import math
 import os
 import time
-from argparse import Namespace
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -55,7 +54,7 @@ from .starts import start_head
 class Run:
     """What never changes after the start."""
 
-    args: Namespace
+    args: object  # every option of train_dual_head.py by name
     rank: int
     world: int  # processes
     device: torch.device
