@@ -58,6 +58,8 @@ def parse_args(argv=None):
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more files than this are bad")
     args = p.parse_args(argv)
     at_least(p, args, batch_size=1, rows_per_file=1, min_seconds=0, num_workers=0, max_bad_fraction=0)
+    if not Path(args.data_dir).is_dir():
+        raise UserError(f"audio folder {args.data_dir} does not exist")
     return args
 
 

@@ -354,7 +354,7 @@ def check_free(args, asked: bool) -> None:
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     stop_at_once()
-    ARGS, ORIGIN, SAVED = guarded(parse_args)
+    ARGS, _, SAVED = guarded(parse_args)
 
 import torch
 import torch.distributed as dist

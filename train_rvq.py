@@ -120,14 +120,15 @@ OF_THE_START = ("data", "val_data", "npq2", "save_dir", "tag", "device", "config
                 "ignore_arch")  # fmt: skip
 
 
-def training_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="train_rvq.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def new_parser(prog: str, text: str) -> argparse.ArgumentParser:
+    kind = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog=prog, description=text, allow_abbrev=False, formatter_class=kind)
     one_line_errors(p)
+    return p
+
+
+def training_parser() -> argparse.ArgumentParser:
+    p = new_parser("train_rvq.py", __doc__)
     for flag, (default, text) in OPTIONS.items():
         name = flag[2:].replace("-", "_")
         text += f" (default {default})" if default and not isinstance(default, bool) else ""
@@ -186,13 +187,7 @@ def architecture(args, vocab: list[int]) -> dict:
 
 
 def generate_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="train_rvq.py generate",
-        description="Sample tokens (EMA weights).",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    one_line_errors(p)
+    p = new_parser("train_rvq.py generate", "Sample tokens (EMA weights).")
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--output", required=True, help="out.npq, out.parquet (SNAC) or out.wav (decoded)")
     p.add_argument("--prompt", help=".npq file, or .parquet of a cache (its row --prompt-row)")
@@ -207,12 +202,7 @@ def generate_parser() -> argparse.ArgumentParser:
 
 
 def tokens_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="train_rvq.py tokens",
-        description="Read, check and write token files (.npq).",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    one_line_errors(p)
+    p = new_parser("train_rvq.py tokens", "Read, check and write token files (.npq).")
     commands = p.add_subparsers(dest="command", required=True)
     one = commands.add_parser("info", help="check every token of .npq files and print what they hold")
     one.add_argument("files", nargs="+")

@@ -18,7 +18,6 @@ from pathlib import Path
 
 EXIT_OK = 0
 EXIT_ERROR = 1  # wrong input or environment: one sentence on stderr says what to do
-EXIT_USAGE = 2  # argparse: unknown or malformed flag
 EXIT_STOPPED = 3  # SIGTERM / SIGINT / SIGUSR1: a checkpoint was written, the same command continues
 EXIT_DIVERGED = 4  # too many non-finite or outlier steps in a row
 EXIT_BAD_INPUT = 5  # more bad files or rows than --max_bad_fraction allows
