@@ -22,8 +22,6 @@ head one of STARTS (snac48/starts.py). Don't touch lightly: State.state_dict (sn
 contract.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math
@@ -43,7 +41,6 @@ from snac48.cli import (
     Diverged,
     Finished,
     LoaderDied,
-    Parser,
     Stopped,
     TooManyBadFiles,
     UserError,
@@ -53,6 +50,7 @@ from snac48.cli import (
     guarded,
     layered,
     main_guard,
+    one_line_errors,
     read_config,
     stop_at_once,
 )
@@ -60,8 +58,10 @@ from snac48.files import write_json
 from snac48.places import check_training, settle
 from snac48.runlog import human_time
 from snac48.schedule import (
+    HEAD_NAMES,
     Epoch,
     adam_betas,
+    chosen_heads,
     curriculum,
     epoch_order,
     fft_sizes,
@@ -171,7 +171,7 @@ DEFAULTS = {name: default for group in OPTIONS.values() for name, (default, _) i
 CHOICES = {
     "init": ("interpolate", "average", "first", "random"),
     "stft": ("magnitude", "complex"),
-    "heads": ("both", "24k", "48k"),
+    "heads": ("both", *HEAD_NAMES),
     "scheduler": ("onecycle", "cosine", "constant"),
     "upsampler": ("", "sidon", "sinc"),
     "target_kind": ("", "sidon", "recordings"),
@@ -256,8 +256,9 @@ def config_values(path: str, recipe: str = "", cached: bool = False) -> dict:
     return values
 
 
-def flag_parser() -> Parser:
-    p = Parser(description=__doc__)
+def flag_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: phase12)")
     p.add_argument("--config", default="", help="JSON file with values of these options or the older keys")
     p.add_argument("--print_config", nargs="?", const="text", choices=("text", "json"),
@@ -295,14 +296,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     if saved:  # a resumed run keeps its values unless a flag says otherwise
         recipe, kept = values_of(saved, typed["resume"], recipe)
     recipe = recipe or "phase12"
-    layers = {
-        "default": DEFAULTS,
-        "recipe": RECIPES[recipe],
-        "checkpoint": kept,
-        "config": config,
-        "flag": typed,
-    }
-    values, origin = layered(layers)
+    layers = {"default": DEFAULTS, "recipe": RECIPES[recipe], "checkpoint": kept}
+    values, origin = layered(layers | {"config": config, "flag": typed})
     settle(values, origin, recipe in RAW_RECIPES or values["from_scratch"] != "")
     args = argparse.Namespace(recipe=recipe, **values)
     if flags["print_config"]:
@@ -361,7 +356,7 @@ def check_values(args) -> None:
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     stop_at_once()
-    ARGS, ORIGIN, SAVED = guarded(parse_args)
+    ARGS, _, SAVED = guarded(parse_args)
 
 import torch
 import torch.distributed as dist
@@ -369,7 +364,7 @@ from torch import nn
 from tqdm import tqdm
 
 from snac48.data import Filler, batches
-from snac48.decoder import HEADS, chosen_heads
+from snac48.decoder import HEADS
 from snac48.losses import TERMS, distances, head_losses, weighted
 from snac48.training import (
     Run,

@@ -1,7 +1,5 @@
 """Where things lie when no flag says so: conventional folders below a data root, ours and older ones."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -4,14 +4,11 @@ State is the resume contract: what isn't in its state_dict() isn't resumed. Orde
 functions of (seed, epoch, row, step), so there is no generator or loader to restore.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
 import os
 import time
-from argparse import Namespace
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -36,12 +33,13 @@ from .codec import (
     weights_hash,
 )
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
-from .decoder import DualHeadDecoder, chosen_heads, taps_of
+from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
 from .runlog import RunLog, SampleLog, git_sha, human_time, step_line, versions
 from .schedule import (
     Epoch,
     adam_betas,
+    chosen_heads,
     epoch_order,
     groups_of,
     make_plan,
@@ -58,7 +56,7 @@ from .starts import start_head
 class Run:
     """What never changes after the start."""
 
-    args: Namespace
+    args: object  # every option of train_dual_head.py by name
     rank: int
     world: int  # processes
     device: torch.device
@@ -104,7 +102,7 @@ class Run:
         return list(map(float, values))
 
 
-def open_run(args, saved: dict | None) -> tuple[Run, State]:
+def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     """Load codec and data, build the model; saved: the checkpoint to go on from. Raises UserError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(os.environ["LOCAL_RANK"] if world > 1 and args.device != "cpu" else args.device)
@@ -134,6 +132,8 @@ def open_run(args, saved: dict | None) -> tuple[Run, State]:
     model = DualHeadDecoder(snac, run.heads, taps, with_encoder=args.heads == "24k")
     if "48k" in run.heads and not saved:
         start_head(model, snac, args.init)
+    if args.data_dir and not run.full:
+        run.snac = snac.to(device).requires_grad_(False)  # before a phase opens what it shares with the model
     state = State(model.to(device), FullCodec(model, align_samples(snac)) if run.full else None)
     state.codes = torch.zeros(2, len(geometry.vq_strides), geometry.codebook_size, dtype=torch.int64)
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
@@ -142,8 +142,6 @@ def open_run(args, saved: dict | None) -> tuple[Run, State]:
         state.load_state_dict(run, saved)
     else:
         enter_phase(run, state, run.plan[0].phase)
-    if args.data_dir and not run.full:
-        run.snac = snac.to(device).requires_grad_(False)
     if args.upsampler == "sidon" and args.data_dir and args.heads != "24k" and not args.audio_48k_dir:
         from .sidon import Sidon
 
