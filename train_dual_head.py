@@ -55,7 +55,7 @@ from snac48.cli import (
     stop_at_once,
 )
 from snac48.files import write_json
-from snac48.places import check_training, settle
+from snac48.places import RAW_RECIPES, check_training, settle
 from snac48.runlog import human_time
 from snac48.schedule import (
     HEAD_NAMES,
@@ -191,7 +191,6 @@ RECIPES = {  # what differs from DEFAULTS
     "phase11-fast": PHASE11 | PHASE11_FAST | {"output_dir": "checkpoints/phase11_fast"},
     "phase12": {},
 }  # fmt: skip
-RAW_RECIPES = ("phase10", "phase11-standard", "phase11-warmup")  # "train_data" of their configs: recordings
 
 SKIPS_IN_A_ROW = 20  # non-finite or outlier steps; then the run is declared diverged
 
@@ -226,6 +225,8 @@ def recipe_of(config: dict, path: str, cached: bool) -> str:
         return "phase11-warmup" if config.get("warmup_epochs") else "phase11-standard"
     if {"freeze_encoder", "freeze_vq"} & set(config):
         return "phase10"
+    if "train_data" not in config:  # a few values of the default recipe
+        return "phase12"
     raise UserError(f"config {path} does not tell its recipe: give --recipe ({', '.join(sorted(RECIPES))})")
 
 
@@ -298,8 +299,9 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     recipe = recipe or "phase12"
     layers = {"default": DEFAULTS, "recipe": RECIPES[recipe], "checkpoint": kept}
     values, origin = layered(layers | {"config": config, "flag": typed})
-    settle(values, origin, recipe in RAW_RECIPES or values["from_scratch"] != "")
-    args = argparse.Namespace(recipe=recipe, **values)
+    values = {"recipe": recipe, **values}
+    settle(values, origin)
+    args = argparse.Namespace(**values)
     if flags["print_config"]:
         print(config_text(vars(args), origin, flags["print_config"]))
         sys.exit(0)

@@ -49,15 +49,15 @@ def both_splits(root: Path, kind: str, output: str) -> list[tuple[Path, Path]]:
     """[(folder of `kind`, place of `output`)] of the splits that are there. UserError without train."""
     there = [(found(root, kind, split), split) for split in ALIASES]
     if there[0][0] is None:
-        raise UserError(missing(root, [(kind, "train")]))
+        raise UserError(missing(root, [(kind, "train", "")]))
     return [(folder, made(root, output, split)) for folder, split in there if folder]
 
 
-def missing(root: Path, wanted: list[tuple[str, str]]) -> str:
-    """One sentence that names all folders that are missing and the commands that make them."""
-    names = ", ".join(str(made(root, kind, split)) for kind, split in wanted)
+def missing(root: Path, wanted: list[tuple[str, str, str]]) -> str:
+    """One sentence on missing folders, (kind, split, name if a flag gave one), and the commands that make them."""
+    names = ", ".join(name or str(made(root, kind, split)) for kind, split, name in wanted)
     verb = "is" if len(wanted) == 1 else "are"
-    kinds = dict.fromkeys(kind for kind, _ in wanted)
+    kinds = dict.fromkeys(kind for kind, _, _ in wanted)
     if found(root, "recordings", "train") is None:
         kinds = {"recordings": None, **kinds}
     return (
@@ -68,14 +68,20 @@ def missing(root: Path, wanted: list[tuple[str, str]]) -> str:
 
 # ---- the folders of a training ----
 
+RAW_RECIPES = ("phase10", "phase11-standard", "phase11-warmup")  # read recordings, not codes, by default
 STRENGTH = ("default", "recipe", "checkpoint", "config", "flag")
 
 
-def settle(values: dict, origin: dict, recordings: bool) -> None:
+def reads_recordings(values: dict) -> bool:
+    """Whether these options mean recordings where neither these nor a cache is named."""
+    return values["recipe"] in RAW_RECIPES or bool(values["from_scratch"])
+
+
+def settle(values: dict, origin: dict) -> None:
     """Fill in the folders that neither flag nor config names, in place: of recordings, or of codes, and of
     48 kHz targets.
 
-    recordings: whether the recipe reads these by default. Of two that exclude each other (--data_dir and
+    Of two that exclude each other (--data_dir and
     --cache_dir, --codes_dir and --cache_dir) that from the stronger source wins. What isn't found stays "".
     """
     strong = lambda name: STRENGTH.index(origin[name]) if values[name] else -1
@@ -89,7 +95,9 @@ def settle(values: dict, origin: dict, recordings: bool) -> None:
     if values["codes_dir"] and strong("codes_dir") > strong("cache_dir"):
         values |= {"cache_dir": "", "val_cache_dir": ""}
     root, kinds = data_root(values["data_root"]), []
-    raw = values["data_dir"] or (recordings and not (values["cache_dir"] or values["codes_dir"]))
+    raw = values["data_dir"] or (
+        reads_recordings(values) and not (values["cache_dir"] or values["codes_dir"])
+    )
     kinds = [("recordings", "data_dir")] if raw else [("codes", "cache_dir")]
     if values["heads"] != "24k" and not values["data_dir"]:
         kinds.append(("targets", "audio_48k_dir"))
@@ -102,15 +110,19 @@ def settle(values: dict, origin: dict, recordings: bool) -> None:
                 values[key], origin[key] = str(place), "found"
 
 
-def check_training(args) -> None:
-    """Raises UserError that names everything which a training still lacks, at once."""
+def check_training(args, there: bool = False) -> None:
+    """Raises UserError on all that a training still lacks, at once; there: named folders must exist."""
     if args.data_dir and args.cache_dir:
         raise UserError("--data_dir encodes recordings, --cache_dir has their codes: give one of them")
-    needs = ["cache_dir"] if args.cache_dir or not args.data_dir else ["data_dir"]
-    kinds = {"cache_dir": "codes", "data_dir": "recordings", "audio_48k_dir": "targets"}
-    if args.heads != "24k" and needs == ["cache_dir"]:
-        needs.append("audio_48k_dir")
-    lacking = [(kinds[name], split) for name in needs for split, prefix in (("train", ""), ("val", "val_"))
-               if not getattr(args, prefix + name)]  # fmt: skip
+    raw = args.data_dir or (reads_recordings(vars(args)) and not args.cache_dir)
+    needs = {"data_dir": "recordings"} if raw else {"cache_dir": "codes"}
+    if args.heads != "24k" and (not raw or args.audio_48k_dir):
+        needs["audio_48k_dir"] = "targets"
+    lacking = []
+    for name, kind in needs.items():
+        for split, prefix in (("train", ""), ("val", "val_")):
+            value = getattr(args, prefix + name)
+            if not value or (there and not all(Path(folder).is_dir() for folder in value.split(","))):
+                lacking.append((kind, split, value))
     if lacking:
         raise UserError(missing(data_root(args.data_root), lacking))
