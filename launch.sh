@@ -234,12 +234,14 @@ start_train() {
   config=$("$VENV/bin/python" "$ROOT/train_dual_head.py" "$@" --print_config json) || exit $?
   { read -r recipe && read -r run_dir; } < <(ask 'import json
 from argparse import Namespace
-from snac48.cli import guarded
+from snac48.cli import UserError
 from snac48.places import check_training
 values = {k: v["value"] for k, v in json.loads(sys.argv[1]).items()}
-sys.argv[0] = "launch.sh"
-values["resume"] or guarded(check_training, Namespace(**values), True)
-print(values["recipe"], values["output_dir"], sep="\n")' "$config") || exit 1
+try:
+    values["resume"] or check_training(Namespace(**values), True)
+except UserError as e:
+    sys.exit("launch.sh: " + str(e).replace("GPUS", sys.argv[2]))
+print(values["recipe"], values["output_dir"], sep="\n")' "$config" "$gpus") || exit 1
   command=("$VENV/bin/python" -u "$ROOT/train_dual_head.py" --device "$gpus")
   if [[ $gpus == *,* ]]; then
     export CUDA_VISIBLE_DEVICES=$gpus
