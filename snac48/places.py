@@ -54,7 +54,7 @@ def both_splits(root: Path, kind: str, output: str) -> list[tuple[Path, Path]]:
 
 
 def missing(root: Path, wanted: list[tuple[str, str, str]]) -> str:
-    """One sentence on missing folders, (kind, split, name that a flag gave), and the commands to make them."""
+    """One sentence on missing folders, (kind, split, name that a flag gave), and how to make them."""
     names = ", ".join(name or str(made(root, kind, split)) for kind, split, name in wanted)
     verb = "is" if len(wanted) == 1 else "are"
     kinds = dict.fromkeys(kind for kind, _, _ in wanted)
