@@ -18,39 +18,34 @@ import argparse
 import collections
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import socket
 import sys
-import threading
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 import numpy as np
 
-from snac48.audio import AudioError, Spool, audio_blocks, find_audio, link_roots, resolve_inside, target_names
+from snac48.audio import AudioError, Spool, audio_blocks, find_audio, resolve_inside, target_names
 from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
     StopFlag,
     Stopped,
     UserError,
-    at_least,
-    ignore_stop_signals,
     main_guard,
-    one_line_errors,
+    read_flags,
     stop_at_once,
 )
-from snac48.files import read_json, sweep_leftovers, write_json, write_jsonl
+from snac48.files import sweep_leftovers, write_json, write_jsonl
 from snac48.runlog import RunLog, human_time
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
-from snac48.work import SharedWork, in_order
+from snac48.work import SharedWork, in_order, processes
 
 UNIT_FILES = 64  # files a claim; a killed process loses at most this much work
 BLOCK_SECONDS = 5.0  # read at a time
@@ -120,7 +115,7 @@ def read_file(rel: str, name: str, job: dict) -> dict | Waiting:
     """In a reading process: what SIDON needs of a file, or the manifest row of one that is kept (written
     here), or {path, reason} of one that is skipped."""
     try:
-        file = resolve_inside(job["input_dir"], rel, job["allowed"])
+        file = resolve_inside(job["input_dir"], rel)
         blocks = audio_blocks(file, BLOCK_SECONDS)
         first, rate = next(blocks)
         blocks = itertools.chain([first], (x for x, _ in blocks))
@@ -135,13 +130,6 @@ def read_file(rel: str, name: str, job: dict) -> dict | Waiting:
         return {"path": rel, "reason": str(e)}
 
 
-def start_reader() -> None:
-    """Signals are the parent's business; a reader whose parent was killed (-9 too) goes at once."""
-    ignore_stop_signals()
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait_for([parent]), os._exit(1)), daemon=True).start()
-
-
 # ---- the job ----
 
 
@@ -151,8 +139,7 @@ class Progress:
     def __init__(self, log: RunLog, total: int, every_s: float = 10.0):
         self.log, self.total, self.every_s = log, total, every_s
         self.start = self.last = time.monotonic()
-        self.done = self.mine = self.skipped = self.settled = 0
-        self.seconds = 0.0
+        self.done = self.mine = self.skipped = self.settled = self.seconds = 0
         self.proc = f"{socket.gethostname()}-{os.getpid()}"  # several processes append to one metrics.jsonl
         self.terminal = sys.stdout.isatty()
 
@@ -199,11 +186,9 @@ class Job:
         self.progress = Progress(log, sum(len(work.units[u]) for u in self.units))
         self.writers = ThreadPoolExecutor(2)
         self.sidon: Sidon | None = None
-        self.readers = None
         if args.num_workers:
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of a reader; torch is not concerned
-            context = multiprocessing.get_context("spawn")  # a fork would copy threads and CUDA's state
-            self.readers = ProcessPoolExecutor(args.num_workers, context, start_reader)
+        self.readers = processes(args.num_workers, "spawn")
 
     def run(self) -> None:
         """Until every unit is done, by us or by others: those that live processes hold are waited for."""
@@ -233,8 +218,7 @@ class Job:
 
     def finish(self, unit: int, results: list) -> None:
         """SIDON where needed, wait for the writers, commit; a unit cut short by a stop is given back."""
-        waiting = [r for r in results if isinstance(r, Waiting)]
-        rows = [r for r in results if not isinstance(r, Waiting)]
+        waiting, rows = ([r for r in results if isinstance(r, kind)] for kind in (Waiting, dict))
         for row in rows:
             self.progress.add(row.get("seconds"))
         if waiting and not self.stop:
@@ -330,11 +314,10 @@ def batches(waiting: list[Waiting], size: int, slack_seconds: float) -> list[lis
     groups: list[list[Waiting]] = []
     for w in sorted(waiting, key=lambda w: (w.frames, w.path)):
         last = groups[-1] if groups else []
-        full = not last or len(last) == size
-        if full or w.frames > min(CHUNK, last[0].frames + int(slack_seconds * 50)):
-            groups.append([w])
-        else:
+        if 0 < len(last) < size and w.frames <= min(CHUNK, last[0].frames + int(slack_seconds * 50)):
             last.append(w)
+        else:
+            groups.append([w])
     return groups
 
 
@@ -348,18 +331,10 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def merge(work: SharedWork, output_dir: Path, min_corr: float) -> dict:
-    """manifest.jsonl, skipped.jsonl and summary.json of all finished units; returns the summary.
-
-    Done again when another process finished a unit meanwhile, so that the last writer has them all.
-    """
-
-    def finished():
-        return [u for u in range(len(work.units)) if work.result_path(u).exists()]
-
-    done: list[int] | None = None
-    while done != finished():
-        done = finished()
-        results = [read_json(work.result_path(u)) for u in done]
+    """manifest.jsonl, skipped.jsonl and summary.json of all finished units; returns the summary."""
+    results = []  # done again when others finished a unit meanwhile, so that the last writer has them all
+    while len(results) < len(work.units) - work.unfinished():
+        results = work.results()
         rows = sorted((r for x in results for r in x["rows"]), key=lambda r: r["path"])
         skipped = sorted((r for x in results for r in x["skipped"]), key=lambda r: r["path"])
         for row in rows:
@@ -385,7 +360,6 @@ def merge(work: SharedWork, output_dir: Path, min_corr: float) -> dict:
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(p)
     add = p.add_argument
     # data
     add("--input_dir", type=Path, required=True, help="recordings, any rate, searched recursively")
@@ -412,10 +386,8 @@ def parse_args(argv=None):
     add("--max_bad_fraction", type=float, default=0.01, help="more bad files: exit code 5, at the end")
     add("--test_mode", action="store_true", help="only the first files that need upsampling, then a table")
     add("--test_samples", type=int, default=10, help="how many files --test_mode takes")
-    args = p.parse_args(argv)
-    at_least(
-        p, args, native_rate=1, batch_size=1, num_workers=0, start_idx=0, batch_slack=0, max_bad_fraction=0
-    )
+    lowest = {"native_rate": 1, "batch_size": 1, "num_workers": 0, "start_idx": 0, "batch_slack": 0}
+    args = read_flags(p, argv, max_bad_fraction=0, **lowest)
     if args.output_dir.resolve().is_relative_to(args.input_dir.resolve()):
         raise UserError(f"--output_dir {args.output_dir} lies inside --input_dir; choose a folder beside it")
     return args
@@ -456,8 +428,7 @@ def open_job(args) -> Job:
     names = target_names(sorted(set(listed).union(*work.units)))  # others may have seen more files
     for folder in {os.path.dirname(name) for name in names.values()} - {""}:
         sweep_leftovers(output / folder)
-    settings = shared | {"output_dir": str(output), "allowed": link_roots(source)}
-    job = Job(args, files, names, settings, work, log)
+    job = Job(args, files, names, shared | {"output_dir": str(output)}, work, log)
     log.metric(event="start", kind="precompute", files=job.progress.total, proc=job.progress.proc)
     share = f"{len(files)} of {len(listed)} files"
     log.say(f"precompute_48k: {share} below {args.input_dir} -> {args.output_dir}")

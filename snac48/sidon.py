@@ -324,22 +324,17 @@ class Restored:
 
     def measured(self) -> dict:
         """scale, peak_gain and what `compare` finds; after the last piece."""
-        source = self.source
-        if source.silent:
-            return {"scale": 1.0, "peak_gain": 1.0} | compare(source.band, source.band)
-        found = compare(source.band, self.band.done())
-        return {"scale": found["rms_scale"] / source.peak_gain, "peak_gain": source.peak_gain} | found
+        source, gain = self.source, self.source.peak_gain  # of silence: 1
+        found = compare(source.band, source.band if source.silent else self.band.done())
+        return {"scale": found["rms_scale"] / gain, "peak_gain": gain} | found
 
 
 # ---- the model ----
 
 
 def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Sidon:
@@ -357,8 +352,7 @@ class Sidon:
 
         self.device = str(pick_device(device))
         kind = "cpu" if self.device == "cpu" else "cuda"
-        names = [f"feature_extractor_{kind}.pt", f"decoder_{kind}.pt"]
-        paths = self._find(names, sidon_dir, revision)
+        paths = self._find([f"feature_extractor_{kind}.pt", f"decoder_{kind}.pt"], sidon_dir, revision)
         if sha256 is None and sidon_dir is None and revision == SIDON_REVISION:
             sha256 = SIDON_SHA256
         self.sha256 = {path.name: sha256_of(path) for path in paths}
@@ -379,14 +373,14 @@ class Sidon:
     def _find(names: list[str], sidon_dir, revision: str) -> list[Path]:
         both = " and ".join(names)
         if sidon_dir is not None:
-            folder = Path(sidon_dir)
-            missing = [name for name in names if not (folder / name).is_file()]
+            paths = [Path(sidon_dir) / name for name in names]
+            missing = " and ".join(p.name for p in paths if not p.is_file())
             if missing:
-                there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "no .pt file"
-                lacks = f"--sidon_dir {folder} lacks {' and '.join(missing)} (it holds {there})"
+                there = ", ".join(sorted(p.name for p in Path(sidon_dir).glob("*.pt"))) or "no .pt file"
+                lacks = f"--sidon_dir {Path(sidon_dir)} lacks {missing} (it holds {there})"
                 todo = f"add {both}, or choose the --device that yours are for"
                 raise UserError(f"{lacks}; SIDON's files are traced for one kind of device: {todo}")
-            return [folder / name for name in names]
+            return paths
         if not re.fullmatch(r"[0-9a-f]{40}", revision):
             what = "no full commit SHA (40 hex digits); a branch or tag can change under a long run"
             raise UserError(f"--sidon_revision {revision!r} is {what}")
