@@ -61,6 +61,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     stop_at_once()
     ARGS = guarded(parse_args)
 
+import numpy as np
 import torch
 
 from snac48.audio import AudioError, find_audio, read_audio, resample, resolve_inside
@@ -88,34 +89,23 @@ def read_one(root: str, rel: str, rate: int):
         return rel, None, str(e)
 
 
-class Reader:
-    """Decodes and resamples files in worker processes, in order, a bounded number ahead."""
-
-    def __init__(self, root: str, rate: int, num_workers: int, stop: StopFlag):
-        self.stop, self.root, self.rate = stop, root, rate
-        self.pool, self.ahead = processes(num_workers, "forkserver"), 4 * num_workers
-
-    def __call__(self, files):
-        """Yield read_one(...) of each file. Raises Stopped when a stop was asked for."""
-        jobs = ((rel, (self.root, rel, self.rate)) for rel in files)
-        last = files[0]
-        try:
-            for rel, clip in in_order(self.pool, read_one, jobs, self.ahead):
-                if self.stop:
-                    raise Stopped
-                last = rel
-                yield clip
-        except BrokenProcessPool:
-            time.sleep(0.2)  # a signal to the group may have reached a starting worker before us
-            if self.stop:
-                raise Stopped from None
-            why = "out of memory, or a file that crashes the decoder"
-            todo = "move that file away or lower --num_workers"
-            raise UserError(f"a decoding process died ({why}) near {last}; {todo}") from None
-
-    def close(self):
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+def read(pool, files: list[str], args, rate: int, stop: StopFlag):
+    """Yield read_one(...) of each file in order, a bounded number ahead. Raises Stopped."""
+    jobs = ((rel, (args.data_dir, rel, rate)) for rel in files)
+    last = files[0]
+    try:
+        for rel, clip in in_order(pool, read_one, jobs, 4 * args.num_workers):
+            if stop:
+                raise Stopped
+            last = rel
+            yield clip
+    except BrokenProcessPool:
+        time.sleep(0.2)  # a signal to the group may have reached a starting worker before us
+        if stop:
+            raise Stopped from None
+        why = "out of memory, or a file that crashes the decoder"
+        todo = "move that file away or lower --num_workers"
+        raise UserError(f"a decoding process died ({why}) near {last}; {todo}") from None
 
 
 # ---- encoding ----
@@ -153,11 +143,9 @@ def equally_long(clips, align: int, rate: int, batch_size: int):
 
 def encode_batch(model, length: int, batch: list) -> dict:
     """{path: (samples, [int16 codes of each scale])} of clips that are padded to `length` samples."""
-    audio = torch.zeros(len(batch), 1, length)
-    for i, (_, samples) in enumerate(batch):
-        audio[i, 0, : len(samples)] = torch.from_numpy(samples)
+    audio = np.stack([np.pad(samples, (0, length - len(samples))) for _, samples in batch])[:, None]
     with torch.inference_mode():
-        codes = encode(model, audio.to(next(model.parameters()).device))
+        codes = encode(model, torch.from_numpy(audio).to(next(model.parameters()).device))
     codes = [c.to(torch.int16).cpu().numpy() for c in codes]
     return {rel: (len(samples), [c[i] for c in codes]) for i, (rel, samples) in enumerate(batch)}
 
@@ -203,16 +191,18 @@ class Progress:
 
 def encode_all(model, geometry: Geometry, work: SharedWork, progress: Progress, args, stop: StopFlag) -> None:
     """Claim units and write their parquet files. Raises Stopped and TooManyBadFiles."""
-    reader = Reader(args.data_dir, geometry.sampling_rate, args.num_workers, stop)
     out, allowed = Path(args.output_dir), args.max_bad_fraction * sum(progress.sizes)
-    with contextlib.closing(progress), contextlib.closing(work), contextlib.closing(reader):
+    with contextlib.closing(progress), contextlib.closing(work), contextlib.ExitStack() as stack:
+        if pool := processes(args.num_workers, "forkserver"):
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         for unit, files in enumerate(work.units):
             if stop:
                 raise Stopped
             if not work.claim(unit):
                 continue
             try:
-                rows, skipped = encode_unit(model, reader(files), args, stop)
+                clips = read(pool, files, args, geometry.sampling_rate, stop)
+                rows, skipped = encode_unit(model, clips, args, stop)
             except Stopped:
                 work.release(unit)
                 raise
@@ -236,9 +226,7 @@ def encode_all(model, geometry: Geometry, work: SharedWork, progress: Progress, 
 
 def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
     """Merge the units' results into metadata.json and skipped.jsonl once every unit is done, by whomever.
-
-    Raises TooManyBadFiles, of all processes and earlier starts of this command; UserError for an empty cache.
-    """
+    Raises TooManyBadFiles, of all processes and earlier starts of this command; UserError for no rows."""
     if left := work.unfinished():
         log.say(f"{left} units are still with other processes; the last one writes metadata.json")
         return

@@ -190,8 +190,6 @@ def timed(tts: DualHead, codes, seed: int) -> dict[str, Signal]:
     """{head: what it makes of the codes}."""
     began = time.perf_counter()
     out = tts.decode(codes, noise_seed=seed)
-    if tts.device.type == "cuda":
-        torch.cuda.synchronize()
     found = {head: x[0, 0].float().cpu() for head, x in zip(HEADS, out) if x is not None}
     spent = time.perf_counter() - began
     return {head: Signal(x, HEADS[head].rate, spent) for head, x in found.items()}

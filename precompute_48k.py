@@ -56,11 +56,8 @@ LONG_SECONDS = 300  # longer files are read by the main process: 64 of them woul
 
 
 def write_target(rel: str, name: str, output_dir: str, waveform) -> dict:
-    """Write the target `name` of the source `rel`; returns its manifest row.
-
-    waveform: Kept or Restored. gain: stored wav / raw waveform; level: stored wav / source, below 1 only
-    where PCM16 would have clipped.
-    """
+    """Write the target `name` of the source `rel` from a Kept or Restored; returns its manifest row. gain:
+    stored wav / raw waveform; level: stored wav / source, below 1 only where PCM16 would have clipped."""
     target = Path(output_dir) / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +98,7 @@ class Waiting:
     """A recording that SIDON is to restore; a long one has no features: it is read when its turn comes."""
 
     path: str
+    target: str
     file: Path
     rate: int
     features: np.ndarray | None = None  # [T, 160]
@@ -124,8 +122,8 @@ def read_file(rel: str, name: str, job: dict) -> dict | Waiting:
             return write_target(rel, name, job["output_dir"], Kept(kind, blocks, rate))
         pieces = list(itertools.islice(blocks, int(LONG_SECONDS / BLOCK_SECONDS) + 1))
         if len(pieces) * BLOCK_SECONDS > LONG_SECONDS:
-            return Waiting(rel, file, rate)
-        return Waiting(rel, file, rate, *front_end(lambda: iter(pieces), rate))
+            return Waiting(rel, name, file, rate)
+        return Waiting(rel, name, file, rate, *front_end(lambda: iter(pieces), rate))
     except AudioError as e:
         return {"path": rel, "reason": str(e)}
 
@@ -269,7 +267,8 @@ class Job:
         (waves,) = self.sidon.stream(np.stack(features))  # [B, T, 160] -> [B, 960 T]
         for w, wave in zip(group, waves):
             w.features = None  # the memory is wanted
-            futures.append(self.writers.submit(self.write, w.path, Restored(w.source, [wave])))
+            row = (w.path, w.target, self.settings["output_dir"], Restored(w.source, [wave]))
+            futures.append(self.writers.submit(write_target, *row))
             self.progress.add(w.source.n / w.rate)
         return futures
 
@@ -280,16 +279,14 @@ class Job:
             if features is None:
                 blocks = lambda: (x for x, _ in audio_blocks(w.file, BLOCK_SECONDS))
                 features, source = front_end(blocks, w.rate)
-            row = self.write(w.path, Restored(source, self.until_stopped(self.sidon.stream(features[None]))))
+            restored = Restored(source, self.until_stopped(self.sidon.stream(features[None])))
+            row = write_target(w.path, w.target, self.settings["output_dir"], restored)
         except AudioError as e:
             row = {"path": w.path, "reason": str(e)}
         except Stopped:
             return []
         self.progress.add(row.get("seconds"))
         return [row]
-
-    def write(self, rel: str, waveform) -> dict:
-        return write_target(rel, self.names[rel], self.settings["output_dir"], waveform)
 
     def until_stopped(self, stream):
         """The waves [n] of one utterance; raises Stopped where a stop was asked for: nothing of it lands."""
@@ -376,10 +373,7 @@ def parse_args(argv=None):
     add("--sidon_revision", default=SIDON_REVISION, metavar="SHA", help="commit on the hub (40 hex digits)")
     add("--sidon_sha256", type=Path, metavar="FILE", help="sums to check them against (sha256sum's format)")
     add("--batch_size", type=int, default=8, help="utterances of one length a pass, if SIDON takes batches")
-    slack = (
-        "0: only equal lengths share a pass, the same samples as one by one; above: shorter ones are "
-        "continued by their last frame to the longest, which changes their ends a little"
-    )
+    slack = "lengths that share a pass; 0: equal ones, no sample changes; above: shorter ones' ends change"
     add("--batch_slack", type=float, default=0.0, metavar="SECONDS", help=slack)
     # checks
     add("--min_envelope_corr", type=float, default=0.9, help="rows below: faithful false, out of training")

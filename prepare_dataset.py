@@ -35,17 +35,14 @@ def parse_args(argv=None):
     if not 0 < args.train_ratio < 1:
         raise UserError(f"--train_ratio {args.train_ratio:g} must lie between 0 and 1")
     if args.group_by not in ("", "parent"):
+        pattern = args.group_by.removeprefix("regex:")
         try:
-            if not re.compile(pattern_of(args.group_by)).groups:
+            if not re.compile(pattern).groups:
                 raise re.error("no parenthesis")
         except re.error as e:
-            what = f"--group_by {pattern_of(args.group_by)!r}"
-            raise UserError(f"{what} is not a regular expression with one parenthesis: {e}") from None
+            what = f"--group_by {pattern!r} is not a regular expression with one parenthesis"
+            raise UserError(f"{what}: {e}") from None
     return args
-
-
-def pattern_of(group_by: str) -> str:
-    return group_by.removeprefix("regex:")
 
 
 def group_of(rel: str, group_by: str) -> str:
@@ -55,17 +52,16 @@ def group_of(rel: str, group_by: str) -> str:
     folder, _, name = rel.rpartition("/")
     if group_by == "parent":
         return folder or "."
-    found = re.search(pattern_of(group_by), name)
+    pattern = group_by.removeprefix("regex:")
+    found = re.search(pattern, name)
     if found is None:
-        raise UserError(f"--group_by {pattern_of(group_by)!r} does not match {rel}: every file needs a group")
+        raise UserError(f"--group_by {pattern!r} does not match {rel}: every file needs a group")
     return found.group(1)
 
 
 def split(files: list[str], train_ratio: float, seed: int, group_by: str) -> tuple[set, dict]:
-    """(validation files, {group: files}): whole groups go to validation until it has its share of files.
-
-    Both parts get at least one group. Raises UserError when there are fewer than two groups.
-    """
+    """(validation files, {group: files}): whole groups go to validation until it has its share of files. Both
+    parts get at least one group. Raises UserError when there are fewer than two groups."""
     groups: dict[str, list[str]] = {}
     for rel in files:
         groups.setdefault(group_of(rel, group_by), []).append(rel)

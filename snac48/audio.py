@@ -14,9 +14,8 @@ import numpy as np
 from .cli import UserError
 from .files import atomic_file, read_json
 
-AUDIO_SUFFIXES = tuple(
-    f".{s}" for s in ("wav", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "w64", "rf64", "caf", "au")
-)
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".w64", ".rf64")
+AUDIO_SUFFIXES += (".caf", ".au")
 SPOOL_BYTES = 256 << 20  # a 48 kHz float32 waveform above this (23 min) waits in a temporary file
 
 
@@ -28,10 +27,7 @@ class AudioError(Exception):
 
 
 def find_audio(root: str | Path) -> list[str]:
-    """Relative POSIX paths of all audio files below `root`, sorted (listings come unordered).
-
-    Raises UserError when the folder is missing or holds no audio.
-    """
+    """Relative POSIX paths of all audio files below `root`, sorted. Raises UserError where there are none."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"audio folder {root} does not exist")
@@ -61,10 +57,8 @@ def is_safe(rel: str) -> bool:
 
 
 def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -> Path:
-    """The file `rel` (relative POSIX path) below `root`; `..`, absolute, NUL and escaping links are refused.
-
-    allowed: resolved folders a link may lead to (default: link_roots of root). Raises AudioError.
-    """
+    """The file `rel` (relative POSIX path) below `root`. Raises AudioError for `..`, absolute paths, NUL and
+    links that lead out of the `allowed` folders (default: link_roots of root)."""
     if not is_safe(rel):
         raise AudioError(f"unsafe path {rel!r}: must be relative, without '..'")
     path = Path(root) / rel
@@ -79,10 +73,8 @@ def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -
 
 
 def target_names(files: list[str]) -> dict[str, str]:
-    """Source path -> path of its 48 kHz target: `a/b.mp3` -> `a/b.wav`.
-
-    Sources that share a stem (a/b.mp3 beside a/b.ogg) keep their suffix after the first: `a/b.ogg.wav`.
-    """
+    """{source path: path of its 48 kHz target}: `a/b.mp3` -> `a/b.wav`; sources that share a stem (a/b.mp3
+    beside a/b.ogg) keep their suffix after the first: `a/b.ogg.wav`."""
     taken, names = set(), {}
     for rel in sorted(files, key=lambda r: (os.path.splitext(r)[0], not r.lower().endswith(".wav"), r)):
         name = os.path.splitext(rel)[0] + ".wav"
@@ -172,11 +164,9 @@ def check_audio(x) -> None:
 
 
 def audio_blocks(path: str | Path, block_seconds: float = 60.0):
-    """Decode a file piece by piece: yields (mono float32 samples [n], rate in Hz). Channels are averaged.
-
-    The pieces joined are what `read_audio` returns; memory stays that of one piece. Raises AudioError (never
-    anything else) for whatever is wrong with the file, perhaps only after some pieces.
-    """
+    """Decode a file piece by piece: yields (mono float32 samples [n], rate in Hz). Channels are averaged;
+    memory stays that of one piece. Raises AudioError (never anything else) for whatever is wrong with the
+    file, perhaps only after some pieces."""
     with bad_file():
         check_header(path)
         with open_sound(path) as f:
@@ -193,10 +183,7 @@ def audio_blocks(path: str | Path, block_seconds: float = 60.0):
 
 
 def read_audio(path: str | Path):
-    """Decode a file to mono float32: (samples [n], rate in Hz). Channels are averaged.
-
-    Raises AudioError (never anything else) for whatever is wrong with the file.
-    """
+    """audio_blocks joined: (mono float32 samples [n], rate in Hz). Raises AudioError, never anything else."""
     blocks, rates = zip(*audio_blocks(path))
     return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks)), rates[0]
 
@@ -280,10 +267,8 @@ class Spool:
         self.n += len(x)
 
     def save(self, target: Path, rate: int, scale: float) -> float:
-        """PCM16 mono wav of `scale` times the pieces, whole or not at all; returns its `level`.
-
-        level = 1, or the smaller factor that keeps the loudest sample within full scale.
-        """
+        """PCM16 mono wav of `scale` times the pieces, whole or not at all; returns its `level`: 1, or the
+        smaller factor that keeps the loudest sample within full scale."""
         import soundfile as sf
 
         top = 32767 / 32768
