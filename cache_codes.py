@@ -251,12 +251,6 @@ def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
         raise TooManyBadFiles(bad)
 
 
-def first_bad(work: SharedWork) -> str:
-    """Names of the first bad files with their reasons, for an error message."""
-    bad = [s for r in work.results() for s in r["skipped"] if s["bad"]]
-    return ", ".join(f"{s['file_path']} ({s['reason']})" for s in bad[:3])
-
-
 def main(args) -> int:
     files = find_audio(args.data_dir)
     files = files[: args.limit] if args.limit >= 0 else files
@@ -282,8 +276,10 @@ def main(args) -> int:
     except TooManyBadFiles as e:
         log.metric(event="end", reason="bad input", kind="cache", worker=worker)
         share = f"{e} bad files of {total} are more than --max_bad_fraction {args.max_bad_fraction:g}"
+        bad = [s for r in work.results() for s in r["skipped"] if s["bad"]]
+        names = ", ".join(f"{s['file_path']} ({s['reason']})" for s in bad[:3])
         todo = "mend them, or run again with a higher --max_bad_fraction"
-        raise UserError(f"{share}: {first_bad(work)}; {todo}", EXIT_BAD_INPUT) from None
+        raise UserError(f"{share}: {names}; {todo}", EXIT_BAD_INPUT) from None
     except Stopped:
         log.metric(event="end", reason="stopped", kind="cache", worker=worker)
         log.say(f"stopped by {stop.signal}: finished units are kept, the same command continues")

@@ -103,18 +103,14 @@ def load_visqol():
 def measure(pred, target, rate: int, visqol=None) -> dict:
     """All metrics that apply at this rate: [N] against [N]."""
     valid = torch.tensor([len(target)])
-    found = {
-        "l1": float((pred - target).abs().mean()),
-        "stft": float(stft_loss(pred[None], target[None], valid, N_FFTS)),
-        "mel": mel_distance(pred, target, rate),
-    }
+    found = {"l1": float((pred - target).abs().mean())}
+    found["stft"] = float(stft_loss(pred[None], target[None], valid, N_FFTS))
+    found["mel"] = mel_distance(pred, target, rate)
     if rate == 24000:
         return found | {"si_sdr": si_sdr(pred, target)}
-    return found | {
-        "lsd": float(lsd(pred[None], target[None], valid, rate)),
-        "lsd_12_24k": float(lsd(pred[None], target[None], valid, rate, 12000)),
-        **({"visqol": visqol(pred, target)} if visqol else {}),
-    }
+    found["lsd"] = float(lsd(pred[None], target[None], valid, rate))
+    found["lsd_12_24k"] = float(lsd(pred[None], target[None], valid, rate, 12000))
+    return found | ({"visqol": visqol(pred, target)} if visqol else {})
 
 
 def pcm16(x):
@@ -165,7 +161,8 @@ def cut(x, rate: int, new_rate: int, start: int, n: int, g):
 
 def open_systems(args, device) -> tuple[DualHead, dict[str, DualHead]]:
     """(base SNAC, {label: decoder} of the checkpoints). Raises UserError for codecs that don't compare."""
-    labels = [label_of(p, args.checkpoint) for p in args.checkpoint]
+    folders = [Path(p).parent.name for p in args.checkpoint]  # a label where it tells one apart
+    labels = [f if folders.count(f) == 1 else p for f, p in zip(folders, args.checkpoint)]
     loaded = [load_dual_head(p, device, args.pretrained_model) for p in args.checkpoint]
     base_name = args.pretrained_model or loaded[0].encoder_from
     snac = load_snac(base_name)
@@ -178,12 +175,6 @@ def open_systems(args, device) -> tuple[DualHead, dict[str, DualHead]]:
             raise UserError(f"{name} has other code lengths than {base_name} ({differs})")
     decoder = DualHeadDecoder(snac, heads=("24k",), with_encoder=True)
     return DualHead(decoder, geometry, model_config(snac), device, base_name), dict(zip(labels, loaded))
-
-
-def label_of(path: str, among: list[str]) -> str:
-    """Shortest name that tells a checkpoint from the others: its folder, or folder/file."""
-    name = Path(path).parent.name
-    return name if [Path(p).parent.name for p in among].count(name) == 1 else str(path)
 
 
 def timed(tts: DualHead, codes, seed: int) -> dict[str, Signal]:

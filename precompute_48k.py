@@ -137,7 +137,7 @@ class Progress:
     def __init__(self, log: RunLog, total: int, every_s: float = 10.0):
         self.log, self.total, self.every_s = log, total, every_s
         self.start = self.last = time.monotonic()
-        self.done = self.mine = self.skipped = self.settled = self.seconds = 0
+        self.done = self.mine = self.skipped = self.seconds = 0
         self.proc = f"{socket.gethostname()}-{os.getpid()}"  # several processes append to one metrics.jsonl
         self.terminal = sys.stdout.isatty()
 
@@ -151,10 +151,9 @@ class Progress:
         if time.monotonic() - self.last >= self.every_s:
             self.say()
 
-    def others(self, files: int) -> None:
-        """So many more files are in finished units, ours or not."""
-        self.settled += files
-        self.done = max(self.done, self.settled)
+    def left(self, files: int) -> None:
+        """So many files are in unfinished units: others do some, too."""
+        self.done = max(self.done, self.total - files)
 
     def rate(self) -> float:
         return self.seconds / max(1e-9, time.monotonic() - self.start)
@@ -193,9 +192,8 @@ class Job:
         while self.units and not self.stop:
             for unit, group in itertools.groupby(self.read(), key=lambda r: r[0]):
                 self.finish(unit, [result for _, result in group])
-            done = [u for u in self.units if self.work.result_path(u).exists()]
-            self.units = sorted(set(self.units) - set(done))
-            self.progress.others(sum(len(self.work.units[u]) for u in done))
+            self.units = [u for u in self.units if not self.work.result_path(u).exists()]
+            self.progress.left(sum(len(self.work.units[u]) for u in self.units))
             if self.units:
                 time.sleep(0.5)  # should their owner die, their unit is ours
 
@@ -440,7 +438,10 @@ def main(args) -> int:
     summary = merge(job.work, args.output_dir, args.min_envelope_corr)
     progress.say()
     if args.test_mode:
-        show_table(log, args.output_dir, job.files)
+        manifest = (args.output_dir / "manifest.jsonl").read_text(encoding="utf-8")
+        for row in (r for r in map(json.loads, manifest.splitlines()) if r["path"] in job.files):
+            measures = f"envelope_corr {row['envelope_corr']:.3f}  gain {row['gain']:.3g}"
+            log.say(f"{row['kind']}  lag {row['lag_samples']:+.1f} samples  {measures}  {row['target']}")
     log.say("summary: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
     code = EXIT_BAD_INPUT if summary["skipped"] > args.max_bad_fraction * summary["files"] else 0
     log.metric(event="end", code=code, proc=progress.proc, **summary)
@@ -450,14 +451,6 @@ def main(args) -> int:
         where = args.output_dir.resolve() / "skipped.jsonl"
         print(f"precompute_48k.py: {share}, {allowed}: see {where}", file=sys.stderr)
     return code
-
-
-def show_table(log: RunLog, output_dir: Path, files: set[str]) -> None:
-    """What --test_mode ends with: the measures of each of its files."""
-    for row in map(json.loads, (output_dir / "manifest.jsonl").read_text(encoding="utf-8").splitlines()):
-        if row["path"] in files:
-            measures = f"envelope_corr {row['envelope_corr']:.3f}  gain {row['gain']:.3g}"
-            log.say(f"{row['kind']}  lag {row['lag_samples']:+.1f} samples  {measures}  {row['target']}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ import numpy as np
 from .cli import UserError
 from .files import atomic_file, read_json
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".w64", ".rf64")
-AUDIO_SUFFIXES += (".caf", ".au")
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".w64", ".rf64", ".caf", ".au")
 SPOOL_BYTES = 256 << 20  # a 48 kHz float32 waveform above this (23 min) waits in a temporary file
 
 
@@ -34,9 +33,9 @@ def find_audio(root: str | Path) -> list[str]:
     found = []
     for folder, _, names in os.walk(root):
         below = Path(folder).relative_to(root)
-        found += [(below / n).as_posix() for n in names if n.lower().endswith(AUDIO_SUFFIXES)]
+        found += [(below / n).as_posix() for n in names if n.lower().endswith(SUFFIXES)]
     if not found:
-        raise UserError(f"no audio file ({' '.join(AUDIO_SUFFIXES)}) below {root}")
+        raise UserError(f"no audio file ({' '.join(SUFFIXES)}) below {root}")
     return sorted(found)
 
 
@@ -100,10 +99,8 @@ def bad_file():
 
 def wav_layout(f) -> tuple[int, int, int, int, int, int]:
     """(format tag, channels, rate, bits a sample, data offset, data bytes) of an open RIFF WAVE file.
-
     Raises AudioError when the header claims more data than the file holds (libsndfile shortens it silently).
-    Streaming writers that never came back to fill in the length (0, 0x7FFFFFFF.., 0xFFFFFFFF) are accepted.
-    """
+    Streaming writers that never came back to fill in the length (0, 0x7FFFFFFF.., 0xFFFFFFFF) are fine."""
     size = f.seek(0, os.SEEK_END)
     f.seek(0)
     head = f.read(12)
@@ -150,7 +147,6 @@ def open_sound(path: str | Path):
 
     f = sf.SoundFile(path)
     if not 1000 <= f.samplerate <= 1_000_000:
-        f.close()
         raise AudioError(f"sampling rate {f.samplerate} Hz in the header")
     return f
 

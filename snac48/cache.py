@@ -169,10 +169,8 @@ def shard_rows(path: Path) -> tuple:
 
 def shard_arrays(table, geometry: Geometry, seen: set[int], where: str | Path = ""):
     """One shard as arrays: (codes [coarse, F] int16, coarse codes a row, audio lengths, paths, {bad row:
-    reason}). Raises UserError, naming `where`, for a table of another layout.
-
-    seen: hashes of the paths of earlier shards, extended here; a path that comes twice is a bad row.
-    """
+    reason}). Raises UserError, naming `where`, for a table of another layout. seen: hashes of the paths of
+    earlier shards, extended here; a path that comes twice is a bad row."""
     import pyarrow as pa
 
     try:

@@ -80,11 +80,9 @@ def sinc_kernel(old: int, new: int):
 
 class SincResampler:
     """torchaudio.functional.resample (Hann-windowed sinc, width 6, rolloff 0.99) over pieces, in numpy.
-
     SIDON was trained behind it, and soxr's sharper filter shifts the two top mel bins by 0.1 to 0.3 standard
     deviations. torchaudio itself is not used: without its C extension, which wants CUDA's libraries, it
-    imports only through a stub, and its high-pass then costs 0.30 CPU seconds an audio second.
-    """
+    imports only through a stub, and its high-pass then costs 0.30 CPU seconds an audio second."""
 
     def __init__(self, rate: int, new_rate: int):
         common = math.gcd(rate, new_rate)

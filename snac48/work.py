@@ -119,10 +119,8 @@ class SharedWork:
         if last and self._owner_alive(last):
             return False
         me = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_time(os.getpid())}
-        if not self._create(claim.name, json.dumps(me).encode()):
-            return False
-        if self.result_path(unit).exists():  # its owner committed between our two looks
-            return False
+        if not self._create(claim.name, json.dumps(me).encode()) or self.result_path(unit).exists():
+            return False  # taken, or even committed, between our two looks
         self.claims[unit] = claim
         return True
 
