@@ -161,7 +161,7 @@ def cut(x, rate: int, new_rate: int, start: int, n: int, g):
 
 def open_systems(args, device) -> tuple[DualHead, dict[str, DualHead]]:
     """(base SNAC, {label: decoder} of the checkpoints). Raises UserError for codecs that don't compare."""
-    folders = [Path(p).parent.name for p in args.checkpoint]  # a label where it tells one apart
+    folders = [Path(p).parent.name for p in args.checkpoint]  # of one name: told apart by path
     labels = [f if folders.count(f) == 1 else p for f, p in zip(folders, args.checkpoint)]
     loaded = [load_dual_head(p, device, args.pretrained_model) for p in args.checkpoint]
     base_name = args.pretrained_model or loaded[0].encoder_from
