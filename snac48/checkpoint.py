@@ -39,10 +39,8 @@ def check_zip(path: Path) -> str | None:
 
 
 def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
-    """Verified, `weights_only=True` (a pickle that would run code is refused), dense tensors only.
-
-    Raises UserError naming the file and the reason.
-    """
+    """Verified, `weights_only=True` (a pickle that would run code is refused), dense tensors only. Raises
+    UserError naming the file and the reason."""
     import torch
 
     path = Path(path)
@@ -101,9 +99,7 @@ def require(saved: dict, path, keys=OPENED) -> dict:
 
 def newest_good(paths, check, warn=warn) -> tuple[Path, dict] | None:
     """(path, its content) of the newest file in `paths` that verifies, or None; the others are warned about.
-
-    check: called with (content, path), raises UserError for what can't be resumed. warn: takes a sentence.
-    """
+    check: called with (content, path), raises UserError for what can't be resumed. warn: takes a sentence."""
     for path in sorted(paths, key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             state = load_checkpoint(path)

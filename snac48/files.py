@@ -51,10 +51,8 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb", **kwargs):
-    """A file object whose content appears at `path` whole or not at all.
-
-    Written beside it, fsynced, renamed, folder fsynced. A failed body (disk full, say) leaves the old file.
-    """
+    """A file object whose content appears at `path` whole or not at all. Written beside it, fsynced, renamed,
+    folder fsynced. A failed body (disk full, say) leaves the old file."""
     path = Path(path)
     tmp = temporary(path)
     try:

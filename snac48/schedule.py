@@ -87,11 +87,8 @@ def adam_betas(args) -> tuple[float, float]:
 
 
 def one_cycle(step: int, total: int, peak: float, rise=0.3, div=25.0, final_div=1e4) -> float:
-    """Rate at `step` of 0 … total-1: cosine from peak/div up to peak, then down to peak/div/final_div.
-
-    The formula of torch.optim.lr_scheduler.OneCycleLR (Smith & Topin 2018), as a function: nothing to
-    restore.
-    """
+    """Rate at `step` of 0 … total-1: cosine from peak/div up to peak, then down to peak/div/final_div. The
+    formula of torch.optim.lr_scheduler.OneCycleLR (Smith & Topin 2018), as a function: nothing to restore."""
     top, end = max(rise * total - 1, 0), total - 1
     if step <= top and top > 0:
         lo, hi, x = peak / div, peak, step / top
@@ -156,11 +153,9 @@ def plan_lines(args, plan: list[Epoch]) -> list[str]:
 
 
 def judge_norm(value: float, usual: float | None, factor: float) -> tuple[bool, float | None]:
-    """(skip this step?, running gradient norm afterwards). factor: -1 skips only what is not finite.
-
-    The running norm is a geometric mean. An outlier moves it too, and faster, so that a lasting change of
-    scale is accepted within a few steps; NaN and infinity never enter it.
-    """
+    """(skip this step?, running gradient norm afterwards). factor: -1 skips only what is not finite. The
+    running norm is a geometric mean. An outlier moves it too, and faster, so that a lasting change of scale
+    is accepted within a few steps; NaN and infinity never enter it."""
     if not math.isfinite(value):
         return True, usual
     if usual is None or value <= 0:

@@ -73,10 +73,8 @@ STARTS = {
 
 @torch.no_grad()
 def start_head(model: DualHeadDecoder, snac, init: str) -> None:
-    """Set `model.head_48k` in place from the model's trunk and the pretrained 24 kHz head of `snac`.
-
-    Raises UserError where a start doesn't fit the model.
-    """
+    """Set `model.head_48k` in place from the model's trunk and the pretrained 24 kHz head of `snac`. Raises
+    UserError where a start doesn't fit the model."""
     if STARTS[init]:
         pretrained = list(snac.decoder.model)[-3:]  # Snake1d, Conv, Tanh
         STARTS[init](model, pretrained)
