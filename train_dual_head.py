@@ -317,27 +317,11 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from snac48 import training
 from snac48.data import Filler, batches
 from snac48.decoder import HEADS
 from snac48.losses import TERMS, distances, head_losses, weighted
-from snac48.training import (
-    Run,
-    State,
-    announce,
-    average_weights,
-    averaged_weights,
-    enter_phase,
-    note_codes,
-    open_run,
-    prepare,
-    report,
-    report_codes,
-    save,
-    save_before_skips,
-    save_begun,
-    save_if_due,
-    save_step,
-)
+from snac48.training import Run, State, announce, enter_phase, open_run, prepare, report, save, save_if_due
 
 # ---- the loop ----
 
@@ -484,9 +468,9 @@ def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
     state.in_a_row = 0
     state.optimizer.step()
     if a.ema > 0:
-        average_weights(state, a.ema)
+        training.average_weights(state, a.ema)
     if run.full and state.phase == "main":
-        note_codes(run, state, seen)
+        training.note_codes(run, state, seen)
     if run.samples:
         rows = [row for part in batch.parts for row in part["rows"]]
         run.samples.add(state.step, state.epoch(run).number, rows)
@@ -503,7 +487,7 @@ def validate(run: Run, state: State) -> dict:
     share, size = math.ceil(len(run.val) / run.world), run.args.eval_batch_size
     lists = [mine[i : i + size] or [Filler(0)] for i in range(0, share, size)]  # as many on every rank
     sums = Counter(count=0.0)
-    with averaged_weights(state):
+    with training.averaged_weights(state):
         state.model.eval()
         for batch in run.loader(run.val, lists):
             check_stop(run, state)
@@ -524,7 +508,7 @@ def validate(run: Run, state: State) -> dict:
 
 def validate_and_keep(run: Run, state: State, epoch: schedule.Epoch | None) -> None:
     """Validate, log, and write best_model*.pt where it is the best; epoch: None for the start."""
-    report_codes(run, state, epoch)
+    training.report_codes(run, state, epoch)
     result, number = validate(run, state), epoch.number if epoch else 0
     state.validated = number
     if number == 0:
@@ -541,7 +525,7 @@ def validate_and_keep(run: Run, state: State, epoch: schedule.Epoch | None) -> N
                 + (f" ({gain:+.1f} % against the start)" if epoch else "")
                 + (f" best: {', '.join(better)}" if better else ""))  # fmt: skip
     run.log.metric(event="val", step=state.step, epoch=number, best=better, improved_percent=gain, **result)
-    with averaged_weights(state):
+    with training.averaged_weights(state):
         for k in better:
             save(run, state, k.replace("loss", "best_model") + ".pt")
 
@@ -592,12 +576,12 @@ def log_step(run: Run, state: State, epoch: schedule.Epoch, progress: Progress, 
 # exception: (reason in the log, exit code, checkpoint, what to do; an error where the code is 1 or 5)
 ENDINGS = {
     Finished: ("finished", 0, None, ""),
-    Stopped: ("stopped", cli.EXIT_STOPPED, save_step,
+    Stopped: ("stopped", cli.EXIT_STOPPED, training.save_step,
               "go on with: --resume auto --output_dir {args.output_dir}"),
-    Diverged: ("diverged", cli.EXIT_DIVERGED, save_before_skips,
+    Diverged: ("diverged", cli.EXIT_DIVERGED, training.save_before_skips,
                f"{SKIPS_IN_A_ROW} steps in a row were skipped; --resume auto repeats them from a checkpoint "
                "from before: give a lower --main_lr with it"),
-    TooManyBadFiles: ("too many bad files", cli.EXIT_BAD_INPUT, save_begun,
+    TooManyBadFiles: ("too many bad files", cli.EXIT_BAD_INPUT, training.save_begun,
                       "{error}: more than --max_bad_fraction {args.max_bad_fraction:g}; mend them or raise "
                       "it, then --resume auto"),
     torch.OutOfMemoryError: ("out of GPU memory", cli.EXIT_ERROR, None,

@@ -188,12 +188,8 @@ def unit_variance(module, x, last: float) -> None:
     """One pass of x through `module` in which every convolution is scaled to outputs of mean 0 and std 1
     (residual branches 0.4, noise gains 0.5, the last one `last`)."""
     convs = [m for m in module.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)]
-    wanted = {}
-    for m in module.modules():
-        if isinstance(m, ResidualUnit):
-            wanted[m.block[-1]] = 0.4
-        if isinstance(m, NoiseBlock):
-            wanted[m.linear] = 0.5
+    wanted = {m.block[-1]: 0.4 for m in module.modules() if isinstance(m, ResidualUnit)}
+    wanted |= {m.linear: 0.5 for m in module.modules() if isinstance(m, NoiseBlock)}
     wanted[convs[-1]] = last
 
     def rescale(conv, _, out):
@@ -203,11 +199,10 @@ def unit_variance(module, x, last: float) -> None:
         # a channel that gets nothing (latents beyond the mel bands) keeps its gain: 1 / 0 would explode later
         scale = torch.where(std > 1e-3 * std.max(), wanted.get(conv, 1.0) / std, 1.0)
         conv.parametrizations.weight.original0.mul_(scale.view(-1, 1, 1) if by_channel else scale)
-        column = scale[:, None] if by_channel else scale
-        if conv.bias is None:
-            return out * column
-        conv.bias.copy_((conv.bias - mean) * scale)
-        return (out - mean[:, None]) * column
+        if conv.bias is not None:
+            conv.bias.copy_((conv.bias - mean) * scale)
+            out = out - mean[:, None]
+        return out * (scale[:, None] if by_channel else scale)
 
     hooks = [c.register_forward_hook(rescale) for c in convs]
     module(x)

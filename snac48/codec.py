@@ -134,24 +134,19 @@ def slice_at(start: int, coarse_len: int, hop_length: int, vq_strides) -> dict:
 def load_snac(name: str, device="cpu"):
     """A frozen SNAC in eval mode from a folder (config.json, pytorch_model.bin) or the hub (pinned revision).
     name: DIR, hub id, or hub id@REVISION. Raises UserError saying what is missing."""
-    path = Path(name)
+    repo, _, revision = name.partition("@")
+    revision = revision or PINNED_REVISIONS.get(repo)
+    if Path(name).is_dir():
+        repo = name
+        if missing := [f for f in ("config.json", "pytorch_model.bin") if not (Path(name) / f).is_file()]:
+            raise UserError(f"model folder {name} lacks {' and '.join(missing)}")
+    elif name.startswith((".", "/")) or name.count("/") != 1:
+        known = next(iter(PINNED_REVISIONS))
+        raise UserError(f"model {name} is neither a folder nor a hub id such as {known}")
+    elif not revision:
+        raise UserError(f"no pinned revision is known for {repo}: say {repo}@COMMIT")
     try:
-        if path.is_dir():
-            missing = [f for f in ("config.json", "pytorch_model.bin") if not (path / f).is_file()]
-            if missing:
-                raise UserError(f"model folder {name} lacks {' and '.join(missing)}")
-            model = SNAC.from_pretrained(name)
-        else:
-            if name.startswith((".", "/")) or name.count("/") != 1:
-                known = next(iter(PINNED_REVISIONS))
-                raise UserError(f"model {name} is neither a folder nor a hub id such as {known}")
-            repo, _, revision = name.partition("@")
-            revision = revision or PINNED_REVISIONS.get(repo)
-            if not revision:
-                raise UserError(f"no pinned revision is known for {repo}: say {repo}@COMMIT")
-            model = SNAC.from_pretrained(repo, revision=revision)
-    except UserError:
-        raise
+        model = SNAC.from_pretrained(repo, revision=revision)  # of a folder: ignored
     except Exception as e:  # hub, network, config and weights each have their own exception classes
         raise UserError(f"model {name} could not be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
                         "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "

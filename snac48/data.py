@@ -71,23 +71,17 @@ class Targets:
             raise UserError(f"48 kHz folder {folder} does not exist; make it with precompute_48k.py")
         self.allowed = link_roots(folder)
         manifest, table = self.folder / "manifest.jsonl", None
-        if not manifest.is_file():
-            present, rows = set(find_audio(folder)), [path(r) for r in range(n)]
-            names, copied = target_names(rows), KINDS.index("copied")
-            found = {r: (t, copied, 1.0) for r in rows for t in (r, names[r]) if t in present}
-            data = self._table(rows, found)
-        else:
+        if index_folder and manifest.is_file():
             stat = manifest.stat()
             key = f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-            if index_folder:
-                table = index_folder / f"targets-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-            if table and table.exists():
-                data = np.load(table)
-            else:
-                data = self._table([path(r) for r in range(n)], self._read_manifest(manifest))
-                if table:
-                    with atomic_file(table) as f:
-                        np.savez(f, **data)
+            table = index_folder / f"targets-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        if table and table.exists():
+            data = np.load(table)
+        else:
+            data = self._table([path(r) for r in range(n)], manifest)
+            if table:
+                with atomic_file(table) as f:
+                    np.savez(f, **data)
         self.kinds, self.levels = data["kinds"], data["levels"]
         self.paths = PathBlob([])
         self.paths.blob, self.paths.ends = data["blob"], data["ends"]
@@ -107,16 +101,17 @@ class Targets:
                                     "precompute_48k.py again to rewrite it") from None  # fmt: skip
         return found
 
-    @staticmethod
-    def _table(rows: list[str], found: dict) -> dict:
+    def _table(self, rows: list[str], manifest: Path) -> dict:
+        if manifest.is_file():
+            found = self._read_manifest(manifest)
+        else:
+            names, copied, present = target_names(rows), KINDS.index("copied"), set(find_audio(self.folder))
+            found = {r: (t, copied, 1.0) for r in rows for t in (r, names[r]) if t in present}
         table = [found.get(r, ("", 0, 1.0)) for r in rows]
         paths = PathBlob([name for name, _, _ in table])
-        return {
-            "kinds": np.array([kind for _, kind, _ in table], np.uint8),
-            "levels": np.array([level for _, _, level in table], np.float32),
-            "blob": paths.blob,
-            "ends": paths.ends,
-        }
+        kinds = np.array([kind for _, kind, _ in table], np.uint8)
+        levels = np.array([level for _, _, level in table], np.float32)
+        return {"kinds": kinds, "levels": levels, "blob": paths.blob, "ends": paths.ends}
 
     def usable(self, data: "SliceDataset", include_unfaithful: bool, max_bad_fraction: float):
         """Mask of the rows that have a (faithful) target; the others are counted in data.left_out. Raises

@@ -114,39 +114,38 @@ def weighted(losses: dict, weights: dict):
     return sum(weight * losses[name] for name, weight in weights.items())
 
 
+def judged(audio, batch, **options):
+    """(name, Judged) of every head that there is audio of: audio [B, 1, N] of each of HEADS, or None."""
+    for (name, head), x in zip(HEADS.items(), audio):
+        if x is not None:
+            valid = head.factor * batch["valid_24k"]
+            yield name, Judged(masked(x[:, 0].float(), valid), batch[f"audio_{name}"][:, 0], valid, head.rate,
+                               batch["audio_24k"][:, 0], batch["phase_true"], **options)  # fmt: skip
+
+
 def head_losses(audio, batch, weights: dict, **options) -> dict:
     """Every loss of each item, fp32 [B], by the names of logs and flags: l1_24k, stft_24k, loss_24k, …_48k.
-    audio: [B, 1, N] of each of HEADS, or None. weights: {term: weight}; of those of weight 0 only REPORTED
-    are computed. options: of Judged."""
-    out, valid, weights = {}, batch["valid_24k"], {t: w for t, w in weights.items() if w or t in REPORTED}
-    for (name, head), x in zip(HEADS.items(), audio):
-        if x is None:
-            continue
-        own, original = head.factor * valid, batch["audio_24k"][:, 0]
-        judged = Judged(masked(x[:, 0].float(), own), batch[f"audio_{name}"][:, 0], own, head.rate, original,
-                        batch["phase_true"], **options)  # fmt: skip
-        terms = {term: TERMS[term](judged) for term in weights}
+    audio: as for judged. weights: {term: weight}; of those of weight 0 only REPORTED are computed. options:
+    of Judged."""
+    out, weights = {}, {term: weight for term, weight in weights.items() if weight or term in REPORTED}
+    for name, x in judged(audio, batch, **options):
+        terms = {term: TERMS[term](x) for term in weights}
         out |= {f"{term}_{name}": loss for term, loss in terms.items()}
         out[f"loss_{name}"] = weighted(terms, weights)
-    return {k: torch.where(valid > 0, v, torch.zeros_like(v)) for k, v in out.items()}
+    return {k: torch.where(batch["valid_24k"] > 0, v, torch.zeros_like(v)) for k, v in out.items()}
 
 
 # ---- measures ----
 
 
 def distances(audio, batch) -> dict:
-    """Log-spectral distances of each item [B], by name: lsd_24k, lsd_48k and, above 12 kHz, lsd_12_24k.
-    audio: as for head_losses."""
-    out, counted = {}, batch["valid_24k"] > 0
-    for (name, head), x in zip(HEADS.items(), audio):
-        if x is None:
-            continue
-        valid, target = head.factor * batch["valid_24k"], batch[f"audio_{name}"][:, 0]
-        pred = masked(x[:, 0].float(), valid)
-        out[f"lsd_{name}"] = lsd(pred, target, valid, head.rate) * counted
+    """Log-spectral distances of each item [B], by name: lsd_24k, lsd_48k and, above 12 kHz, lsd_12_24k."""
+    out = {}
+    for name, x in judged(audio, batch):
+        out[f"lsd_{name}"] = lsd(x.audio, x.target, x.valid, x.rate)
         if name == "48k":
-            out["lsd_12_24k"] = lsd(pred, target, valid, head.rate, 12000) * counted
-    return out
+            out["lsd_12_24k"] = lsd(x.audio, x.target, x.valid, x.rate, 12000)
+    return {k: v * (batch["valid_24k"] > 0) for k, v in out.items()}
 
 
 def lsd(pred, target, valid, rate: int, above_hz: float = 0.0):

@@ -116,13 +116,12 @@ def groups_of(args, phase: str) -> list[str]:
     if phase == "warmup":
         return [f"head_{name}" for name in chosen_heads(args.heads) if name != HEAD_NAMES[0]]
     heads = [f"head_{name}" for name in reversed(chosen_heads(args.heads))]
-    codec = ["encoder"]  # it learns the features, whatever is frozen afterwards
-    if phase == "main":
-        frozen = {"encoder": args.freeze_encoder, "quantizer": args.freeze_vq}
-        codec = [name for name in frozen if not frozen[name]]
     if not trains_codec(args):
-        codec = []
-    return ["trunk", *heads, *codec]
+        return ["trunk", *heads]
+    if phase == "features":  # the encoder learns them, whatever is frozen afterwards
+        return ["trunk", *heads, "encoder"]
+    frozen = {"encoder": args.freeze_encoder, "quantizer": args.freeze_vq}
+    return ["trunk", *heads, *(name for name in frozen if not frozen[name])]
 
 
 def rates_at(args, plan: list[Epoch], step: int) -> dict[str, float]:
@@ -146,9 +145,8 @@ def plan_lines(args, plan: list[Epoch]) -> list[str]:
     for e in plan:
         first, last = (rates_at(args, plan, e.first_step + n) for n in (0, e.steps - 1))
         rates = ", ".join(f"{g} {first[g]:.3g} to {last[g]:.3g}" for g in first)
-        lines.append(
-            f"epoch {e.number}: {e.phase}, {e.segment:g} s, batch {e.batch}, {e.steps} steps, {rates}"
-        )
+        about = f"{e.phase}, {e.segment:g} s, batch {e.batch}, {e.steps} steps"
+        lines.append(f"epoch {e.number}: {about}, {rates}")
     return lines
 
 

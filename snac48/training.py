@@ -326,18 +326,13 @@ def averaged_weights(state: State):
     if state.ema is None:
         yield
         return
-    own = {k: v.detach().clone() for k, v in state.model.named_parameters()}
-    set_parameters(state.model, state.ema)
+    used = {k: p.detach() for k, p in state.model.named_parameters()}
+    own = {k: p.clone() for k, p in used.items()}
+    torch._foreach_copy_(list(used.values()), [state.ema[k] for k in used])
     try:
         yield
     finally:
-        set_parameters(state.model, own)
-
-
-@torch.no_grad()
-def set_parameters(model, values: dict) -> None:
-    for k, p in model.named_parameters():
-        p.copy_(values[k])
+        torch._foreach_copy_(list(used.values()), list(own.values()))
 
 
 @torch.no_grad()
