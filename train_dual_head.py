@@ -136,7 +136,7 @@ CHOICES = {
     "init": ("interpolate", "average", "first", "random"),
     "stft": ("magnitude", "complex"),
     "heads": ("both", *schedule.HEAD_NAMES),
-    "scheduler": ("onecycle", "cosine", "constant"),
+    "scheduler": tuple(schedule.SHAPES),
     "upsampler": ("", "sidon", "sinc"),
 }
 PHASE11 = {"heads": "48k", "batch_size": 32, "segment_schedule": "4.0", "batch_multiplier": "1.0",
@@ -599,10 +599,8 @@ def end(run: Run, state: State, ending: BaseException) -> int:
     advice = advice.format(args=run.args, error=cli.first_line(ending))
     if keep:
         keep(run, state)
-    spent = time.time() - run.began
-    memory = ""
-    if run.device.type == "cuda":
-        memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    spent, gpu = time.time() - run.began, run.device.type == "cuda"
+    memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if gpu else ""
     run.log.say(f"{reason} at step {state.step} after {human_time(spent)}{memory}; {state.skipped} "
                 f"steps skipped, {len(state.bad_files)} bad files"
                 + (f", {len(state.left_out)} left out as too loud" if state.left_out else "")

@@ -113,23 +113,6 @@ class Targets:
         levels = np.array([level for _, _, level in table], np.float32)
         return {"kinds": kinds, "levels": levels, "blob": paths.blob, "ends": paths.ends}
 
-    def usable(self, data: "SliceDataset", include_unfaithful: bool, max_bad_fraction: float):
-        """Mask of the rows that have a (faithful) target; the others are counted in data.left_out. Raises
-        UserError where more than max_bad_fraction have none."""
-        keep, n = self.kinds != 0, len(self.kinds)
-        missing = int((~keep).sum())
-        if missing > max_bad_fraction * n:
-            raise UserError(f"48 kHz folder {self.folder} lacks {missing} of {n} files, first "
-                            f"{data.path(int(np.flatnonzero(~keep)[0]))}; run precompute_48k.py on the "
-                            "recordings (or raise --max_bad_fraction to leave them out)")  # fmt: skip
-        if missing:
-            data.left_out["no 48 kHz target"] = missing
-        unfaithful = self.kinds == KINDS.index("unfaithful")
-        if unfaithful.any() and not include_unfaithful:
-            keep &= ~unfaithful
-            data.left_out["unfaithful 48 kHz target"] = int(unfaithful.sum())
-        return keep
-
     def read(self, row: int, start: int, count: int, rate: int, need: int):
         """Samples [start, start + count) of the row's target at `rate`, at the source's level: float32. At
         least `need` of them must exist."""
@@ -163,11 +146,22 @@ class SliceDataset:
     def choose_rows(self, name, n: int, limit, folder: str, include_unfaithful: bool,
                     max_bad_fraction: float, index_folder: Path | None = None) -> None:  # fmt: skip
         """Set `targets`, those in `folder` if it is given, and `rows`, int64: at most `limit` of the n rows
-        that have one. name: of the data, for a UserError where no row is left."""
+        that have a (faithful) one; the others are counted in `left_out`. Raises UserError where more than
+        max_bad_fraction have none, or where no row of `name`, the data, is left."""
         self.targets, keep = None, np.ones(n, bool)
         if folder:
             self.targets = Targets(str(folder), self.path, n, index_folder)
-            keep = self.targets.usable(self, include_unfaithful, max_bad_fraction)
+            kinds = self.targets.kinds
+            keep, unfaithful = kinds != KINDS.index("missing"), kinds == KINDS.index("unfaithful")
+            if missing := int((~keep).sum()):
+                self.left_out["no 48 kHz target"] = missing
+            if missing > max_bad_fraction * n:
+                raise UserError(f"48 kHz folder {self.targets.folder} lacks {missing} of {n} files, first "
+                                f"{self.path(int(np.flatnonzero(~keep)[0]))}; run precompute_48k.py on the "
+                                "recordings (or raise --max_bad_fraction to leave them out)")  # fmt: skip
+            if unfaithful.any() and not include_unfaithful:
+                keep &= ~unfaithful
+                self.left_out["unfaithful 48 kHz target"] = int(unfaithful.sum())
         self.rows = np.flatnonzero(keep)[: limit if limit is not None and limit >= 0 else None]
         if not len(self.rows):
             left_out = f": {self.left_out}" if self.left_out else ""
@@ -223,8 +217,7 @@ class SliceDataset:
 
 class CachedCodesDataset(SliceDataset):
     """Slices of a cache of cache_codes.py: items also have codes [K int64 tensors], filled with -1 past the
-    end, which the model takes as silence there. Without audio_48k_dir: for a decoder without a 48 kHz head.
-    """
+    end, which the model takes as silence there. Without audio_48k_dir: for a decoder of 24 kHz alone."""
 
     def __init__(self, cache_dir, audio_48k_dir, segment_length, limit=None, *, audio_24k_dir="", seed=42,
                  fixed=False, include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
@@ -263,8 +256,7 @@ class CachedCodesDataset(SliceDataset):
         return {"codes": [torch.from_numpy(scale) for scale in codes]}
 
     def audio(self, row: int, utterance: dict, at: dict) -> dict:
-        found, rate = {}, self.geometry.sampling_rate
-        low, n = at["start_sample_24k"], at["samples_24k"]
+        found, rate, low, n = {}, self.geometry.sampling_rate, at["start_sample_24k"], at["samples_24k"]
         need = min(n, utterance["samples"] - low)
         for name, head in self.heads.items():
             f = head.factor
