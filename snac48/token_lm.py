@@ -4,6 +4,7 @@ holds, and speaking.
 train_rvq.py trains and samples it, doctor.py probes it. Tokens are frames [B, T, K]; -1 means "no token".
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,8 @@ class Transformer(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def new_cache(self, batch: int) -> list:
-        w = self.norm.weight
-        shape = (batch, *self.shape)
-        return [(w.new_empty(shape), w.new_empty(shape)) for _ in self.blocks]
+        new = lambda: self.norm.weight.new_empty(batch, *self.shape)
+        return [(new(), new()) for _ in self.blocks]
 
     def forward(self, x, caches=None, at: int = 0):
         """x: [B, S, d] at positions at .. at + S."""
@@ -109,7 +109,6 @@ class TokenLM(nn.Module):
         sizes = torch.tensor(self.vocab)
         self.register_buffer("sizes", sizes, persistent=False)
         self.register_buffer("offsets", sizes.cumsum(0) - sizes, persistent=False)
-        self.ragged = len(set(self.vocab)) > 1
 
     def positions(self, T: int) -> int:
         return {"delay": T + self.K - 1, "flatten": T * self.K}.get(self.pattern, T)
@@ -147,14 +146,11 @@ class TokenLM(nn.Module):
             h = torch.stack([h[:, k : k + T] for k in range(K)], 2)
         else:
             h = h[:, :, None].expand(B, T, K, -1)
-        return self.mask(torch.einsum("btkd,kvd->btkv", h, self.out).float())
-
-    def mask(self, logits):
-        """-inf beyond a codebook's own vocabulary (files whose codebooks differ in size)."""
-        if not self.ragged:
-            return logits
-        beyond = torch.arange(logits.shape[-1], device=logits.device) >= self.sizes[:, None]
-        return logits.masked_fill(beyond, float("-inf"))
+        logits = torch.einsum("btkd,kvd->btkv", h, self.out).float()
+        if min(self.vocab) < max(self.vocab):  # -inf beyond a codebook's own vocabulary
+            beyond = torch.arange(logits.shape[-1], device=logits.device) >= self.sizes[:, None]
+            logits = logits.masked_fill(beyond, float("-inf"))
+        return logits
 
     def flops_per_frame(self, T: int) -> float:
         """Forward + backward: 6 per weight and position it is used at, 6 L d T for causal attention."""
@@ -192,8 +188,7 @@ def objective(model, codes, weights, smoothing: float, frames: int):
     frames: of the whole optimiser step, so that the passes' losses add up to the step's mean.
     """
     logits = model(codes)
-    plain = model._orig_mod if hasattr(model, "_orig_mod") else model  # inside torch.compile's wrapper
-    nll, flat = token_losses(logits, codes, plain.sizes)
+    nll, flat = token_losses(logits, codes, model.sizes)
     valid = codes >= 0
     mixed = torch.where(valid, (1 - smoothing) * nll + smoothing * flat, 0.0).sum((0, 1))
     ce = torch.where(valid, nll, 0.0).sum((0, 1)).detach()
@@ -281,7 +276,7 @@ def sample(model, frames, prompt=None, batch=1, temperature=1.0, top_k=0, top_p=
         j = known * K if pattern == "flatten" else known
         last = model.positions(n) - 1
         if t0 + n < total:  # frames beyond this window exist: do not pretend that they are missing
-            last = {"flatten": (n - 1) * K}.get(pattern, n - 1)
+            last = (n - 1) * (K if pattern == "flatten" else 1)
         caches = model.temporal.new_cache(len(codes))
         start = model.start.expand(len(codes), 1, -1)
         h = model.temporal(torch.cat([start, model.inputs(window, 0, j)], 1), caches)[:, -1]
@@ -318,17 +313,17 @@ class StepGuard:
 
     def reason(self, loss: float, grad_norm: float) -> str | None:
         """Why this step must be skipped, or None; counts both."""
-        why = None
+        known = self.running is not None
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             why = "non-finite"
-        elif self.running is not None and self.factor:
-            why = "outlier" if loss > max(self.factor * self.running, self.running + 1) else None
-        if why:
-            self.skipped += 1
-            self.in_a_row += 1
+        elif known and self.factor and loss > max(self.factor * self.running, self.running + 1):
+            why = "outlier"
         else:
-            self.running = loss if self.running is None else 0.98 * self.running + 0.02 * loss
+            self.running = 0.98 * self.running + 0.02 * loss if known else loss
             self.in_a_row = 0
+            return None
+        self.skipped += 1
+        self.in_a_row += 1
         return why
 
 
@@ -347,17 +342,12 @@ class State:
     train_loss: float | None = None
 
     def state_dict(self) -> dict:
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "guard": {"running": self.guard.running, "skipped": self.guard.skipped},
-            "global_step": self.step,
-            "closed": self.closed,
-            "best": self.best,
-            "val_loss": self.val_loss,
-            "train_loss": self.train_loss,
-        }
+        ema = self.ema.state_dict() if self.ema else None
+        parts = {"model": self.model.state_dict(), "ema": ema, "optimizer": self.optimizer.state_dict()}
+        guard = {"running": self.guard.running, "skipped": self.guard.skipped}
+        counts = {"global_step": self.step, "closed": self.closed}
+        losses = {"best": self.best, "val_loss": self.val_loss, "train_loss": self.train_loss}
+        return {**parts, "guard": guard, **counts, **losses}
 
     def load_state_dict(self, saved: dict) -> None:
         """Weight decay and kernel of the optimiser stay: they are options, not state."""
@@ -375,17 +365,11 @@ class State:
 
 def new_state(model: TokenLM, args) -> State:
     """A start at step 0. args: ema, lr, weight_decay, fused_optim and outlier_skip_factor of train_rvq.py."""
-    ema = None
-    if args.ema:
-        ema = TokenLM(model.arch).to(model.out.device).requires_grad_(False)
-        ema.load_state_dict(model.state_dict())
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), fused=args.fused_optim or None)
+    ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    matrices = {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay}
+    vectors = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    fused = args.fused_optim or None
+    optimizer = torch.optim.AdamW([matrices, vectors], args.lr, betas=(0.9, 0.95), fused=fused)
     return State(model, ema, optimizer, StepGuard(args.outlier_skip_factor))
 
 
@@ -410,8 +394,7 @@ def find_resume(folder: Path, stem: str, resume: str | None, corpus: Corpus, say
     """
     latest = folder / f"{stem}_latest.pt"
     if resume and resume != "auto":
-        saved = load_checkpoint(resume)
-        check_ours(saved, resume)
+        check_ours(saved := load_checkpoint(resume), resume)
     elif latest.exists():
         older = [*folder.glob(f"{stem}_epoch_e*.pt"), *folder.glob(f"{stem}_best*.pt")]
         found = newest_good([latest], check_ours, say) or newest_good(older, check_ours, say)
@@ -422,12 +405,11 @@ def find_resume(folder: Path, stem: str, resume: str | None, corpus: Corpus, say
         raise UserError(f"--resume: {latest} does not exist")
     else:
         return None
+    found = f"the checkpoint in {folder}"
     if saved["arch"]["vocab"] != corpus.vocab:
-        what = "is no model of these tokens; use another --save_dir or --tag"
-        raise UserError(f"the checkpoint in {folder} {what}")
+        raise UserError(f"{found} is no model of these tokens; use another --save_dir or --tag")
     if any(saved["source"].get(k) != corpus.source.get(k) for k in ("kind", "weights_sha256")):
-        what = "was trained on tokens of another codec; use another --save_dir"
-        raise UserError(f"the checkpoint in {folder} {what}")
+        raise UserError(f"{found} was trained on tokens of another codec; use another --save_dir")
     return saved
 
 
@@ -464,8 +446,8 @@ def frames_writer(path: Path, source: dict, vocab: list[int], fps: float, decode
         return lambda frames: write_npq(path, frames, vocab, fps)
     if path.suffix == ".parquet":
         if source["kind"] != "snac":
-            what = "is the format of a SNAC cache; these are DAC tokens, use .npq or .wav"
-            raise UserError(f"--output .parquet {what}")
+            what = "--output .parquet is the format of a SNAC cache"
+            raise UserError(f"{what}; these are DAC tokens, use .npq or .wav")
         return lambda frames: write_cache(path, {path.with_suffix(".wav").name: frames}, source)
     if path.suffix != ".wav":
         raise UserError(f"--output {path}: the suffix must be .npq, .parquet or .wav")
@@ -488,10 +470,8 @@ def load_decoder(source: dict, name: str, device):
             return snac_decoder(source, name, device)
         return dac_decoder(DAC_REPO if name == "auto" else name, device)
     except (ImportError, OSError, ValueError) as e:
-        raise UserError(
-            f"the decoder {name} cannot be loaded: {first_line(e)}; name a folder with --eval-decoder "
-            "(generate: --decoder), none: tokens only"
-        ) from None
+        hint = "name a folder with --eval-decoder (generate: --decoder), none: tokens only"
+        raise UserError(f"the decoder {name} cannot be loaded: {first_line(e)}; {hint}") from None
 
 
 def snac_decoder(source: dict, path: str, device):
@@ -499,8 +479,8 @@ def snac_decoder(source: dict, path: str, device):
 
     decoder = load_dual_head(path, device)
     if decoder.geometry.weights_sha256 != source["weights_sha256"]:
-        what = f"the decoder {path} speaks the codes of another codec, not of these tokens'"
-        raise UserError(f"{what}; give its own")
+        found = f"the decoder {path} speaks the codes of another codec"
+        raise UserError(f"{found}, not of these tokens'; give its own")
 
     def speak(frames):
         codes = [torch.from_numpy(c).long()[None] for c in codes_from_frames(frames, source["vq_strides"])]
@@ -518,8 +498,8 @@ def dac_decoder(name: str, device):
 
     def speak(frames):
         if frames.shape[1] > have[0] or frames.max() >= have[1]:
-            what = f"{frames.shape[1]} codebooks with token {frames.max()}"
-            raise UserError(f"{what} do not fit this DAC: {have}")
+            found = f"{frames.shape[1]} codebooks with token {frames.max()}"
+            raise UserError(f"{found} do not fit this DAC: {have}")
         with torch.no_grad():
             audio = dac.decode(audio_codes=torch.from_numpy(frames.T[None]).to(device)).audio_values
         return audio.float().cpu().reshape(-1).numpy(), dac.config.sampling_rate

@@ -43,15 +43,8 @@ def frame_slots(vq_strides: list[int]) -> list[tuple[int, int]]:
         raise UserError(f"vq_strides {vq_strides} must be positive")
     if any(a % b for a, b in itertools.pairwise(vq_strides)):
         raise UserError(f"vq_strides {vq_strides}: each must be a multiple of the next to nest in one frame")
-
-    def walk(scale, index):
-        yield scale, index
-        if scale + 1 < len(vq_strides):
-            n = vq_strides[scale] // vq_strides[scale + 1]
-            for i in range(index * n, (index + 1) * n):
-                yield from walk(scale + 1, i)
-
-    return list(walk(0, 0))
+    slots = [(i * s, k, i) for k, s in enumerate(vq_strides) for i in range(vq_strides[0] // s)]
+    return [(k, i) for _, k, i in sorted(slots)]  # by time, of those that begin together the coarser first
 
 
 def slot_columns(vq_strides: list[int]) -> list[list[int]]:
@@ -89,21 +82,15 @@ class Npq:
         return np.memmap(self.path, self.dtype, "r", self.offset, shape)[:, : len(self.vocab)]
 
     def __str__(self) -> str:
-        size = (
-            f"{self.frames} frames x {len(self.vocab)} at {self.fps:.2f}/s = {self.frames / self.fps:.1f} s"
-        )
-        return f"{self.kind}, {size}, vocabulary {sorted(set(self.vocab))}, {self.kbps:.2f} kbps"
+        size, seconds = f"{self.frames} frames x {len(self.vocab)}", self.frames / self.fps
+        rest = f"vocabulary {sorted(set(self.vocab))}, {self.kbps:.2f} kbps"
+        return f"{self.kind}, {size} at {self.fps:.2f}/s = {seconds:.1f} s, {rest}"
 
 
 def take(head: bytes, fmt: str, offset: int) -> tuple:
     if offset + struct.calcsize(fmt) > len(head):
         raise NpqError(f"header cut off at byte {len(head)}")
     return struct.unpack_from(fmt, head, offset)
-
-
-def check_version(kind: str, version: int) -> None:
-    if version != 1:
-        raise NpqError(f"{kind} version {version} is not 1")
 
 
 def check_k(K: int) -> None:
@@ -113,25 +100,25 @@ def check_k(K: int) -> None:
 
 def parse_header(path: str, head: bytes, size: int) -> Npq:
     """The header of a file of `size` bytes from its first bytes. Raises NpqError with the reason."""
-    magic = head[:4]
+    magic, mode = head[:4], 1
     if magic == b"NPQ2":
         kind, at = "NPQ2", 23
         version, mode, k_mid, k_side, fps, kbps, T = take(head, "<HBHHffI", 4)
-        check_version(kind, version)
-        if mode != 1:
-            raise NpqError(f"NPQ2 mode {mode} is not 1 (mid/side)")
-        if k_mid < 1:
-            raise NpqError("NPQ2 without a mid codebook (k_mid 0)")
         K = k_mid + k_side
     elif magic in (b"NPQ1", b"NPQ0"):
         kind, at = "NPQ1", 20
         version, K, fps, kbps, T = take(head, "<HHffI", 4)
         if magic == b"NPQ0" or (K == 0 and 1 <= version <= MAX_K):  # an i32 K: no version field, so legacy v0
             return parse_legacy(path, head, size)
-        check_version(kind, version)
         k_mid = K
     else:
         raise NpqError(f"magic {magic!r} is neither NPQ1 nor NPQ2")
+    if version != 1:
+        raise NpqError(f"{kind} version {version} is not 1")
+    if mode != 1:
+        raise NpqError(f"NPQ2 mode {mode} is not 1 (mid/side)")
+    if k_mid < 1 and kind == "NPQ2":
+        raise NpqError("NPQ2 without a mid codebook (k_mid 0)")
     check_k(K)
     *vocab, number = take(head, f"<{K}IB", at)
     if number not in DTYPES:
@@ -141,24 +128,18 @@ def parse_header(path: str, head: bytes, size: int) -> Npq:
 
 def parse_legacy(path: str, head: bytes, size: int) -> Npq:
     """v0 says neither its layout nor a version: take the one whose header is possible, exact size first."""
-
-    def layout_a():
-        K, fps, kbps, T = take(head, "<iffi", 4)
-        check_k(K)
-        return Npq(path, "v0-A", fps, kbps, T, list(take(head, f"<{K}i", 20)), "<u2", 20 + 4 * K, K, K)
-
-    def layout_b():
-        K, fps = take(head, "<if", 4)
-        check_k(K)
-        *vocab, T = take(head, f"<{K + 1}i", 12)
-        return Npq(path, "v0-B", fps, 0.0, T, vocab, "<u2", 16 + 4 * K, K, K)
-
     found, reasons = [], []
-    for name, layout in (("v0-A", layout_a), ("v0-B", layout_b)):
+    for kind in ("v0-A", "v0-B"):
         try:
-            found.append(checked(layout(), size))
+            K, fps = take(head, "<if", 4)
+            check_k(K)
+            if kind == "v0-A":
+                at, (kbps, T, *vocab) = 20 + 4 * K, take(head, f"<fi{K}i", 12)
+            else:
+                at, kbps, (*vocab, T) = 16 + 4 * K, 0.0, take(head, f"<{K}ii", 12)
+            found.append(checked(Npq(path, kind, fps, kbps, T, vocab, "<u2", at, K, K), size))
         except NpqError as e:
-            reasons.append(f"{name}: {e}")
+            reasons.append(f"{kind}: {e}")
     if not found:
         raise NpqError("; ".join(reasons))
     return min(found, key=lambda h: size - (h.offset + h.frames * h.columns * 2))
@@ -166,9 +147,9 @@ def parse_legacy(path: str, head: bytes, size: int) -> Npq:
 
 def checked(h: Npq, size: int) -> Npq:
     """`h` when a file of `size` bytes can have this header; else NpqError."""
-    if not (math.isfinite(h.fps) and h.fps > 0):
+    if not 0 < h.fps < math.inf:
         raise NpqError(f"token rate {h.fps} is not a positive number")
-    if not (math.isfinite(h.kbps) and h.kbps >= 0):
+    if not 0 <= h.kbps < math.inf:
         raise NpqError(f"bitrate {h.kbps} kbps is not a number of at least 0")
     if min(h.vocab) < 1:
         raise NpqError(f"vocabulary size {min(h.vocab)} is below 1")
@@ -206,9 +187,8 @@ def check_tokens(tokens: np.ndarray, vocab: list[int]) -> None:
         block = tokens[start : start + SCAN_FRAMES]
         if (block.max(axis=0) >= limit).any() or (block.dtype.kind == "i" and block.min() < 0):
             t, k = np.argwhere((block < 0) | (block >= limit))[0]
-            raise NpqError(
-                f"token {int(block[t, k])} at frame {start + t}, codebook {k} is not in 0..{limit[k] - 1}"
-            )
+            where = f"at frame {start + t}, codebook {k}"
+            raise NpqError(f"token {block[t, k]} {where} is not in 0..{limit[k] - 1}")
 
 
 def write_npq(path, tokens, vocab, fps: float, kbps: float | None = None, dtype: int | None = None) -> None:
@@ -234,9 +214,7 @@ def write_npq(path, tokens, vocab, fps: float, kbps: float | None = None, dtype:
 
 def slot_order(vq_strides: list[int]) -> np.ndarray:
     """Columns of a CodeIndex row block (scale by scale) in frame order; 4, 2, 1 -> 0 1 3 4 2 5 6."""
-    counts = [len(c) for c in slot_columns(vq_strides)]
-    first = np.cumsum([0, *counts])
-    return np.array([first[k] + i for k, i in frame_slots(vq_strides)])
+    return np.argsort(np.concatenate(slot_columns(vq_strides)))
 
 
 def snac_source(geometry) -> dict:
@@ -271,14 +249,6 @@ def write_cache(path: str | Path, rows: dict[str, np.ndarray], source: dict) -> 
 # ---- one corpus, whatever the files ----
 
 
-def open_data(data: str, val_data: str | None, npq2: str) -> "tuple[Corpus, Corpus | None]":
-    """(training corpus, held-out corpus or None). Raises UserError when their tokens differ in kind."""
-    corpus, held_out = Corpus(data, npq2), Corpus(val_data, npq2) if val_data else None
-    if held_out and (held_out.vocab != corpus.vocab or held_out.source != corpus.source):
-        raise UserError(f"--val-data {val_data} holds other tokens than --data {data}")
-    return corpus, held_out
-
-
 class Corpus:
     """Token frames of many files: .lengths int64 [files], .vocab, .K, .fps, .source, .bad; read() -> [n, K].
 
@@ -303,13 +273,10 @@ class Corpus:
         from .cache import CodeIndex
 
         self.index = CodeIndex(data)
-        self.source = snac_source(self.index.geometry)
-        self.order = slot_order(self.source["vq_strides"])
-        self.vocab = [self.source["codebook_size"]] * len(self.order)
         geometry = self.index.geometry
-        self.fps = (
-            geometry.sampling_rate / geometry.coarse_samples
-        )  # 24000 / (512 * 4) = 11.72 for snac_24khz
+        self.source, self.order = snac_source(geometry), slot_order(geometry.vq_strides)
+        self.vocab = [geometry.codebook_size] * len(self.order)
+        self.fps = geometry.sampling_rate / geometry.coarse_samples  # snac_24khz: 24000 / (512 * 4) = 11.72
         self.lengths = np.diff(self.index.offsets)
         self.bad = [(data, f"{n} rows: {reason}") for reason, n in self.index.bad.items()]
         return sum(self.index.bad.values())
@@ -357,8 +324,7 @@ def window_table(lengths: np.ndarray, files: np.ndarray, ctx: int, step: int) ->
     """int64 [windows, 3]: file, first frame, frames."""
     counts = window_counts(lengths[files], ctx, step)
     owner = np.repeat(files, counts)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    start = number * step
+    start = step * (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts))
     return np.stack([owner, start, np.minimum(ctx, lengths[owner] - start)], axis=1)
 
 
@@ -371,9 +337,8 @@ def split_files(counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         raise UserError("one file cannot be split by file: give more files, or --val-data")
     order = np.random.default_rng([seed, 1]).permutation(len(counts))
     n = int((np.cumsum(counts[order]) <= int(0.05 * counts.sum())).sum())
-    if n == 0:  # every file is larger than the share: hold out the smallest
-        order = np.roll(order, -int(np.argmin(counts[order])))
-        n = 1
+    if n == 0:  # the first is larger than the share: hold out the smallest
+        n, order = 1, np.roll(order, -int(np.argmin(counts[order])))
     return np.sort(order[n:]), np.sort(order[:n])
 
 
@@ -386,9 +351,7 @@ def steps_per_epoch(windows: int, batch: int, accum: int) -> int:
     return max(1, math.ceil(windows / batch) // accum)
 
 
-def step_batches(
-    order: np.ndarray, lengths: np.ndarray, step: int, batch: int, accum: int
-) -> list[np.ndarray]:
+def step_batches(order, lengths, step: int, batch: int, accum: int) -> list[np.ndarray]:
     """The forward passes of one optimiser step: windows of similar length together, so little is padded."""
     last = step + 1 == steps_per_epoch(len(order), batch, accum)
     own = order[step * batch * accum : None if last else (step + 1) * batch * accum]
@@ -420,23 +383,17 @@ def pad_batch(items: list[np.ndarray]):
     return torch.from_numpy(out)
 
 
-def make_loader(windows: Windows, order: list[list[int]], pin: bool, args):
-    """A DataLoader of int32 [B, T, K]: the windows that `order` names when an iteration begins.
+def make_loader(windows: Windows, pin: bool, args):
+    """A DataLoader of int32 [B, T, K]: the windows listed in its .batch_sampler when an iteration begins.
 
     args: num_workers, prefetch (batches a worker) and persistent_workers of train_rvq.py.
     """
     from torch.utils.data import DataLoader
 
-    ahead = {"prefetch_factor": args.prefetch, "persistent_workers": args.persistent_workers}
-    return DataLoader(
-        windows,
-        batch_sampler=order,
-        collate_fn=pad_batch,
-        num_workers=args.num_workers,
-        pin_memory=pin,
-        worker_init_fn=ignore_stop_signals,
-        **(ahead if args.num_workers else {}),
-    )
+    how = {"num_workers": args.num_workers, "worker_init_fn": ignore_stop_signals, "pin_memory": pin}
+    if args.num_workers:
+        how |= {"prefetch_factor": args.prefetch, "persistent_workers": args.persistent_workers}
+    return DataLoader(windows, batch_sampler=[], collate_fn=pad_batch, **how)
 
 
 def split_windows(corpus: Corpus, held_out: Corpus | None, ctx: int, step: int, seed: int):
