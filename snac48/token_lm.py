@@ -17,6 +17,7 @@ from torch import nn
 from .checkpoint import load_checkpoint, newest_good
 from .cli import UserError, first_line
 from .codec import load_weights
+from .decoder import load_dual_head
 from .files import atomic_file
 from .tokens import Corpus, Windows, codes_from_frames, pad_batch, write_cache, write_npq
 
@@ -34,10 +35,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
-        for layer in (self.qkv, self.up):
-            nn.init.normal_(layer.weight, std=0.02)
-        for layer in (self.out, self.down):
-            nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * layers))
+        low = 0.02 / math.sqrt(2 * layers)
+        for layer, std in ((self.qkv, 0.02), (self.up, 0.02), (self.out, low), (self.down, low)):
+            nn.init.normal_(layer.weight, std=std)
 
     def forward(self, x, rope, cache=None, at: int = 0):
         B, S, d = x.shape
@@ -63,8 +63,7 @@ class Transformer(nn.Module):
     def __init__(self, d: int, layers: int, heads: int, dropout: float, positions: int):
         super().__init__()
         self.blocks = nn.ModuleList(Block(d, heads, dropout, layers) for _ in range(layers))
-        self.norm = nn.RMSNorm(d, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
+        self.norm, self.dropout = nn.RMSNorm(d, eps=1e-6), nn.Dropout(dropout)
         self.shape = (heads, positions, d // heads)
         angle = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(0, d // heads, 2) / (d // heads))
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -154,13 +153,12 @@ class TokenLM(nn.Module):
 
     def flops_per_frame(self, T: int) -> float:
         """Forward + backward: 6 per weight and position it is used at, 6 L d T for causal attention."""
-        per = self.positions(T) / T
 
         def cost(net, length):
             weights = sum(p.numel() for p in net.parameters())
             return 6 * weights + 6 * len(net.blocks) * net.norm.weight.numel() * length
 
-        total = per * cost(self.temporal, self.positions(T)) + 6 * self.out.numel()
+        total = self.positions(T) / T * cost(self.temporal, self.positions(T)) + 6 * self.out.numel()
         return total + (self.K * cost(self.depth, self.K) if self.pattern == "depth" else 0)
 
 
@@ -176,10 +174,11 @@ def peak_flops(device) -> float | None:
 
 
 def token_losses(logits, codes, sizes):
-    """Per token, in nats, fp32 [B, T, K]: (cross-entropy, cross-entropy against the uniform distribution)."""
+    """fp32 [B, T, K] in nats, 0 for -1: (cross-entropy, cross-entropy against the uniform distribution)."""
     lse = logits.logsumexp(-1)
     nll = lse - logits.gather(-1, codes.long().clamp(min=0)[..., None])[..., 0]
-    return nll, lse - torch.where(logits.isinf(), 0.0, logits).sum(-1) / sizes
+    flat = lse - torch.where(logits.isinf(), 0.0, logits).sum(-1) / sizes
+    return torch.where(codes >= 0, nll, 0.0), torch.where(codes >= 0, flat, 0.0)
 
 
 def objective(model, codes, weights, smoothing: float, frames: int):
@@ -189,10 +188,8 @@ def objective(model, codes, weights, smoothing: float, frames: int):
     """
     logits = model(codes)
     nll, flat = token_losses(logits, codes, model.sizes)
-    valid = codes >= 0
-    mixed = torch.where(valid, (1 - smoothing) * nll + smoothing * flat, 0.0).sum((0, 1))
-    ce = torch.where(valid, nll, 0.0).sum((0, 1)).detach()
-    return (mixed * weights).sum() / (frames * weights.sum()), ce
+    mixed = ((1 - smoothing) * nll + smoothing * flat).sum((0, 1))
+    return (mixed * weights).sum() / (frames * weights.sum()), nll.sum((0, 1)).detach()
 
 
 @torch.no_grad()
@@ -209,8 +206,7 @@ def plain_ce(model, dataset: Windows, batch: int, device, amp: bool, poll=lambda
         codes = pad_batch([dataset[j] for j in order[i : i + batch]]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(codes)
-        nll = token_losses(logits, codes, model.sizes)[0]
-        total += torch.where(codes >= 0, nll, 0.0).double().sum((0, 1)).cpu()
+        total += token_losses(logits, codes, model.sizes)[0].double().sum((0, 1)).cpu()
         frames += int((codes[..., 0] >= 0).sum())
     return (total / frames).tolist()
 
@@ -250,11 +246,9 @@ def sample(model, frames, prompt=None, batch=1, temperature=1.0, top_k=0, top_p=
     model.eval()
     device, K, ctx, pattern = model.out.device, model.K, model.arch["ctx"], model.pattern
     generator = torch.Generator(device).manual_seed(seed)
-    P = 0 if prompt is None else prompt.shape[1]
-    total = P + frames
-    codes = torch.full((batch if prompt is None else len(prompt), total, K), -1, device=device)
-    if P:
-        codes[:, :P] = prompt.to(device)
+    prompt = torch.empty(batch, 0, K) if prompt is None else prompt
+    codes = F.pad(prompt.to(device, torch.long), (0, 0, 0, frames), value=-1)  # -1: to be chosen
+    P, total = prompt.shape[1], codes.shape[1]
     keep = min(max(ctx // 2, K), ctx - 1)
     if pattern == "delay" and ctx <= K:
         raise UserError(f"the delay pattern needs a --ctx above its {K} codebooks")
@@ -342,12 +336,11 @@ class State:
     train_loss: float | None = None
 
     def state_dict(self) -> dict:
-        ema = self.ema.state_dict() if self.ema else None
-        parts = {"model": self.model.state_dict(), "ema": ema, "optimizer": self.optimizer.state_dict()}
+        weights = {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict()}
         guard = {"running": self.guard.running, "skipped": self.guard.skipped}
         counts = {"global_step": self.step, "closed": self.closed}
         losses = {"best": self.best, "val_loss": self.val_loss, "train_loss": self.train_loss}
-        return {**parts, "guard": guard, **counts, **losses}
+        return weights | {"optimizer": self.optimizer.state_dict(), "guard": guard} | counts | losses
 
     def load_state_dict(self, saved: dict) -> None:
         """Weight decay and kernel of the optimiser stay: they are options, not state."""
@@ -395,16 +388,16 @@ def find_resume(folder: Path, stem: str, resume: str | None, corpus: Corpus, say
     latest = folder / f"{stem}_latest.pt"
     if resume and resume != "auto":
         check_ours(saved := load_checkpoint(resume), resume)
-    elif latest.exists():
-        older = [*folder.glob(f"{stem}_epoch_e*.pt"), *folder.glob(f"{stem}_best*.pt")]
-        found = newest_good([latest], check_ours, say) or newest_good(older, check_ours, say)
-        if not found:
-            raise UserError(f"no readable checkpoint for {latest}; --no-resume starts anew")
-        saved = found[1]
-    elif resume:
-        raise UserError(f"--resume: {latest} does not exist")
-    else:
+    elif not latest.exists():
+        if resume:
+            raise UserError(f"--resume: {latest} does not exist")
         return None
+    else:
+        older = [*folder.glob(f"{stem}_epoch_e*.pt"), *folder.glob(f"{stem}_best*.pt")]
+        good = newest_good([latest], check_ours, say) or newest_good(older, check_ours, say)
+        if not good:
+            raise UserError(f"no readable checkpoint for {latest}; --no-resume starts anew")
+        saved = good[1]
     found = f"the checkpoint in {folder}"
     if saved["arch"]["vocab"] != corpus.vocab:
         raise UserError(f"{found} is no model of these tokens; use another --save_dir or --tag")
@@ -475,8 +468,6 @@ def load_decoder(source: dict, name: str, device):
 
 
 def snac_decoder(source: dict, path: str, device):
-    from .decoder import load_dual_head
-
     decoder = load_dual_head(path, device)
     if decoder.geometry.weights_sha256 != source["weights_sha256"]:
         found = f"the decoder {path} speaks the codes of another codec"

@@ -37,20 +37,16 @@ class NpqError(Exception):
 # ---- frames and codes ----
 
 
-def frame_slots(vq_strides: list[int]) -> list[tuple[int, int]]:
-    """[(scale, index within the coarse frame)] in depth-first order; 4, 2, 1 -> c0 c1 c2 c2 c1 c2 c2."""
+def slot_columns(vq_strides: list[int]) -> list[list[int]]:
+    """Columns of a frame that hold each scale, in time order; 4, 2, 1 -> [[0], [1, 4], [2, 3, 5, 6]]."""
     if not vq_strides or any(s < 1 for s in vq_strides):
         raise UserError(f"vq_strides {vq_strides} must be positive")
     if any(a % b for a, b in itertools.pairwise(vq_strides)):
         raise UserError(f"vq_strides {vq_strides}: each must be a multiple of the next to nest in one frame")
-    slots = [(i * s, k, i) for k, s in enumerate(vq_strides) for i in range(vq_strides[0] // s)]
-    return [(k, i) for _, k, i in sorted(slots)]  # by time, of those that begin together the coarser first
-
-
-def slot_columns(vq_strides: list[int]) -> list[list[int]]:
-    """Frame columns of each scale in time order; 4, 2, 1 -> [[0], [1, 4], [2, 3, 5, 6]]."""
-    slots = frame_slots(vq_strides)
-    return [[c for c, (s, _) in enumerate(slots) if s == k] for k in range(len(vq_strides))]
+    scales = range(len(vq_strides))
+    # depth first: in the order of their times, of those that begin together the coarser first
+    slots = sorted((t, k) for k in scales for t in range(0, vq_strides[0], vq_strides[k]))
+    return [[c for c, (_, scale) in enumerate(slots) if scale == k] for k in scales]
 
 
 def codes_from_frames(frames: np.ndarray, vq_strides: list[int]) -> list[np.ndarray]:
@@ -82,9 +78,9 @@ class Npq:
         return np.memmap(self.path, self.dtype, "r", self.offset, shape)[:, : len(self.vocab)]
 
     def __str__(self) -> str:
-        size, seconds = f"{self.frames} frames x {len(self.vocab)}", self.frames / self.fps
-        rest = f"vocabulary {sorted(set(self.vocab))}, {self.kbps:.2f} kbps"
-        return f"{self.kind}, {size} at {self.fps:.2f}/s = {seconds:.1f} s, {rest}"
+        K, sizes, seconds = len(self.vocab), sorted(set(self.vocab)), self.frames / self.fps
+        size = f"{self.frames} frames x {K} at {self.fps:.2f}/s = {seconds:.1f} s"
+        return f"{self.kind}, {size}, vocabulary {sizes}, {self.kbps:.2f} kbps"
 
 
 def take(head: bytes, fmt: str, offset: int) -> tuple:
@@ -169,9 +165,8 @@ def open_npq(path: str | Path, npq2: str = "mid") -> Npq:
     npq2: `mid` keeps the first k_mid columns of a stereo file, `both` all of them.
     """
     try:
-        size = os.path.getsize(path)
         with open(path, "rb") as f:
-            head = f.read(64 + 4 * 2 * 65536)
+            head, size = f.read(64 + 4 * 2 * 65536), os.fstat(f.fileno()).st_size
     except OSError as e:
         raise NpqError(f"cannot be read: {e.strerror}") from None
     found = parse_header(str(path), head, size)
@@ -191,19 +186,16 @@ def check_tokens(tokens: np.ndarray, vocab: list[int]) -> None:
             raise NpqError(f"token {block[t, k]} {where} is not in 0..{limit[k] - 1}")
 
 
-def write_npq(path, tokens, vocab, fps: float, kbps: float | None = None, dtype: int | None = None) -> None:
-    """NPQ1, atomically. tokens: integers [T, K]; dtype 0, 1, 2, None: the smallest; kbps None: computed."""
+def write_npq(path, tokens, vocab: list[int], fps: float) -> None:
+    """NPQ1, atomically, in the smallest dtype that holds the vocabulary. tokens: integers [T, K]."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[1] != len(vocab) or not 1 <= len(vocab) <= MAX_K or not len(tokens):
         raise NpqError(f"tokens {tokens.shape} are not [T, K] with K = {len(vocab)} vocabulary sizes")
     if tokens.dtype.kind not in "iu":
         raise NpqError(f"tokens are {tokens.dtype}, not integers")
     check_tokens(tokens, vocab)
-    if dtype is None:
-        dtype = next(d for d, bits in ((0, 8), (1, 16), (2, 32)) if max(vocab) <= 1 << bits)
-    if tokens.max() >= 1 << 8 * int(DTYPES[dtype][2]):
-        raise NpqError(f"token {tokens.max()} does not fit dtype {dtype}")
-    kbps = fps * sum(math.log2(v) for v in vocab) / 1000 if kbps is None else kbps
+    dtype = next(d for d, bits in ((0, 8), (1, 16), (2, 32)) if max(vocab) <= 1 << bits)
+    kbps = fps * sum(math.log2(v) for v in vocab) / 1000
     with atomic_file(path) as f:
         f.write(b"NPQ1" + struct.pack("<HHffI", 1, len(vocab), fps, kbps, len(tokens)))
         f.write(struct.pack(f"<{len(vocab)}IB", *vocab, dtype) + tokens.astype(DTYPES[dtype]).tobytes())
@@ -241,9 +233,10 @@ def write_cache(path: str | Path, rows: dict[str, np.ndarray], source: dict) -> 
 
     strides = source["vq_strides"]
     geometry = Geometry(**{k: v for k, v in source.items() if k != "kind"} | {"vq_strides": tuple(strides)})
-    samples = geometry.coarse_samples
     codes = {name: codes_from_frames(np.asarray(f, dtype=np.int16), strides) for name, f in rows.items()}
-    write_shard(path, {name: (len(c[0]) * samples, c) for name, c in codes.items()}, geometry, "")
+    write_shard(
+        path, {name: (len(c[0]) * geometry.coarse_samples, c) for name, c in codes.items()}, geometry, ""
+    )
 
 
 # ---- one corpus, whatever the files ----
@@ -257,12 +250,9 @@ class Corpus:
     """
 
     def __init__(self, data: str, npq2: str = "mid"):
-        self.bad: list[tuple[str, str]] = []
-        self.index, self.files = None, []
-        if any(Path(data).glob("codes_batch_gpu*.parquet")):
-            bad_rows = self._open_cache(data)
-        else:
-            bad_rows = self._open_files(data, npq2)
+        self.index, self.files, self.bad = None, [], []
+        is_cache = any(Path(data).glob("codes_batch_gpu*.parquet"))
+        bad_rows = self._open_cache(data) if is_cache else self._open_files(data, npq2)
         self.bad_fraction = bad_rows / max(1, bad_rows + len(self.lengths))
         if not len(self.lengths):
             name, reason = self.bad[0] if self.bad else (data, "empty")
@@ -293,13 +283,12 @@ class Corpus:
             except NpqError as e:
                 self.bad.append((path, str(e)))
                 continue
-            first = self.files[0] if self.files else one
+            if not self.files:
+                first, self.vocab, self.fps = one, one.vocab, float(one.fps)
             if (one.vocab, round(one.fps, 2)) != (first.vocab, round(first.fps, 2)):
                 what = f"K {len(one.vocab)}, vocabulary {sorted(set(one.vocab))} at {one.fps:.2f} frames/s"
                 raise UserError(f"{path}: {what} differ from {first.path}; give one kind of file")
             self.files.append(one)
-        if self.files:
-            self.vocab, self.fps = self.files[0].vocab, float(self.files[0].fps)
         self.lengths, self.source = np.array([f.frames for f in self.files], np.int64), {"kind": "npq"}
         return len(self.bad)
 
@@ -377,10 +366,8 @@ def pad_batch(items: list[np.ndarray]):
     """[T_i, K] each -> int32 tensor [B, max T, K]; -1 beyond a window's end: no input and no loss there."""
     import torch
 
-    out = np.full((len(items), max(map(len, items)), items[0].shape[1]), -1, dtype=np.int32)
-    for row, item in zip(out, items):
-        row[: len(item)] = item
-    return torch.from_numpy(out)
+    items = [torch.from_numpy(item.astype(np.int32)) for item in items]
+    return torch.nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-1)
 
 
 def make_loader(windows: Windows, pin: bool, args):
@@ -398,12 +385,10 @@ def make_loader(windows: Windows, pin: bool, args):
 
 def split_windows(corpus: Corpus, held_out: Corpus | None, ctx: int, step: int, seed: int):
     """(training, validation) Windows: all of both, or whole files of `corpus` where nothing is held out."""
-    own = np.arange(len(corpus.lengths))
     if held_out:
-        val = np.arange(len(held_out.lengths))
-    else:
-        own, val = split_files(window_counts(corpus.lengths, ctx, step), seed)
-    return Windows(corpus, own, ctx, step), Windows(held_out or corpus, val, ctx, step)
+        return [Windows(c, np.arange(len(c.lengths)), ctx, step) for c in (corpus, held_out)]
+    files = split_files(window_counts(corpus.lengths, ctx, step), seed)
+    return [Windows(corpus, own, ctx, step) for own in files]
 
 
 def codebook_weights(text: str, alpha: float, K: int) -> list[float]:
