@@ -133,11 +133,14 @@ def one_line_errors(parser) -> None:
     parser.error = error
 
 
-def at_least(parser, args, **lowest) -> None:
-    """An error for the first flag below its lowest value: at_least(parser, args, batch_size=1)."""
+def read_flags(parser, argv=None, **lowest):
+    """The parser's args, by one_line_errors; a flag below its lowest value (batch_size=1) is one, too."""
+    one_line_errors(parser)
+    args = parser.parse_args(argv)
     for name, low in lowest.items():
         if not getattr(args, name) >= low:  # so that nan is one, too
             parser.error(f"--{name} must be at least {low}, not {getattr(args, name)}")
+    return args
 
 
 def warn(text: str) -> None:
