@@ -114,7 +114,7 @@ class OnnxGraph(torch.nn.Module):
         super().__init__()
         self.model, geometry = tts.model, tts.geometry
         self.entries, scales = geometry.codebook_size, range(len(geometry.vq_strides))
-        self.per_coarse = [geometry.frames_per_coarse(k) for k in scales]
+        self.per_coarse = [geometry.per_coarse[k] for k in scales]
         self.inputs = ["noise_scale", *(f"codes_{k}" for k in scales)]
         self.outputs = [f"audio_{head}" for head in tts.heads]
 

@@ -53,7 +53,7 @@ class CodeIndex:
         self.data_dir, self.bad = info["data_dir"], info["bad"]
         array = lambda name: np.fromfile(self.folder / f"{name}.i64", np.int64)
         self.offsets, self.lengths, self.path_offsets = map(array, ("offsets", "lengths", "path_offsets"))
-        f = sum(map(self.geometry.frames_per_coarse, range(len(self.geometry.vq_strides))))
+        f = sum(self.geometry.per_coarse)
         self.codes = np.memmap(self.folder / "codes.i16", np.int16, "r").reshape(-1, f)
         self.paths = np.memmap(self.folder / "paths.bin", np.uint8, "r")
 
@@ -134,7 +134,7 @@ class CodeIndex:
 
 def scales_of(block, geometry: Geometry) -> list:
     """Codes of all scales, int64 [coarse * S // vq_strides[k]] each; block [coarse, F]: rows of the index."""
-    counts = list(map(geometry.frames_per_coarse, range(len(geometry.vq_strides))))
+    counts = geometry.per_coarse
     parts = np.split(block.astype(np.int64), np.cumsum(counts)[:-1], axis=1)
     return [part.reshape(-1) for part in parts]
 
@@ -198,7 +198,7 @@ def shard_arrays(table, geometry: Geometry, seen: set[int], where: str | Path = 
     coarse = scales[0][1]
     refuse(coarse == 0, "no codes")
     for k, (values, counts, _) in enumerate(scales):
-        refuse(counts != coarse * geometry.frames_per_coarse(k), "scales that don't match")
+        refuse(counts != coarse * geometry.per_coarse[k], "scales that don't match")
         outside = np.concatenate([[0], np.cumsum((values < 0) | (values >= geometry.codebook_size))])
         ends = np.cumsum(counts)
         refuse(outside[ends] > outside[ends - counts], "code outside the codebook")
@@ -209,7 +209,7 @@ def shard_arrays(table, geometry: Geometry, seen: set[int], where: str | Path = 
     refuse(wrong, "audio length that doesn't match the codes")
     good = np.array([row not in reasons for row in range(len(names))], bool)
     blocks = [
-        values[np.repeat(good, counts)].astype(np.int16).reshape(-1, geometry.frames_per_coarse(k))
+        values[np.repeat(good, counts)].astype(np.int16).reshape(-1, geometry.per_coarse[k])
         for k, (values, counts, _) in enumerate(scales)
     ]
     kept = [name for name, g in zip(names, good) if g]
