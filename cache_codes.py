@@ -1,5 +1,6 @@
 """Encode an audio folder once: FULL SNAC codes of every file, in parquet, for training at any segment length.
 
+    python cache_codes.py                          # corpus/{train,valid}/audio -> codes/{train,val}
     python cache_codes.py --data_dir corpus/train/audio --output_dir codes/train --device 0
     python cache_codes.py --data_dir corpus/train/audio --output_dir codes/train --device 1  # beside it
     python cache_codes.py --data_dir assets/speech --output_dir codes/demo --device cpu \\
@@ -15,7 +16,6 @@ import argparse
 import collections
 import contextlib
 import math
-import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -35,25 +35,34 @@ from snac48.cli import (
     read_flags,
     stop_at_once,
 )
+from snac48.places import asked
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--data_dir", required=True, help="audio folder, read recursively")
-    add("--output_dir", required=True, help="cache folder; may be shared by several processes")
+    add("--data_dir", default="", help="audio folder, read recursively; default: both splits")
+    add("--output_dir", default="", help="cache folder, may be shared by several processes; default: both")
+    add("--data_root", default="", metavar="DIR", help="where corpus/ and codes/ lie; default: DATA_ROOT, .")
     add("--pretrained_model", default=DEFAULT_MODEL, help="SNAC folder, hub id, or hub id@COMMIT")
-    add("--device", default="0", help="GPU number or cpu")
+    add("--device", default="", help="GPU number or cpu; default: a GPU where there is one")
     add("--batch_size", type=int, default=32, help="clips of one length encoded together, at most")
-    add("--rows_per_file", type=int, default=1000, help="audio files a parquet file (and a claim)")
+    rows = "audio files a parquet file (and a claim); default: a 64th of all, 1000 at most"
+    add("--rows_per_file", type=int, default=None, help=rows)
     add("--min_seconds", type=float, default=1.0, help="shorter files are skipped, and listed")
     add("--limit", type=int, default=-1, help="only the first N files of the sorted listing (-1 = all)")
     add("--num_workers", type=int, default=4, help="decoding processes (0 = in this process)")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more files than this are bad")
-    lowest = {"batch_size": 1, "rows_per_file": 1, "min_seconds": 0, "num_workers": 0, "max_bad_fraction": 0}
+    add("--segment_length", type=float, help="not needed: whole files are encoded, for every length")
+    lowest = {"batch_size": 1, "min_seconds": 0, "num_workers": 0, "max_bad_fraction": 0}
     args = read_flags(p, argv, **lowest)
-    if not Path(args.data_dir).is_dir():
-        raise UserError(f"audio folder {args.data_dir} does not exist")
+    if args.rows_per_file is not None and args.rows_per_file < 1:
+        p.error(f"--rows_per_file must be at least 1, not {args.rows_per_file}")
+    flags = "--data_dir and --output_dir"
+    args.folders = asked(args.data_dir, args.output_dir, flags, args.data_root, "codes")
+    for data_dir, _ in args.folders:
+        if not data_dir.is_dir():
+            raise UserError(f"audio folder {data_dir} does not exist")
     return args
 
 
@@ -65,13 +74,14 @@ import numpy as np
 import torch
 
 from snac48.audio import AudioError, find_audio, read_audio, resample, resolve_inside
-from snac48.cache import write_shard
+from snac48.cache import check_ours, write_shard
 from snac48.codec import Geometry, align_samples, encode, fold_weight_norm, geometry_of, load_snac
 from snac48.files import write_json, write_jsonl
-from snac48.runlog import RunLog, human_time
-from snac48.work import SharedWork, in_order, processes
+from snac48.runlog import RunLog
+from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes
 
 MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
+MANY_BAD = 10  # more than so many stop a job early, fewer at its end with all of their names
 MAX_WAITING_SECONDS = 30 * 60  # of audio that waits for companions of its length
 
 # ---- reading ----
@@ -150,7 +160,7 @@ def encode_batch(model, length: int, batch: list) -> dict:
     return {rel: (len(samples), [c[i] for c in codes]) for i, (rel, samples) in enumerate(batch)}
 
 
-def encode_unit(model, clips, args, stop: StopFlag):
+def encode_unit(model, clips, args, stop: StopFlag, progress: Progress):
     """({path: (samples, codes)}, [{file_path, reason, bad}] of those left out). Raises Stopped."""
     rows, skipped, rate = {}, [], model.sampling_rate
     clips = long_enough(clips, args.min_seconds, rate, skipped)
@@ -158,78 +168,65 @@ def encode_unit(model, clips, args, stop: StopFlag):
         if stop:
             raise Stopped
         rows |= encode_batch(model, length, batch)
+        for _, samples in batch:
+            progress.add(len(samples) / rate)
+    for _ in skipped:
+        progress.add(None)
     return rows, skipped
 
 
 # ---- the job ----
 
 
-class Progress:
-    """What this process has done, said and recorded after each unit."""
-
-    def __init__(self, log: RunLog, work: SharedWork, worker: str):
-        self.log, self.worker, self.sizes = log, worker, [len(files) for files in work.units]
-        self.began, self.files, self.seconds, self.bad = time.time(), 0, 0.0, 0
-        self.terminal = sys.stdout.isatty()
-
-    def add(self, unit: int, seconds: float, skipped: list) -> None:
-        self.files += self.sizes[unit]
-        self.seconds += seconds
-        self.bad += sum(s["bad"] for s in skipped)
-        total, left, spent = sum(self.sizes), sum(self.sizes[unit + 1 :]), time.time() - self.began
-        rate, eta = self.seconds / spent, left * spent / self.files
-        values = {"step": total - left, "total_steps": total, "phase": "cache", "audio_s_per_s": rate}
-        self.log.metric(**values, eta_s=eta, skipped=len(skipped), worker=self.worker)
-        speed = f"{rate:.0f} audio-s/s, {len(skipped)} skipped here, eta {human_time(eta)}"
-        line = f"cache {total - left}/{total} files, {speed}"
-        print(f"\r{line}", end="", flush=True) if self.terminal else self.log.say(line)
-
-    def close(self) -> None:
-        if self.terminal and self.files:
-            print()  # the rewritten line stays
-
-
 def encode_all(model, geometry: Geometry, work: SharedWork, progress: Progress, args, stop: StopFlag) -> None:
-    """Claim units and write their parquet files. Raises Stopped and TooManyBadFiles."""
-    out, allowed = Path(args.output_dir), args.max_bad_fraction * sum(progress.sizes)
-    with contextlib.closing(progress), contextlib.closing(work), contextlib.ExitStack() as stack:
+    """Until every unit has its parquet file, by us or by others: those that live processes hold are waited
+    for. Raises Stopped and TooManyBadFiles."""
+    allowed, bad, units = args.max_bad_fraction * progress.total, 0, list(range(len(work.units)))
+    with contextlib.closing(work), contextlib.ExitStack() as stack:
         if pool := processes(args.num_workers, "forkserver"):
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        for unit, files in enumerate(work.units):
-            if stop:
-                raise Stopped
-            if not work.claim(unit):
-                continue
-            try:
-                clips = read(pool, files, args, geometry.sampling_rate, stop)
-                rows, skipped = encode_unit(model, clips, args, stop)
-            except Stopped:
-                work.release(unit)
-                raise
-            if not work.still_ours(unit):
-                text = "was taken over while this process slept; its rows are dropped here"
-                progress.log.say(f"unit {unit} {text}")
-                continue
-            for stale in out.glob(f"codes_batch_gpu*_{unit}.parquet"):
-                stale.unlink()  # of an owner that died before it could commit
-            shard = f"codes_batch_{progress.worker}_{unit}.parquet" if rows else None
-            if rows:
-                write_shard(out / shard, rows, geometry, args.data_dir)
-            seconds = sum(length for length, _ in rows.values()) / geometry.sampling_rate
-            work.commit(unit, {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped})
-            progress.add(unit, seconds, skipped)
-            if progress.bad > allowed:
-                raise TooManyBadFiles(progress.bad)
+        while units:
+            for unit in units:
+                if stop:
+                    raise Stopped
+                if work.claim(unit):
+                    bad += encode_claimed(unit, model, geometry, work, progress, args, pool, stop)
+                if bad > max(allowed, MANY_BAD):
+                    raise TooManyBadFiles(bad)
+            units = work.unfinished(units)
+            progress.left(sum(len(work.units[u]) for u in units))
+            if units:
+                time.sleep(WAIT_S)  # should their owner die, their unit is ours
         if stop:
             raise Stopped
 
 
+def encode_claimed(unit: int, model, geometry, work: SharedWork, progress: Progress, args, pool, stop) -> int:
+    """Write and commit a unit of ours; returns how many of its files are bad. Raises Stopped."""
+    out, worker = Path(args.output_dir), args.worker
+    progress.at(unit)
+    try:
+        clips = read(pool, work.units[unit], args, geometry.sampling_rate, stop)
+        rows, skipped = encode_unit(model, clips, args, stop, progress)
+    except Stopped:
+        work.release(unit)
+        raise
+    if not work.still_ours(unit):
+        progress.log.say(f"unit {unit} was taken over while this process slept; its rows are dropped here")
+        return 0
+    for stale in out.glob(f"codes_batch_gpu*_{unit}.parquet"):
+        stale.unlink()  # of an owner that died before it could commit
+    shard = f"codes_batch_{worker}_{unit}.parquet" if rows else None
+    if rows:
+        write_shard(out / shard, rows, geometry, args.data_dir)
+    seconds = sum(length for length, _ in rows.values()) / geometry.sampling_rate
+    work.commit(unit, {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped})
+    return sum(s["bad"] for s in skipped)
+
+
 def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
-    """Merge the units' results into metadata.json and skipped.jsonl once every unit is done, by whomever.
-    Raises TooManyBadFiles, of all processes and earlier starts of this command; UserError for no rows."""
-    if left := work.unfinished():
-        log.say(f"{left} units are still with other processes; the last one writes metadata.json")
-        return
+    """Merge the results of all units, by whomever, into metadata.json and skipped.jsonl. Raises
+    TooManyBadFiles, of all processes and earlier starts of this command; UserError for no rows."""
     results = work.results()
     skipped = sorted((s for r in results for s in r["skipped"]), key=lambda s: s["file_path"])
     reasons = collections.Counter(s["reason"] for s in skipped)
@@ -252,39 +249,60 @@ def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
 
 
 def main(args) -> int:
-    files = find_audio(args.data_dir)
-    files = files[: args.limit] if args.limit >= 0 else files
     device, stop = pick_device(args.device), StopFlag()
+    for _, output_dir in args.folders:
+        check_ours(output_dir)
     model = load_snac(args.pretrained_model, device)
     geometry = geometry_of(model, args.pretrained_model)
     if (size := geometry.codebook_size) > 32767:
         raise UserError(f"codebook of {size} entries does not fit the cache's int16 columns")
     fold_weight_norm(model)
+    for data_dir, output_dir in args.folders:
+        place = {
+            "data_dir": str(data_dir),
+            "output_dir": str(output_dir),
+            "worker": f"gpu{device.index or 0}",
+        }
+        code = cache(model, geometry, device, argparse.Namespace(**vars(args) | place), stop)
+        if code:
+            return code
+    return 0
+
+
+def cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
+    """Encode one folder into one cache; returns the exit code."""
+    files = find_audio(args.data_dir)
+    files = files[: args.limit] if args.limit >= 0 else files
     settings = {"data_dir": str(Path(args.data_dir).resolve()), "weights_sha256": geometry.weights_sha256}
     settings["min_seconds"] = args.min_seconds
     work = SharedWork(args.output_dir, files, args.rows_per_file, settings, print)
-    log, worker = RunLog(args.output_dir, "cache.log"), f"gpu{device.index or 0}"
-    progress = Progress(log, work, worker)
-    total = sum(progress.sizes)
+    log = RunLog(args.output_dir, "cache.log")
+    worker = args.worker if device.type == "cuda" else "cpu"
+    progress = Progress(log, "cache", {u: len(unit) for u, unit in enumerate(work.units)}, worker=worker)
     codec = f"{geometry.sampling_rate} Hz, hop {geometry.hop_length}, strides {geometry.vq_strides}"
-    todo = f"{total} files in {len(work.units)} units, {work.unfinished()} to do"
-    log.say(f"cache: {todo}; {device}, {codec}")
-    log.metric(event="start", kind="cache", total_steps=total, phase="cache", worker=worker)
+    todo = f"{progress.total} files in {len(work.units)} units, {len(work.unfinished())} to do"
+    log.say(f"cache: {device}; {args.data_dir} -> {args.output_dir}: {todo}; {codec}")
+    if args.segment_length is not None:
+        log.say("--segment_length is not needed: whole files are encoded, their codes serve every length")
+    end = lambda reason: log.metric(event="end", reason=reason, kind="cache", worker=worker)
+    log.metric(event="start", kind="cache", total_steps=progress.total, phase="cache", worker=worker)
     try:
         encode_all(model, geometry, work, progress, args, stop)
         finish(work, log, args, geometry)
     except TooManyBadFiles as e:
-        log.metric(event="end", reason="bad input", kind="cache", worker=worker)
-        share = f"{e} bad files of {total} are more than --max_bad_fraction {args.max_bad_fraction:g}"
+        end("bad input")
+        share = (
+            f"{e} bad files of {progress.total} are more than --max_bad_fraction {args.max_bad_fraction:g}"
+        )
         bad = [s for r in work.results() for s in r["skipped"] if s["bad"]]
         names = ", ".join(f"{s['file_path']} ({s['reason']})" for s in bad[:3])
         todo = "mend them, or run again with a higher --max_bad_fraction"
         raise UserError(f"{share}: {names}; {todo}", EXIT_BAD_INPUT) from None
     except Stopped:
-        log.metric(event="end", reason="stopped", kind="cache", worker=worker)
+        end("stopped")
         log.say(f"stopped by {stop.signal}: finished units are kept, the same command continues")
         return EXIT_STOPPED
-    log.metric(event="end", reason="finished", kind="cache", worker=worker)
+    end("finished")
     return 0
 
 

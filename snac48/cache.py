@@ -244,6 +244,16 @@ def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> No
         pq.write_table(table, f, write_page_checksum=True)  # a flipped bit is an error, not another code
 
 
+def check_ours(folder: Path) -> None:
+    """Raises UserError for a folder with a cache of the older schema: ours would be written into it."""
+    import pyarrow.parquet as pq
+
+    shard = next(iter(sorted(folder.glob(SHARDS))), None)
+    if shard and b"snac" not in (pq.read_schema(shard).metadata or {}):
+        todo = f"import it (cache_codes.py --import {folder}), or choose another --output_dir"
+        raise UserError(f"{folder} holds a cache that does not say which model made it: {todo}")
+
+
 def recorded_model(cache_dir: str | Path) -> str:
     """Name of the model that a cache was made with. Raises UserError."""
     import pyarrow.parquet as pq

@@ -53,6 +53,16 @@ def both_splits(root: Path, kind: str, output: str) -> list[tuple[Path, Path]]:
     return [(folder, made(root, output, split)) for folder, split in there if folder]
 
 
+def asked(source, target, flags: str, root: str, output: str) -> list[tuple[Path, Path]]:
+    """[(recordings, output)] as two flags say, or of both splits where neither is given. UserError."""
+    if source and target:
+        return [(Path(source), Path(target))]
+    if source or target:
+        rest = "give both, or neither: then both splits below --data_root are done"
+        raise UserError(f"{flags} go together: {rest}")
+    return both_splits(data_root(root), "recordings", output)
+
+
 def missing(root: Path, wanted: list[tuple[str, str, str]]) -> str:
     """One sentence on missing folders, (kind, split, name that a flag gave), and how to make them."""
     names = ", ".join(name or str(made(root, kind, split)) for kind, split, name in wanted)

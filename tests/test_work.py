@@ -8,7 +8,7 @@ def test_two_claims_at_once(tmp_path):
     work = SharedWork(tmp_path, [f"{i}" for i in range(6)], 2, {}, print)
     assert work.claim(0) and work.claim(1) and not work.claim(0)
     work.commit(0, {"rows": []})
-    assert work.still_ours(1) and work.unfinished() == 2
+    assert work.still_ours(1) and work.unfinished() == [1, 2]
     work.release(1)
     assert work.claim(1) and work.claim(2)
     work.release()
