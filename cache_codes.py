@@ -5,6 +5,10 @@
     python cache_codes.py --data_dir corpus/train/audio --output_dir codes/train --device 1  # beside it
     python cache_codes.py --data_dir assets/speech --output_dir codes/demo --device cpu \\
         --pretrained_model assets/codec --min_seconds 0.5                          # tiny, on a CPU
+    python cache_codes.py --import /mnt/data/codes_phase11/train --data_dir corpus/train/audio  # an old cache
+
+--import checks a random sample of an older cache's rows by encoding them again, and writes those of the right
+lengths in our schema; the same command without it then encodes the files that were missing or refused.
 
 Any number of processes on any machines that see the folder share the work; a restart skips what is done.
 Writes codes_batch_gpu{G}_{N}.parquet, metadata.json (rows, seconds, skipped by reason), skipped.jsonl (one
@@ -16,6 +20,9 @@ import argparse
 import collections
 import contextlib
 import math
+import os
+import random
+import shutil
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -35,7 +42,7 @@ from snac48.cli import (
     read_flags,
     stop_at_once,
 )
-from snac48.places import asked
+from snac48.places import LAYOUTS, asked, data_root, found, split_named
 
 
 def parse_args(argv=None):
@@ -53,12 +60,20 @@ def parse_args(argv=None):
     add("--limit", type=int, default=-1, help="only the first N files of the sorted listing (-1 = all)")
     add("--num_workers", type=int, default=4, help="decoding processes (0 = in this process)")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more files than this are bad")
+    add("--import", dest="old", metavar="OLD", help="a cache of the older schema, instead of encoding")
+    add("--import_sample", type=int, default=64, help="rows of it to encode again; -1 = all, keep the right")
     add("--segment_length", type=float, help="not needed: whole files are encoded, for every length")
     lowest = {"batch_size": 1, "min_seconds": 0, "num_workers": 0, "max_bad_fraction": 0}
     args = read_flags(p, argv, **lowest)
     if args.rows_per_file is not None and args.rows_per_file < 1:
         p.error(f"--rows_per_file must be at least 1, not {args.rows_per_file}")
     flags = "--data_dir and --output_dir"
+    if args.old:
+        split, root = split_named(Path(args.old)), data_root(args.data_root)
+        args.data_dir = args.data_dir or (split and found(root, "recordings", split))
+        args.output_dir = args.output_dir or (split and root / LAYOUTS["codes"][0].format(split))
+        if not (args.data_dir and args.output_dir):
+            raise UserError(f"--import {args.old} needs {flags}: its name tells no split that is here")
     args.folders = asked(args.data_dir, args.output_dir, flags, args.data_root, "codes")
     for data_dir, _ in args.folders:
         if not data_dir.is_dir():
@@ -74,11 +89,11 @@ import numpy as np
 import torch
 
 from snac48.audio import AudioError, find_audio, read_audio, resample, resolve_inside
-from snac48.cache import check_ours, write_shard
+from snac48.cache import SHARDS, OldCache, check_ours, write_shard
 from snac48.codec import Geometry, align_samples, encode, fold_weight_norm, geometry_of, load_snac
-from snac48.files import write_json, write_jsonl
+from snac48.files import sweep_leftovers, temporary, write_json, write_jsonl
 from snac48.runlog import RunLog
-from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes
+from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes, share
 
 MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
 MANY_BAD = 10  # more than so many stop a job early, fewer at its end with all of their names
@@ -229,8 +244,19 @@ def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
     TooManyBadFiles, of all processes and earlier starts of this command; UserError for no rows."""
     results = work.results()
     skipped = sorted((s for r in results for s in r["skipped"]), key=lambda s: s["file_path"])
-    reasons = collections.Counter(s["reason"] for s in skipped)
     rows, seconds = (sum(r[key] for r in results) for key in ("rows", "seconds"))
+    summarize(rows, seconds, skipped, log, args, geometry)
+    if rows == 0:
+        where = f"{args.output_dir}/skipped.jsonl"
+        raise UserError(f"no file of {args.data_dir} could be cached: see {where} for the reasons")
+    bad = sum(s["bad"] for s in skipped)
+    if bad > args.max_bad_fraction * sum(map(len, work.units)):
+        raise TooManyBadFiles(bad)
+
+
+def summarize(rows: int, seconds: float, skipped: list, log: RunLog, args, geometry: Geometry) -> None:
+    """metadata.json and skipped.jsonl, and the same in words."""
+    reasons = collections.Counter(s["reason"] for s in skipped)
     metadata = {"snac": asdict(geometry), "data_dir": str(Path(args.data_dir).resolve())}
     metadata |= {"files": rows + len(skipped), "rows": rows, "seconds": round(seconds, 3)}
     metadata |= {"skipped": len(skipped), "skipped_by_reason": dict(reasons.most_common())}
@@ -240,17 +266,103 @@ def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
     log.say(f"done: {counted}")
     for why, n in reasons.most_common(10):
         log.say(f"  skipped {n}: {why}")
-    if rows == 0:
-        where = f"{args.output_dir}/skipped.jsonl"
-        raise UserError(f"no file of {args.data_dir} could be cached: see {where} for the reasons")
-    bad = sum(s["bad"] for s in skipped)
-    if bad > args.max_bad_fraction * sum(map(len, work.units)):
-        raise TooManyBadFiles(bad)
+
+
+# ---- caches of the older schema ----
+
+
+def import_cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
+    """Write what is right of an older cache in our schema: whole, or not at all."""
+    old, out = Path(args.old), Path(args.output_dir)
+    if not any(old.glob(SHARDS)):
+        raise UserError(f"--import {old} holds no {SHARDS}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sweep_leftovers(out.parent)
+    tmp = temporary(out)
+    try:
+        log = RunLog(tmp, "cache.log")
+        log.say(f"cache: {device}; importing {old} -> {out}, recordings in {args.data_dir}")
+        files = find_audio(args.data_dir)
+        rows = OldCache(old, files, geometry, align_samples(model), tmp / "codes.i16")
+        check_rows(rows, model, log, args, stop)
+        work = write_rows(rows, files, geometry, tmp, args)
+        (tmp / "codes.i16").unlink()
+        skipped = [
+            {"file_path": rel, "reason": why, "bad": True} for rel, why in sorted(rows.refused.items())
+        ]
+        seconds = sum(length for length, _, _ in rows.rows.values()) / geometry.sampling_rate
+        place = argparse.Namespace(**vars(args) | {"output_dir": str(tmp)})
+        summarize(len(rows.rows), seconds, skipped, log, place, geometry)
+        if left := len(set(files).difference(*work.units)):
+            log.say(
+                f"{left} files of {args.data_dir} are not in it: the same command without --import adds them"
+            )
+        os.rename(tmp, out)
+    except Stopped:
+        print(f"stopped by {stop.signal}: nothing was imported")
+        return EXIT_STOPPED
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return 0
+
+
+def check_rows(rows: OldCache, model, log: RunLog, args, stop: StopFlag) -> None:
+    """Encode a sample of the rows, or all, once more and refuse those that differ. Raises UserError where a
+    sample has one of another model: then nobody knows about the others."""
+    chosen = sorted(rows.rows)
+    everything = not 0 <= args.import_sample < len(chosen)
+    if not everything:
+        chosen = sorted(random.Random(0).sample(chosen, args.import_sample))
+    progress, differ = Progress(log, "import", {0: len(chosen)}), {}
+    again = argparse.Namespace(**vars(args) | {"min_seconds": 0.0})
+    with contextlib.ExitStack() as stack:
+        if pool := processes(args.num_workers, "forkserver"):
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        for i in range(0, len(chosen), 1000):
+            part = chosen[i : i + 1000]
+            clips = read(pool, part, again, model.sampling_rate, stop)
+            fresh, _ = encode_unit(model, clips, again, stop, progress)
+            differ |= {rel: why for rel in part if (why := rows.compare(rel, fresh.get(rel)))}
+    log.say(f"{len(chosen) - len(differ)} of {len(chosen)} rows agree with {args.pretrained_model}")
+    if not everything and (wrong := [rel for rel, why in differ.items() if "recording can't" not in why]):
+        names = ", ".join(f"{rel} ({differ[rel]})" for rel in wrong[:3])
+        todo = "--import_sample -1 checks every row and keeps the right ones"
+        raise UserError(f"{len(wrong)} of {len(chosen)} sampled rows are not this model's: {names}; {todo}")
+    for rel, why in differ.items():
+        rows.refused[rel] = why
+        del rows.rows[rel]
+    if not rows.rows:
+        why, n = collections.Counter(rows.refused.values()).most_common(1)[0]
+        raise UserError(f"--import {args.old} has no row that could be used; of {n} rows: {why}")
+
+
+def write_rows(rows: OldCache, files: list[str], geometry: Geometry, out: Path, args) -> SharedWork:
+    """The parquet files, and the plan by which this program goes on with what is missing."""
+    size = args.rows_per_file or share(len(files), 1000)
+    work = SharedWork(out, sorted(rows.rows), size, settings_of(geometry, args), print)
+    for unit, names in enumerate(work.units):
+        shard, found = f"codes_batch_{args.worker}_{unit}.parquet", {rel: rows.row(rel) for rel in names}
+        write_shard(out / shard, found, geometry, args.data_dir)
+        seconds = sum(length for length, _ in found.values()) / geometry.sampling_rate
+        work.commit(unit, {"shard": shard, "rows": len(found), "seconds": seconds, "skipped": []})
+    work.close()
+    return work
+
+
+def settings_of(geometry: Geometry, args) -> dict:
+    """What all processes on one cache must agree on."""
+    settings = {"data_dir": str(Path(args.data_dir).resolve()), "weights_sha256": geometry.weights_sha256}
+    return settings | {"min_seconds": args.min_seconds}
+
+
+# ---- encoding a folder ----
 
 
 def main(args) -> int:
     device, stop = pick_device(args.device), StopFlag()
     for _, output_dir in args.folders:
+        if args.old and output_dir.is_dir() and any(output_dir.iterdir()):
+            raise UserError(f"{output_dir} is not empty: choose another --output_dir for the import")
         check_ours(output_dir)
     model = load_snac(args.pretrained_model, device)
     geometry = geometry_of(model, args.pretrained_model)
@@ -263,7 +375,8 @@ def main(args) -> int:
             "output_dir": str(output_dir),
             "worker": f"gpu{device.index or 0}",
         }
-        code = cache(model, geometry, device, argparse.Namespace(**vars(args) | place), stop)
+        job = import_cache if args.old else cache
+        code = job(model, geometry, device, argparse.Namespace(**vars(args) | place), stop)
         if code:
             return code
     return 0
@@ -273,9 +386,7 @@ def cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
     """Encode one folder into one cache; returns the exit code."""
     files = find_audio(args.data_dir)
     files = files[: args.limit] if args.limit >= 0 else files
-    settings = {"data_dir": str(Path(args.data_dir).resolve()), "weights_sha256": geometry.weights_sha256}
-    settings["min_seconds"] = args.min_seconds
-    work = SharedWork(args.output_dir, files, args.rows_per_file, settings, print)
+    work = SharedWork(args.output_dir, files, args.rows_per_file, settings_of(geometry, args), print)
     log = RunLog(args.output_dir, "cache.log")
     worker = args.worker if device.type == "cuda" else "cpu"
     progress = Progress(log, "cache", {u: len(unit) for u, unit in enumerate(work.units)}, worker=worker)

@@ -53,6 +53,11 @@ def both_splits(root: Path, kind: str, output: str) -> list[tuple[Path, Path]]:
     return [(folder, made(root, output, split)) for folder, split in there if folder]
 
 
+def split_named(folder: Path) -> str | None:
+    """The split (train or val) that a folder's name tells, or None."""
+    return next((split for split, names in ALIASES.items() if folder.name in names), None)
+
+
 def asked(source, target, flags: str, root: str, output: str) -> list[tuple[Path, Path]]:
     """[(recordings, output)] as two flags say, or of both splits where neither is given. UserError."""
     if source and target:
