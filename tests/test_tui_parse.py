@@ -7,9 +7,8 @@ import pytest
 from helpers import fake_runs as fake
 from helpers.fleet import state_of
 
-from snac48.training import Run
 from snac48.tui.parse import parse_line
-from snac48.tui.runs import Limits
+from snac48.tui.runs import Limits, Run
 from snac48.tui.text import clean
 
 

@@ -6,8 +6,8 @@ import pytest
 from helpers import fake_runs as fake
 from helpers.fleet import one, plain, run_text, state_of, steady_fleet
 
-from snac48.training import Run
 from snac48.tui.panels import boundaries, panel, panels_of
+from snac48.tui.runs import Run
 from snac48.tui.ui import VIEWS, Ui
 from snac48.tui.views import best_text, draw
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from helpers import fake_runs as fake
-from snac48.training import Run
 from snac48.tui import runs
 from snac48.tui.parse import parse_line
-from snac48.tui.runs import Fleet, Limits
+from snac48.tui.runs import Fleet, Limits, Run
 from snac48.tui.state import RunState
 from snac48.tui.ui import Ui
 from snac48.tui.views import draw
