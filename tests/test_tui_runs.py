@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import fake_runs as fake
-from helpers.fleet import alarms, fleet_at, one, state_of
+from helpers.fleet import alarms, fleet_at, one, run_text, state_of
 
 from snac48.tui import runs
 from snac48.tui.runs import Fleet, Limits
@@ -76,6 +76,44 @@ def test_a_run_with_all_that_in_its_log(tmp_path):
     assert run.shown_state is None and run.state.step == 5 and run.row()["best_val_loss_48k"] == 0.5
     assert run.state.bad.tolist() and math.isnan(run.row()["loss_24k"])
     assert json.loads(json.dumps(fleet.report(), allow_nan=False))["runs"][0]["loss_24k"] == "NaN"
+
+
+def test_an_older_log_whole(tmp_path):
+    (tmp_path / "old.log").write_text(fake.older_log())
+    fleet = Fleet(tmp_path / "none", [tmp_path / "old.log"])
+    fleet.poll()
+    run = fleet.runs["old"]
+    s, row = run.state, run.row()
+    assert (run.kind, row["epoch"], row["epochs"], row["step"], row["phase"]) == (
+        "train", 5, 5, 200, "main training")  # fmt: skip
+    assert (row["best_epoch"], row["best_val_loss_48k"], best_text(run)) == (4, 0.95, "0.95@4")
+    assert (row["val_loss_24k"], row["val_loss_48k"]) == (0.95, 1.05)
+    assert s.best("loss_24k")["epoch"] == 4 and s.vals[0]["l1_24k"] == 0.02 and s.vals[0]["stft_48k"] == 0.8
+    assert s.val_series("loss_48k").xs.tolist() == [40, 80, 120, 160, 200]  # after each epoch's batches
+    assert len(s.series["loss_48k"].xs) == 105 and [m[0] for m in s.marks] == [0, 40]
+    text = run_text(fleet)
+    assert "best val 48k 0.95 at epoch 4" in text and "★" in text and "main training" in text
+
+
+def test_an_older_log_of_a_language_model(tmp_path):
+    lines = [f"Epoch {e}/350 | train {5 - e / 10:.4f} | val {4.8 - e / 10 + (e > 3):.4f} | ppl 66.0\n"
+             f"  val CE per codebook: 3.1{e}, 3.9, 4.2\n" for e in range(1, 6)]  # fmt: skip
+    (tmp_path / "a.log").write_text("".join(lines) + "epoch 350/350 done, best val 4.1\n")
+    (tmp_path / "b.log").write_text("".join(
+        f"epoch {e}: train_loss={5 - e / 10}, val_loss={4.8 - e / 10}, val_ppl=60.0, lr=2.0e-04\n"
+        for e in range(1, 4)))  # fmt: skip
+    fleet = Fleet(tmp_path / "none", [tmp_path / "a.log", tmp_path / "b.log"])
+    fleet.poll()
+    a, b = fleet.runs["a"].state, fleet.runs["b"].state
+    assert [v["loss"] for v in a.vals] == pytest.approx([4.7, 4.6, 4.5, 5.4, 5.3]) and a.best()["epoch"] == 3
+    assert a.vals[1]["ce_0"] == 3.12 and a.vals[1]["ppl"] == 66.0 and fleet.runs["a"].kind == "rvq"
+    assert a.series["loss"].ys.tolist() == pytest.approx([4.9, 4.8, 4.7, 4.6, 4.5])
+    assert (
+        b.best()["epoch"] == 3
+        and b.latest["lr"] == 2e-4
+        and b.vals[0]["ppl"] == 60
+        and b.series["loss"].xs.tolist() == [1, 2, 3]
+    )
 
 
 def test_finished_stopped_died_and_reused(tmp_path):

@@ -20,6 +20,7 @@ from .tail import Tailer, read_at
 from .text import clean, human_size, short
 
 CHUNK = 1 << 19  # bytes of history read in one go
+SUMMARIES = (b"[Val]", b"kHz: ", b"PHASE ", b"val")  # lines of a log that tell of validations
 HISTORY_BYTES = 1 << 26  # what lies further back is left unread (500,000 lines of a log)
 
 
@@ -54,7 +55,7 @@ class Run:
     def kind(self) -> str | None:
         raw, known = self.state.raw, ("train", "cache", "precompute", "rvq")
         guesses = [self.info.get("kind"), raw.get("kind"), re.split(r"[_\d]", self.name)[0]]
-        guesses.append("rvq" if "ppl" in raw else raw.get("phase"))
+        guesses.append("rvq" if "ppl" in raw or "ppl" in (self.state.vals or [raw])[-1] else raw.get("phase"))
         return next((k for k in guesses if k in known), "train" if self.state.vals else None)
 
     @property
@@ -125,9 +126,10 @@ class Run:
         end, old = tail.pos - len(tail.partial), self.at < tail.before
         data = read_at(tail.path, self.at, min(CHUNK, (tail.before if old else end) - self.at))
         size = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1 or len(data)
-        needle = b"" if not (events_only and old) else b'"event"' if self.metrics else b"[Val]"
+        needles = SUMMARIES if not self.metrics else (b'"event"',)
+        needles = needles if events_only and old else (b"",)
         for line in re.split(rb"[\r\n]+", data[:size]):
-            if needle in line and (r := self.record(line.decode("utf-8", "replace"))):
+            if any(n in line for n in needles) and (r := self.record(line.decode("utf-8", "replace"))):
                 self.past.feed(r)
         self.at += size
         if self.at >= end or not data:
