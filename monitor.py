@@ -29,7 +29,8 @@ def print_once(fleet: Fleet) -> None:
     for line in overview(fleet, Ui(), width, 10**6, everything=True):
         print("".join(t for t, _ in line).rstrip())
     gpus = [f"{g['index']} {percent(g['util_percent'])} {human_size(g['mem_used'])}" for g in fleet.gpus]
-    machine = f"CPU {percent(fleet.cpu_percent)} · RAM {'/'.join(map(human_size, fleet.ram))} · disk free "
+    m = fleet.machine
+    machine = f"CPU {percent(m.cpu_percent)} · RAM {'/'.join(map(human_size, m.ram))} · disk free "
     print(f"{machine}{human_size(fleet.disk_free())} · GPU {', '.join(gpus) or 'N/A'}")
 
 
@@ -62,14 +63,15 @@ def main() -> int:
             from snac48.tui.app import Monitor
         except ImportError as e:
             raise UserError(f"{e}; pip install textual, or use --once") from None
-        Monitor(fleet, Ui(readonly=a.readonly), a.launcher.resolve(), a.refresh_s, not a.quiet).run()
-        return 0
+        app = Monitor(fleet, Ui(readonly=a.readonly), a.launcher.resolve(), a.refresh_s, not a.quiet)
+        app.run()
+        return app.return_code or 0
     for run in fleet.runs.values():
         while run.load_older(events_only=True):
             pass
         run.judge(fleet.mono(), fleet.limits)
     time.sleep(max(0.0, 0.05 - (time.monotonic() - start)))  # CPU use is between two looks
-    fleet.measure()
+    fleet.machine.sample(fleet.mono(), fleet.gpus)
     if a.json:
         json.dump(fleet.report(), sys.stdout, indent=2, allow_nan=False)
         print()

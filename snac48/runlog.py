@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 from .files import finite_json, sweep_leftovers
+from .process import start_time
 
 # ---- provenance ----
 
@@ -38,7 +41,8 @@ def versions() -> dict:
 
 
 class RunLog:
-    """`metrics.jsonl` (one flushed object a line) and `training.log` (one human line) in a run directory.
+    """`metrics.jsonl` (one flushed object a line) and `training.log` (one human line) in a run directory, and
+    `processes.jsonl`: a line for every process that wrote there, by which a reader knows whether it lives.
 
     The human line also goes to stdout, which the launcher sends to logs/NAME.log. Rank > 0: `quiet=True`.
     """
@@ -52,6 +56,10 @@ class RunLog:
         sweep_leftovers(self.dir)
         self.metrics = append_to(self.dir / "metrics.jsonl")
         self.log = append_to(self.dir / log_name)
+        pid = os.getpid()
+        me = {"t": time.time(), "host": socket.gethostname(), "pid": pid, "start": start_time(pid)}
+        with append_to(self.dir / "processes.jsonl") as f:
+            write_all(f, json.dumps(me | {"argv": sys.argv}) + "\n")
 
     def say(self, text: str) -> None:
         if self.quiet:

@@ -66,8 +66,8 @@ def test_keys(steady):
         await pilot.press("end", "up", "space", "2", "s", "l", "plus", "plus", "left", "f")
         assert ui.selected == "train_gpu2" and ui.marked == {"train_gpu2"} and ui.view == "run"
         assert (ui.smooth, ui.log, ui.zoom, ui.panel) == (3, True, 2, 1) and ui.back > 0
-        await pilot.press("minus", "0", "3", "m")
-        assert (ui.zoom, ui.back, ui.view, ui.metric) == (0, 0, "overlay", 1)
+        await pilot.press("minus", "0", "3")
+        assert (ui.zoom, ui.back, ui.view) == (0, 0, "overlay")
         assert "train_gpu2" in "\n".join(screen(app)) and "train_gpu1" not in "\n".join(screen(app)[3:])
         await pilot.press("question_mark", "down", "pagedown")
         assert "Help" in screen(app)[0]

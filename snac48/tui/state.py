@@ -87,7 +87,7 @@ class RunState:
         for q in (self.window, self.recent, self.pace):
             q.clear()
         self.raw = {k: v for k, v in self.raw.items() if k in LASTING}
-        self.raw |= {k: r[k] for k in LASTING if r.get(k) is not None}
+        self.raw |= {k: r[k] for k in (*LASTING, "phase") if r.get(k) is not None}
         if step is not None:
             self.rewind(step + (r["event"] == "resume"))
             self.step = step
@@ -203,3 +203,8 @@ class RunState:
         """Median seconds between step lines; a clock set back is left out."""
         gaps = sorted(b - a for (a, _), (b, _) in pairwise(self.pace) if b > a)
         return gaps[len(gaps) // 2] if gaps else None
+
+    def usual_pace(self) -> float | None:
+        """Median seconds of a step between the latest step lines."""
+        paces = sorted((b - a) / (n - m) for (a, m), (b, n) in pairwise(self.pace) if b > a and n > m)
+        return paces[len(paces) // 2] if paces else None
