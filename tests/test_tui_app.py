@@ -75,6 +75,23 @@ def test_keys(steady):
     window(steady, script)
 
 
+def test_a_metric_chosen_by_typing(steady):
+    async def script(app, pilot):
+        await pilot.press("m", *"vl4", "enter")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        assert app.ui.metric == "val loss_48k" and screen(app)[2].startswith("val loss_48k")
+        await pilot.press("m", *"los", "down", "enter")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        assert app.ui.metric == "loss_24k"
+        await pilot.press("m", *"xyz", "enter")  # nothing is called so
+        assert len(app.screen_stack) == 2
+        await pilot.press("escape")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        assert app.ui.metric == "loss_24k"
+
+    window(steady, script)
+
+
 def test_mouse(steady):
     async def script(app, pilot):
         row = next(y for y, line in enumerate(screen(app)) if "rvq_gpu0" in line)

@@ -91,15 +91,19 @@ def free_device(fleet: Fleet) -> str:
 
 def matching(query: str, names: list[str]) -> list[str]:
     """Names whose letters include those of `query` in order, the likeliest first: it begins the name, or is
-    made of its words' first letters, or stands in it."""
+    made of its words' first letters, or stands in it. `l48` finds loss_48k."""
     query = query.lower().replace(" ", "")
 
     def rank(name: str) -> tuple:
-        plain, initials = (
-            re.sub(r"\W|_", "", name.lower()),
-            "".join(re.findall(r"(?:^|[\W_])(\w)", name.lower())),
+        words = re.findall(r"\d+|[a-z]+", name.lower())  # loss_48k: loss, 48, k
+        plain, initials = "".join(words), "".join(w if w.isdigit() else w[0] for w in words)
+        return (
+            not plain.startswith(query),
+            query not in initials,
+            query not in plain,
+            "loss" not in name,
+            len(name),
         )
-        return not plain.startswith(query), not within(query, initials), query not in plain, len(name)
 
     return sorted((n for n in names if within(query, n.lower())), key=rank)
 
