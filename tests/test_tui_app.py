@@ -82,12 +82,12 @@ def test_a_metric_chosen_by_typing(steady):
         assert app.ui.metric == "val loss_48k" and screen(app)[2].startswith("val loss_48k")
         await pilot.press("m", *"los", "down", "enter")
         await until(pilot, lambda: len(app.screen_stack) == 1)
-        assert app.ui.metric == "loss_24k"
+        assert app.ui.metric == "loss_48k"
         await pilot.press("m", *"xyz", "enter")  # nothing is called so
         assert len(app.screen_stack) == 2
         await pilot.press("escape")
         await until(pilot, lambda: len(app.screen_stack) == 1)
-        assert app.ui.metric == "loss_24k"
+        assert app.ui.metric == "loss_48k"
 
     window(steady, script)
 
