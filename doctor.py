@@ -13,8 +13,7 @@ One row per checkpoint in training order. A checkpoint is sick when
 Exit code 0: all healthy; 4: the first sick checkpoint is named.
 """
 
-from __future__ import annotations
-
+import argparse
 import csv
 import glob
 import math
@@ -22,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from snac48.checkpoint import load_checkpoint
-from snac48.cli import EXIT_DIVERGED, Parser, UserError, first_line, main_guard
+from snac48.cli import EXIT_DIVERGED, UserError, first_line, main_guard, one_line_errors
 from snac48.files import atomic_file
 
 COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
@@ -62,13 +61,16 @@ def weights_stats(state: dict) -> dict:
                 still += int((m == 0).sum())
                 largest = max(largest, m.max().item())
     count = moments["exp_avg_sq"][1]
-    row |= {"parameters": total, "l2": math.sqrt(square) if square == square else math.nan,
-            "nonfinite": len(bad), "nonfinite_names": " ".join(bad[:5]),
-            "zero_weights": zeros / max(1, total)}  # fmt: skip
+    row |= {"parameters": total, "l2": math.sqrt(square) if square == square else math.nan}
+    row |= {
+        "nonfinite": len(bad),
+        "nonfinite_names": " ".join(bad[:5]),
+        "zero_weights": zeros / max(1, total),
+    }
     if count:  # root mean square of the two moments: the usual step is adam_m / adam_v
         mean_m, mean_v = moments["exp_avg"][0] / count, max(0.0, moments["exp_avg_sq"][0] / count)
-        row |= {"adam_m": math.sqrt(mean_m), "adam_v": math.sqrt(mean_v), "adam_max": largest,
-                "zero_moments": still / count}  # fmt: skip
+        row |= {"adam_m": math.sqrt(mean_m), "adam_v": math.sqrt(mean_v)}
+        row |= {"adam_max": largest, "zero_moments": still / count}
     rates = [g["lr"] for g in optimizer.get("param_groups", [])]
     return row | ({"lr": max(rates)} if rates else {})
 
@@ -77,29 +79,28 @@ def distance(a: dict, b: dict) -> float | None:
     """L2 of the difference of two state-dicts; None when their tensors differ in name or shape."""
     if a.keys() != b.keys() or any(a[k].shape != b[k].shape for k in a):
         return None
-    return math.sqrt(sum((a[k].double() - b[k].double()).square().sum().item() for k in a
-                         if a[k].is_floating_point()))  # fmt: skip
+    numbers = [k for k in a if a[k].is_floating_point()]
+    return math.sqrt(sum((a[k].double() - b[k].double()).square().sum().item() for k in numbers))
 
 
-def probe(state: dict, data: str, windows: int) -> dict:
-    """Plain cross-entropy and mean entropy of the output distribution (nats) on some windows of `data`."""
+def probe(state: dict, name: str, windows: int) -> dict:
+    """Plain cross-entropy and mean entropy of the output distribution (nats) on some windows of a corpus."""
     import numpy as np
     import torch
 
     from snac48.token_lm import build, token_losses
-    from snac48.tokens import Corpus
-    from train_rvq import pad_batch, window_table
+    from snac48.tokens import Corpus, Windows
 
-    corpus, model = Corpus(data, state["args"].get("npq2", "mid")), build(state, "model")
+    corpus, model = Corpus(name, state["args"].get("npq2", "mid")), build(state, "model")
     if corpus.vocab != model.vocab:
-        raise UserError(f"--probe-data {data} holds other tokens than the checkpoint's model")
+        raise UserError(f"--probe-data {name} holds other tokens than the checkpoint's model")
     ctx = min(model.arch["ctx"], 256)
-    table = window_table(corpus.lengths, np.arange(len(corpus.lengths)), ctx, ctx)
-    picked = np.linspace(0, len(table) - 1, min(windows, len(table))).astype(int)
+    data = Windows(corpus, np.arange(len(corpus.lengths)), ctx, ctx)
+    picked = np.linspace(0, len(data) - 1, min(windows, len(data))).astype(int)
     nll = entropy = frames = 0.0
     with torch.no_grad():
         for i in picked:
-            codes = pad_batch([corpus.read(*map(int, table[i]))])
+            codes = torch.from_numpy(data[i].astype(np.int32))[None]
             logits = model(codes)
             nll += token_losses(logits, codes, model.sizes)[0].sum().item()
             p = logits.softmax(-1)
@@ -117,10 +118,9 @@ def examine(path: str, args, before: tuple | None) -> tuple[dict, dict | None]:
     best = best.get("loss") if isinstance(best, dict) else best
     if not isinstance(state["global_step"], int):
         raise UserError(f"{path} is malformed: global_step {state['global_step']!r}")
-    row = {"file": Path(path).name, "kind": state.get("kind", "dual_head"), "epoch": state.get("epoch"),
-           "step": state["global_step"], "best_val": best, "val_loss": state.get("val_loss"),
-           "train_loss": state.get("train_loss"), "lr": state.get("lr"),
-           "skipped": (state.get("guard") or {}).get("skipped")}  # fmt: skip
+    row = {"file": Path(path).name, "kind": state.get("kind", "dual_head"), "step": state["global_step"]}
+    row |= {k: state.get(k) for k in ("epoch", "val_loss", "train_loss", "lr")}
+    row |= {"best_val": best, "skipped": (state.get("guard") or {}).get("skipped")}
     try:
         row |= weights_stats(state)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -175,7 +175,8 @@ def report(rows: list[dict]) -> None:
 
 
 def main() -> int:
-    p = Parser(description=__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     p.add_argument("--ckpts", required=True, help="glob of checkpoints of one run")
     p.add_argument("--probe-data", help=".npq glob or cache folder: entropy and loss of token models on it")
     p.add_argument("--probe-windows", type=int, default=16, help="windows of up to 256 frames (default 16)")
@@ -215,10 +216,11 @@ def main() -> int:
         if row["sick"].startswith("unreadable"):
             print(row["sick"])
     if first:
-        print(f"\nIt went wrong at {first['file']} (epoch {first['epoch']}, step {first['step']}): "
-              f"{first['sick']}."
-              + (f" The last healthy one is {last['file']}; continue from it with --resume and a lower --lr."
-                 if last else " None before it is healthy."))  # fmt: skip
+        advice = "None before it is healthy."
+        if last:
+            advice = f"The last healthy one is {last['file']}; go on from it with --resume and a lower --lr."
+        where = f"{first['file']} (epoch {first['epoch']}, step {first['step']})"
+        print(f"\nIt went wrong at {where}: {first['sick']}. {advice}")
     elif all(not r["sick"] for r in rows):
         print(f"\n{len(rows)} checkpoints, nothing wrong.")
     return EXIT_DIVERGED if any(r["sick"] for r in rows) else 0

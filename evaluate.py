@@ -16,44 +16,45 @@ lsd_12_24k (12-24 kHz) as AP-BWE defines them (48 kHz systems), visqol (with --v
 audio mode, 48 kHz systems, higher is better), rtf (decoding time / audio time).
 """
 
-from __future__ import annotations
-
+import argparse
+import collections
 import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from snac48.cli import EXIT_STOPPED, Parser, StopFlag, UserError, guarded, main_guard, pick_device
-from snac48.files import write_json
+from snac48.cli import (
+    EXIT_STOPPED,
+    StopFlag,
+    UserError,
+    at_least,
+    guarded,
+    main_guard,
+    one_line_errors,
+    pick_device,
+)
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__)
-    p.add_argument("--checkpoint", nargs="+", required=True, help="checkpoints or exported folders")
-    p.add_argument(
-        "--data_dirs", nargs="+", required=True, help="folders of held-out recordings, 44.1 kHz or more"
-    )
-    p.add_argument(
-        "--pretrained_model", default="", help="base SNAC (default: as recorded in the checkpoint)"
-    )
-    p.add_argument(
-        "--segment_length", type=float, default=2.0, help="seconds a clip; shorter files are used whole"
-    )
-    p.add_argument(
-        "--num_samples", type=int, default=5000, help="clips at most, drawn with --seed (-1 = all)"
-    )
-    p.add_argument(
-        "--min_rate", type=int, default=44100, help="files below this rate have no 12-24 kHz band: left out"
-    )
-    p.add_argument("--seed", type=int, default=42)
-    p.add_argument("--device", default="0", help="GPU number or cpu")
-    p.add_argument("--output", default="evaluation_results.json")
-    p.add_argument("--samples_dir", default="comparison_samples")
-    p.add_argument("--max_samples_saved", type=int, default=20, help="clips written as wav (-1 = all)")
-    p.add_argument(
-        "--visqol", action="store_true", help="also ViSQOL (pip install visqol-python; about 1 s a clip)"
-    )
-    return p.parse_args(argv)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
+    add = p.add_argument
+    add("--checkpoint", nargs="+", required=True, help="checkpoints or exported folders")
+    add("--data_dirs", nargs="+", required=True, help="folders of held-out recordings, 44.1 kHz or more")
+    add("--pretrained_model", default="", help="base SNAC (default: as recorded in the checkpoint)")
+    add("--segment_length", type=float, default=2.0, help="seconds a clip; shorter files are used whole")
+    add("--num_samples", type=int, default=5000, help="clips at most, drawn with --seed (-1 = all)")
+    add("--min_rate", type=int, default=44100, help="files below it have no 12-24 kHz band: left out")
+    add("--seed", type=int, default=42)
+    add("--device", default="0", help="GPU number or cpu")
+    add("--output", default="evaluation_results.json")
+    add("--samples_dir", default="comparison_samples")
+    add("--max_samples_saved", type=int, default=20, help="clips written as wav (-1 = all)")
+    add("--visqol", action="store_true", help="also ViSQOL (pip install visqol-python; about 1 s a clip)")
+    args = p.parse_args(argv)
+    at_least(p, args, segment_length=0, min_rate=0, seed=0)
+    return args
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
@@ -63,12 +64,35 @@ import numpy as np
 import soundfile as sf
 import torch
 
-from snac48.audio import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside
+from snac48.audio import (
+    AudioError,
+    find_audio,
+    link_roots,
+    read_audio,
+    resample,
+    resampled_length,
+    resolve_inside,
+)
 from snac48.codec import geometry_of, load_snac, model_config
-from snac48.decoder import DualHead, DualHeadDecoder, load_dual_head
+from snac48.decoder import HEADS, DualHead, DualHeadDecoder, load_dual_head
+from snac48.files import write_json
 from snac48.losses import lsd, mel_filters, spectrum, stft_loss
 
 N_FFTS = (1024, 2048, 4096)
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Signal:
+    """Audio [N] at `rate` Hz, and how long its decoding took."""
+
+    audio: torch.Tensor
+    rate: int
+    seconds: float = 0.0
+
 
 # ---- metrics: [N] against [N], floats ----
 
@@ -84,8 +108,8 @@ def si_sdr(pred, target) -> float:
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019)."""
     target, pred = target.double() - target.double().mean(), pred.double() - pred.double().mean()
     scaled = target * (pred @ target) / (target @ target).clamp(min=1e-12)
-    return float(10 * torch.log10(scaled.square().sum().clamp(min=1e-12)
-                                  / (pred - scaled).square().sum().clamp(min=1e-12)))  # fmt: skip
+    wanted, error = (x.square().sum().clamp(min=1e-12) for x in (scaled, pred - scaled))
+    return float(10 * torch.log10(wanted / error))
 
 
 def load_visqol():
@@ -126,13 +150,11 @@ def pcm16(x):
 # ---- clips ----
 
 
-def clips(args, g, log):
-    """Yield (name, audio_48k [2N], audio_24k [N]) of held-out clips, N whole coarse codes; drawn with the
-    seed."""
+def clips(args, g):
+    """Yield (name, {rate of each head: audio [N]}) of clips of whole coarse codes, drawn with the seed."""
     files = [(d, rel, link_roots(d)) for d in args.data_dirs for rel in find_audio(d)]
-    order = np.random.default_rng(args.seed).permutation(len(files))
     left_out, count = {}, 0
-    for i in order:
+    for i in np.random.default_rng(args.seed).permutation(len(files)):
         if args.num_samples >= 0 and count >= args.num_samples:
             break
         root, rel, allowed = files[i]
@@ -140,36 +162,81 @@ def clips(args, g, log):
             x, rate = read_audio(resolve_inside(root, rel, allowed))
             if rate < args.min_rate:
                 raise AudioError(f"{rate} Hz is below --min_rate {args.min_rate}")
+            coarse = resampled_length(len(x), rate, g.sampling_rate) // g.coarse_samples
+            n = min(g.coarse_len(args.segment_length), coarse)
+            if n == 0:
+                raise AudioError("shorter than one coarse code")
         except AudioError as e:
             left_out[rel] = str(e)
             continue
-        audio_48k = resample(x, rate, 48000)
-        audio_24k = resample(x, rate, g.sampling_rate)
-        n = min(g.coarse_len(args.segment_length), len(audio_24k) // g.coarse_samples)
-        if n == 0:
-            left_out[rel] = "shorter than one coarse code"
-            continue
-        room = len(audio_24k) // g.coarse_samples - n
-        start = int(np.random.default_rng([args.seed, int(i)]).integers(0, room + 1)) * g.coarse_samples
-        n *= g.coarse_samples
-        high = np.zeros(2 * n, np.float32)
-        part = audio_48k[2 * start : 2 * (start + n)]
-        high[: len(part)] = part
+        start = int(np.random.default_rng([args.seed, int(i)]).integers(0, coarse - n + 1))
         count += 1
-        yield rel, torch.from_numpy(high), torch.from_numpy(audio_24k[start : start + n])
+        yield rel, {head.rate: cut(x, rate, head.rate, start, n, g) for head in HEADS.values()}
     for rel, reason in sorted(left_out.items())[:10]:
         log(f"left out {rel}: {reason}")
     if left_out:
         log(f"{len(left_out)} files left out, {count} clips used")
 
 
-# ---- output ----
+def cut(x, rate: int, new_rate: int, start: int, n: int, g):
+    """The span of n coarse codes from coarse code `start` at another rate; zeros past the end."""
+    samples = g.coarse_samples * new_rate // g.sampling_rate  # a coarse code
+    part = resample(x, rate, new_rate)[start * samples : (start + n) * samples]
+    return torch.from_numpy(np.pad(part, (0, n * samples - len(part))))
+
+
+# ---- systems ----
+
+
+def open_systems(args, device) -> tuple[DualHead, dict[str, DualHead]]:
+    """(base SNAC, {label: decoder} of the checkpoints). Raises UserError for codecs that don't compare."""
+    labels = [label_of(p, args.checkpoint) for p in args.checkpoint]
+    loaded = [load_dual_head(p, device, args.pretrained_model) for p in args.checkpoint]
+    base_name = args.pretrained_model or loaded[0].encoder_from
+    snac = load_snac(base_name)
+    geometry = geometry_of(snac, base_name)
+    for name, tts in zip(labels, loaded):  # a codec that phase10 trained whole has its own encoder
+        differs = geometry.difference(tts.geometry)
+        if differs and tts.snac is None:
+            raise UserError(f"{name} was trained with another codec than {base_name} ({differs})")
+        if geometry.coarse_samples != tts.geometry.coarse_samples:
+            raise UserError(f"{name} has other code lengths than {base_name} ({differs})")
+    decoder = DualHeadDecoder(snac, heads=("24k",), with_encoder=True)
+    return DualHead(decoder, geometry, model_config(snac), device, base_name), dict(zip(labels, loaded))
 
 
 def label_of(path: str, among: list[str]) -> str:
     """Shortest name that tells a checkpoint from the others: its folder, or folder/file."""
-    folders = [Path(p).parent.name for p in among]
-    return Path(path).parent.name if folders.count(Path(path).parent.name) == 1 else str(path)
+    name = Path(path).parent.name
+    return name if [Path(p).parent.name for p in among].count(name) == 1 else str(path)
+
+
+def timed(tts: DualHead, codes, seed: int) -> dict[str, Signal]:
+    """{head: what it makes of the codes}."""
+    began = time.perf_counter()
+    out = tts.decode(codes, noise_seed=seed)
+    if tts.device.type == "cuda":
+        torch.cuda.synchronize()
+    found = {head: x[0, 0].float().cpu() for head, x in zip(HEADS, out) if x is not None}
+    spent = time.perf_counter() - began
+    return {head: Signal(x, HEADS[head].rate, spent) for head, x in found.items()}
+
+
+def decode_all(clip: dict, base: DualHead, ours: dict[str, DualHead], seed: int) -> dict[str, Signal]:
+    """The clip as every system gives it back."""
+    audio_24k = clip[24000][None, None]
+    codes = base.encode(audio_24k)
+    low = timed(base, codes, seed)["24k"]
+    sinc = torch.from_numpy(resample(low.audio.numpy(), low.rate, 48000))
+    systems = {"base_snac": low, "base_snac_sinc48": Signal(sinc, 48000, low.seconds)}
+    for label, tts in ours.items():
+        own = codes if tts.snac is None else tts.encode(audio_24k)
+        suffix = f":{label}" if len(ours) > 1 else ""
+        systems |= {f"ours_{head}{suffix}": signal for head, signal in timed(tts, own, seed).items()}
+    return systems
+
+
+# ---- output ----
 
 
 def markdown(results: dict) -> str:
@@ -182,20 +249,21 @@ def markdown(results: dict) -> str:
     return f"{head}\n\n" + "\n".join(lines) + "\n"
 
 
-def draw(path: Path, name: str, signals: dict) -> None:
+def draw(path: Path, name: str, signals: dict[str, Signal]) -> None:
     """Spectrograms of one clip, a row a system: log magnitude over 0-24 kHz."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(
-        len(signals), 1, figsize=(10, 2.1 * len(signals)), sharex=True, constrained_layout=True
-    )
-    for ax, (system, (x, rate)) in zip(np.atleast_1d(axes), signals.items()):
+    size = (10, 2.1 * len(signals))
+    fig, axes = plt.subplots(len(signals), 1, figsize=size, sharex=True, constrained_layout=True)
+    for ax, (system, signal) in zip(np.atleast_1d(axes), signals.items()):
+        x, rate = signal.audio, signal.rate
         s = spectrum(x[None], 1024 * rate // 24000, 256 * rate // 24000)[0].abs().clamp(min=1e-5)
-        ax.imshow(20 * s.log10().numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-60, vmax=35,
-                  extent=(0, len(x) / rate, 0, rate / 2000))  # fmt: skip
+        extent = (0, len(x) / rate, 0, rate / 2000)
+        style = {"origin": "lower", "aspect": "auto", "cmap": "magma", "vmin": -60, "vmax": 35}
+        ax.imshow(20 * s.log10().numpy(), extent=extent, **style)
         ax.set_ylim(0, 24)
         ax.axhline(12, color="white", lw=0.5, ls=":")
         ax.set_ylabel(f"{system}\nkHz", fontsize=8)
@@ -204,103 +272,67 @@ def draw(path: Path, name: str, signals: dict) -> None:
     plt.close(fig)
 
 
-def plain(system: str) -> str:
+def wav_name(system: str) -> str:
     return system.replace(":", "_").replace("/", "_")
 
 
-def main() -> int:
-    args = ARGS
-    stop = StopFlag()
-    log = lambda text: print(text, file=sys.stderr, flush=True)
+def save_results(args, results: dict, shown: str, signals: dict[str, Signal]) -> None:
+    """JSON, Markdown and the picture of the clip `shown`; the table also to stdout."""
+    out, table = Path(args.output), markdown(results)
+    md, png = out.with_suffix(".md"), out.with_suffix(".png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, results)
+    md.write_text(table, encoding="utf-8")
+    draw(png, shown, signals)
+    print(f"\n{table}\nnumbers: {out}\ntable: {md}\nspectrograms: {png}")
+    print(f"wavs: {Path(args.samples_dir)}/NNN_{{{','.join(map(wav_name, signals))}}}.wav")
+
+
+def main(args) -> int:
+    stop, samples = StopFlag(), Path(args.samples_dir)
     device, visqol = pick_device(args.device), load_visqol() if args.visqol else None
-    ours = {
-        label_of(p, args.checkpoint): load_dual_head(p, device, args.pretrained_model)
-        for p in args.checkpoint
-    }
-    first = next(iter(ours.values()))
-    base_name = args.pretrained_model or first.encoder_from
-    snac = load_snac(base_name)
-    geometry = geometry_of(snac, base_name)
-    for name, tts in ours.items():  # a codec that phase10 trained whole has its own encoder
-        differs = geometry.difference(tts.geometry)
-        if differs and tts.snac is None:
-            raise UserError(f"{name} was trained with another codec than {base_name} ({differs})")
-        if geometry.coarse_samples != tts.geometry.coarse_samples:
-            raise UserError(f"{name} has other code lengths than {base_name} ({differs})")
-    base = DualHead(
-        DualHeadDecoder(snac, heads="24k", with_encoder=True), geometry, model_config(snac), device, base_name
-    )
-
-    def timed(tts, codes, **want):
-        began = time.perf_counter()
-        out = tts.decode(codes, noise_seed=args.seed, **want)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return [x if x is None else x[0, 0].float().cpu() for x in out], time.perf_counter() - began
-
-    rows: dict[str, list[dict]] = {}
-    seconds, count = 0.0, 0
-    samples = Path(args.samples_dir)
+    base, ours = open_systems(args, device)
     samples.mkdir(parents=True, exist_ok=True)
-    best_clip, loudest = None, -math.inf
-    for name, audio_48k, audio_24k in clips(args, geometry, log):
+    rows, count, seconds = collections.defaultdict(list), 0, 0.0  # {system: [metrics of a clip]}
+    loudest, shown = -math.inf, None
+    for name, clip in clips(args, base.geometry):
         if stop:
             log(f"stopped by {stop.signal}; nothing was written")
             return EXIT_STOPPED
-        codes = base.encode(audio_24k[None, None])
         if count == 0:
-            timed(base, codes)  # warm up kernels before the clock counts
-        (low, _), t_base = timed(base, codes, output_48k=False)
-        sinc = torch.from_numpy(resample(low.numpy(), 24000, 48000))
-        systems = {"base_snac": (low, 24000, t_base), "base_snac_sinc48": (sinc, 48000, t_base)}
-        for label, tts in ours.items():
-            suffix = f":{label}" if len(ours) > 1 else ""
-            own = codes if tts.snac is None else tts.encode(audio_24k[None, None])
-            audio, spent = timed(tts, own)
-            for head, rate, x in (("24k", 24000, audio[0]), ("48k", 48000, audio[1])):
-                if x is not None:
-                    systems[f"ours_{head}{suffix}"] = (x, rate, spent)
-        targets = {24000: pcm16(audio_24k), 48000: pcm16(audio_48k)}
-        length = len(audio_24k) / 24000
-        signals = {"original": (targets[48000], 48000)}
-        for system, (x, rate, spent) in systems.items():
-            x = pcm16(x)
-            signals[system] = (x, rate)
-            rows.setdefault(system, []).append(
-                measure(x, targets[rate], rate, visqol) | {"rtf": spent / length}
-            )
+            timed(base, base.encode(clip[24000][None, None]), args.seed)  # warms up kernels
+        systems = decode_all(clip, base, ours, args.seed)
+        signals = {"original": Signal(clip[48000], 48000)} | systems
+        for signal in signals.values():
+            signal.audio = pcm16(signal.audio)
+        length = len(clip[24000]) / 24000
+        for system, s in systems.items():
+            found = measure(s.audio, pcm16(clip[s.rate]), s.rate, visqol)
+            rows[system].append(found | {"rtf": s.seconds / length})
         if args.max_samples_saved < 0 or count < args.max_samples_saved:
-            for system, (x, rate) in signals.items():
-                wav = samples / f"{count:03d}_{plain(system)}.wav"
-                sf.write(wav, x.numpy(), rate, subtype="PCM_16")
-        high = float(spectrum(targets[48000][None], 2048, 512)[0, 512:].abs().mean())
+            for system, s in signals.items():
+                wav = samples / f"{count:03d}_{wav_name(system)}.wav"
+                sf.write(wav, s.audio.numpy(), s.rate, subtype="PCM_16")
+        high = float(spectrum(signals["original"].audio[None], 2048, 512)[0, 512:].abs().mean())
         if high > loudest:  # the clip with most energy above 12 kHz shows the difference best
-            best_clip, loudest = (name, signals), high
+            loudest, shown = high, (name, signals)
         count += 1
         seconds += length
         if count % 50 == 0:
             log(f"{count} clips")
     if count == 0:
         raise UserError(f"no clip of {', '.join(args.data_dirs)} can be used (44.1 kHz or more, long enough)")
-    systems = {s: {k: float(np.mean([r[k] for r in found])) for k in found[0]} for s, found in rows.items()}
     results = {
         "clips": count,
         "seconds": round(seconds, 3),
         "checkpoint": ", ".join(args.checkpoint),
-        "systems": systems,
+        "systems": {
+            s: {k: float(np.mean([r[k] for r in found])) for k in found[0]} for s, found in rows.items()
+        },
     }
-    out = Path(args.output)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, results)
-    table = markdown(results)
-    out.with_suffix(".md").write_text(table, encoding="utf-8")
-    draw(out.with_suffix(".png"), *best_clip)
-    print(
-        f"\n{table}\nnumbers: {out}\ntable: {out.with_suffix('.md')}\nspectrograms: {out.with_suffix('.png')}"
-    )
-    print(f"wavs: {samples}/NNN_{{{','.join(map(plain, best_clip[1]))}}}.wav")
+    save_results(args, results, *shown)
     return 0
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    main_guard(main, ARGS)

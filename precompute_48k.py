@@ -14,8 +14,6 @@ Exit codes: 0 done; 1 wrong input or environment; 3 stopped by a signal, the sam
 but more files were bad than --max_bad_fraction allows (skipped.jsonl names them all, with the reason).
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import itertools
@@ -25,118 +23,114 @@ import os
 import re
 import socket
 import sys
-import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 import numpy as np
 
-# fmt: off
-from snac48.audio import AudioError, audio_blocks, find_audio, link_roots, resolve_inside, target_names
+from snac48.audio import AudioError, Spool, audio_blocks, find_audio, link_roots, resolve_inside, target_names
 from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
-    Parser,
     StopFlag,
+    Stopped,
     UserError,
+    at_least,
     ignore_stop_signals,
     main_guard,
+    one_line_errors,
     stop_at_once,
 )
-from snac48.files import atomic_file, read_json, sweep_leftovers, write_json, write_jsonl
+from snac48.files import read_json, sweep_leftovers, write_json, write_jsonl
 from snac48.runlog import RunLog, human_time
-from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Sidon, front_end, settle
-from snac48.work import SharedWork
-
-# fmt: on
+from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
+from snac48.work import SharedWork, in_order
 
 UNIT_FILES = 64  # files a claim; a killed process loses at most this much work
 BLOCK_SECONDS = 5.0  # read at a time
 LONG_SECONDS = 300  # longer files are read by the main process: 64 of them would not fit in memory
-SPOOL_BYTES = 256 << 20  # a 48 kHz float32 waveform above this (23 min) waits in a temporary file
 
 
 # ---- reading and writing ----
 
 
-class Spool:
-    """A waveform on its way out: float32 pieces, in memory while short, in a temporary file when long."""
-
-    def __init__(self, folder: Path):
-        self.file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=folder)
-        self.peak, self.n = 0.0, 0
-
-    def add(self, x) -> None:
-        self.file.write(np.ascontiguousarray(x, dtype="<f4").tobytes())
-        self.peak = max(self.peak, float(np.abs(x).max(initial=0.0)))
-        self.n += len(x)
-
-    def save(self, target: Path, scale: float) -> float:
-        """PCM16 48 kHz mono wav of `scale` times the pieces, whole or not at all; returns its `level`.
-
-        level = 1, or the smaller factor that keeps the loudest sample within full scale.
-        """
-        import soundfile as sf
-
-        top = 32767 / 32768
-        level = 1.0 if self.peak * scale <= top else top / (self.peak * scale)
-        self.file.seek(0)
-        with atomic_file(target) as f, sf.SoundFile(f, "w", RATE, 1, "PCM_16", format="WAV") as wav:
-            while block := self.file.read(4 * 60 * RATE):
-                x = np.rint(np.frombuffer(block, "<f4") * (scale * level * 32768.0))
-                wav.write(np.clip(x, -32768, 32767).astype(np.int16))
-        return level
-
-
-def write_row(rel: str, name: str, job: dict, kind: str, fill) -> dict:
+def write_target(rel: str, name: str, output_dir: str, waveform) -> dict:
     """Write the target `name` of the source `rel`; returns its manifest row.
 
-    fill(keep) hands float32 pieces to keep(), returns rate, n (source samples), scale and what was measured.
-    gain: stored wav / raw waveform; level: stored wav / source, below 1 only where PCM16 would have clipped.
+    waveform: Kept or Restored. gain: stored wav / raw waveform; level: stored wav / source, below 1 only
+    where PCM16 would have clipped.
     """
-    target = Path(job["output_dir"]) / name
+    target = Path(output_dir) / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         spool = Spool(target.parent)
         with spool.file:
-            found = fill(spool.add)
-            rate, n, scale = found.pop("rate"), found.pop("n"), found.pop("scale")
-            level = spool.save(target, scale)
+            for piece in waveform:
+                spool.add(piece)
+            measured = waveform.measured()
+            scale = measured.pop("scale")
+            level = spool.save(target, RATE, scale)
     except OSError as e:
-        raise UserError(f"{target} could not be written: {e.strerror or e}; make room or choose another "
-                        "--output_dir, then run the same command again") from None  # fmt: skip
-    row = {"path": rel, "target": name, "kind": kind, "source_rate": rate}
-    row |= {"seconds": round(n / rate, 6), "samples": spool.n, "gain": scale * level, "level": level}
-    return row | found
+        todo = "make room or choose another --output_dir, then run the same command again"
+        raise UserError(f"{target} could not be written: {e.strerror or e}; {todo}") from None
+    row = {"path": rel, "target": name, "kind": waveform.kind, "source_rate": waveform.rate}
+    row |= {"seconds": round(waveform.n / waveform.rate, 6), "samples": spool.n}
+    return row | {"gain": scale * level, "level": level} | measured
 
 
-def read_file(rel: str, name: str, job: dict) -> dict:
-    """One source, in a reading process: its manifest row (kept), what SIDON needs, or why it is skipped."""
+class Kept:
+    """A recording of native rate (kind copied), or one resampled as a baseline (sinc), as 48 kHz pieces."""
+
+    def __init__(self, kind: str, blocks, rate: int):
+        self.kind, self.blocks, self.rate, self.n = kind, blocks, rate, 0
+
+    def __iter__(self):
+        to_48k = Resampler(self.rate, RATE)
+        for x in self.blocks:
+            self.n += len(x)
+            yield to_48k(x)
+        yield to_48k(NOTHING, last=True)
+
+    def measured(self) -> dict:
+        return {"scale": 1.0, "lag_samples": 0.0, "envelope_corr": 1.0}
+
+
+@dataclass
+class Waiting:
+    """A recording that SIDON is to restore; a long one has no features: it is read when its turn comes."""
+
+    path: str
+    file: Path
+    rate: int
+    features: np.ndarray | None = None  # [T, 160]
+    source: Source | None = None
+
+    @property
+    def frames(self) -> int:
+        return sys.maxsize if self.features is None else len(self.features)
+
+
+def read_file(rel: str, name: str, job: dict) -> dict | Waiting:
+    """In a reading process: what SIDON needs of a file, or the manifest row of one that is kept (written
+    here), or {path, reason} of one that is skipped."""
     try:
-        source = resolve_inside(job["input_dir"], rel, job["allowed"])
-        blocks = audio_blocks(source, BLOCK_SECONDS)
+        file = resolve_inside(job["input_dir"], rel, job["allowed"])
+        blocks = audio_blocks(file, BLOCK_SECONDS)
         first, rate = next(blocks)
         blocks = itertools.chain([first], (x for x, _ in blocks))
-        if rate < job["native_rate"] and job["upsampler"] == "sidon":
-            pieces = list(itertools.islice(blocks, int(LONG_SECONDS / BLOCK_SECONDS) + 1))
-            if len(pieces) * BLOCK_SECONDS > LONG_SECONDS:
-                return {"path": rel, "rate": rate, "long": source}
-            return {"path": rel, "rate": rate, "front": front_end(lambda: iter(pieces), rate)}
-
-        def fill(keep):
-            to_48k, n = Resampler(rate, RATE), 0
-            for x in blocks:
-                n += len(x)
-                keep(to_48k(x))
-            keep(to_48k(NOTHING, last=True))
-            return {"rate": rate, "n": n, "scale": 1.0, "lag_samples": 0.0, "envelope_corr": 1.0}
-
-        return write_row(rel, name, job, "copied" if rate >= job["native_rate"] else "sinc", fill)
+        kind = "copied" if rate >= job["native_rate"] else job["upsampler"]
+        if kind != "sidon":
+            return write_target(rel, name, job["output_dir"], Kept(kind, blocks, rate))
+        pieces = list(itertools.islice(blocks, int(LONG_SECONDS / BLOCK_SECONDS) + 1))
+        if len(pieces) * BLOCK_SECONDS > LONG_SECONDS:
+            return Waiting(rel, file, rate)
+        return Waiting(rel, file, rate, *front_end(lambda: iter(pieces), rate))
     except AudioError as e:
         return {"path": rel, "reason": str(e)}
 
@@ -183,9 +177,8 @@ class Progress:
     def text(self) -> str:
         spent = time.monotonic() - self.start
         eta = human_time((self.total - self.done) * spent / self.mine if self.mine else None)
-        return (
-            f"{self.done}/{self.total} files  skipped {self.skipped}  {self.rate():.1f} audio-s/s  eta {eta}"
-        )
+        counts = f"{self.done}/{self.total} files  skipped {self.skipped}"
+        return f"{counts}  {self.rate():.1f} audio-s/s  eta {eta}"
 
     def say(self) -> None:
         self.last = time.monotonic()
@@ -196,32 +189,26 @@ class Progress:
         self.log.metric(step=self.done, proc=self.proc, **values)
 
 
-class Stopped(Exception):
-    """A stop was asked for in the middle of a long file: nothing of it lands."""
-
-
 class Job:
     """One process's share: claims units, keeps readers, SIDON and writers busy, commits what is finished."""
 
-    def __init__(self, args, files: list[str], names: dict[str, str], job: dict, work: SharedWork, log, stop):
-        self.args, self.job, self.work, self.log, self.stop = args, job, work, log, stop
-        wanted, self.names = set(files), names
-        self.units = [u for u, unit in enumerate(work.units) if not wanted.isdisjoint(unit)]
+    def __init__(self, args, files: list[str], names: dict[str, str], settings: dict, work: SharedWork, log):
+        self.args, self.settings, self.work, self.log, self.stop = args, settings, work, log, StopFlag()
+        self.files, self.names = set(files), names
+        self.units = [u for u, unit in enumerate(work.units) if not self.files.isdisjoint(unit)]
         self.progress = Progress(log, sum(len(work.units[u]) for u in self.units))
         self.writers = ThreadPoolExecutor(2)
         self.sidon: Sidon | None = None
         self.readers = None
         if args.num_workers:
-            os.environ.setdefault(
-                "OPENBLAS_NUM_THREADS", "1"
-            )  # a reader is one thread; torch is not concerned
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of a reader; torch is not concerned
             context = multiprocessing.get_context("spawn")  # a fork would copy threads and CUDA's state
             self.readers = ProcessPoolExecutor(args.num_workers, context, start_reader)
 
     def run(self) -> None:
         """Until every unit is done, by us or by others: those that live processes hold are waited for."""
         while self.units and not self.stop:
-            for unit, group in itertools.groupby(self.results(), key=lambda r: r[0]):
+            for unit, group in itertools.groupby(self.read(), key=lambda r: r[0]):
                 self.finish(unit, [result for _, result in group])
             done = [u for u in self.units if self.work.result_path(u).exists()]
             self.units = sorted(set(self.units) - set(done))
@@ -230,55 +217,54 @@ class Job:
                 time.sleep(0.5)  # should their owner die, their unit is ours
 
     def claimed(self):
-        """(unit, file) of everything this process gets to do, claimed only as the readers come to it."""
+        """(unit, (file, target)) of all that we get to do, claimed only as the readers come to it."""
         for u in self.units:
             if not self.stop and self.work.claim(u):
-                yield from itertools.takewhile(lambda _: not self.stop, ((u, f) for f in self.work.units[u]))
+                jobs = ((u, (rel, self.names[rel])) for rel in self.work.units[u])
+                yield from itertools.takewhile(lambda _: not self.stop, jobs)
 
-    def results(self):
+    def read(self):
         """(unit, read_file(file)) in order; the readers are at most one unit ahead (memory)."""
-        read = partial(read_file, job=self.job)
-        if self.readers is None:
-            yield from ((u, read(rel, self.names[rel])) for u, rel in self.claimed())
-            return
-        waiting: collections.deque = collections.deque()
-        try:
-            for u, rel in self.claimed():
-                waiting.append((u, self.readers.submit(read, rel, self.names[rel])))
-                if len(waiting) > UNIT_FILES:  # so that the device finds the next unit read
-                    u, future = waiting.popleft()
-                    yield u, future.result()
-            while waiting:
-                u, future = waiting.popleft()
-                yield u, future.result()
+        read = partial(read_file, job=self.settings)
+        try:  # one unit ahead: the device finds the next one read
+            yield from in_order(self.readers, read, self.claimed(), UNIT_FILES + 1)
         except BrokenProcessPool:
             raise UserError("a reader was killed (out of memory?); try a smaller --num_workers") from None
 
-    def finish(self, unit: int, results: list[dict]) -> None:
+    def finish(self, unit: int, results: list) -> None:
         """SIDON where needed, wait for the writers, commit; a unit cut short by a stop is given back."""
-        rows = [r for r in results if "target" in r]
-        skipped = [r for r in results if "reason" in r]
-        for r in rows + skipped:
-            self.progress.add(r.get("seconds"))
-        restored = [r for r in results if "front" in r or "long" in r]
-        if restored and not self.stop:
-            self.load_sidon(restored[0])
-            futures = [f for group in self.batches(restored) for f in self.restore(group, skipped)]
-            rows += [f.result() for f in futures]
-        if len(rows) + len(skipped) < len(self.work.units[unit]):
+        waiting = [r for r in results if isinstance(r, Waiting)]
+        rows = [r for r in results if not isinstance(r, Waiting)]
+        for row in rows:
+            self.progress.add(row.get("seconds"))
+        if waiting and not self.stop:
+            rows += self.restore(waiting)
+        if len(rows) < len(self.work.units[unit]):
             self.work.release(unit)
         elif self.work.still_ours(unit):
-            self.work.commit(unit, {"rows": rows, "skipped": skipped})
+            done, skipped = ([r for r in rows if key in r] for key in ("target", "reason"))
+            self.work.commit(unit, {"rows": done, "skipped": skipped})
 
-    def load_sidon(self, first: dict) -> None:
+    def restore(self, waiting: list[Waiting]) -> list[dict]:
+        """SIDON, then the writers: rows as of read_file; fewer of them after a stop."""
+        self.load_sidon(waiting[0])
+        rows, writing = [], []
+        for group in batches(waiting, self.sidon.batch_size, self.args.batch_slack):
+            if self.stop:
+                break
+            if group[0].frames > CHUNK:
+                rows += self.restore_long(group[0])
+            else:
+                writing += self.restore_batch(group)
+        return rows + [future.result() for future in writing]
+
+    def load_sidon(self, first: Waiting) -> None:
         """At the first file that needs it: a corpus of native rate runs without."""
         if self.sidon:
             return
         args = self.args
-        why = (
-            f"{first['path']} has {first['rate']} Hz, below --native_rate {args.native_rate}: it needs SIDON"
-        )
-        if 44100 <= first["rate"] < args.native_rate:
+        why = f"{first.path} has {first.rate} Hz, below --native_rate {args.native_rate}: it needs SIDON"
+        if 44100 <= first.rate < args.native_rate:
             why += " (CD-quality recordings can be kept instead: --native_rate 44100, another --output_dir)"
         self.log.say(f"{why}: loading it")
         try:
@@ -289,65 +275,67 @@ class Job:
         self.work.agree("sidon.json", self.sidon.sha256)  # every process on this folder runs the same files
         for name, digest in self.sidon.sha256.items():
             self.log.say(f"sidon {digest}  {name}")
+        if self.sidon.no_batches:
+            self.log.say(f"SIDON takes no batches here ({self.sidon.no_batches}): one utterance at a time")
 
-    def batches(self, restored: list[dict]) -> list[list[dict]]:
-        """Groups of utterances of one length, to within --batch_slack; longer than one chunk: alone."""
-        frames = {r["path"]: len(r["front"]["features"]) if "front" in r else 10**9 for r in restored}
-        slack = int(self.args.batch_slack * 50)
-        groups: list[list[dict]] = []
-        for r in sorted(restored, key=lambda r: (frames[r["path"]], r["path"])):
-            last = groups[-1] if groups else []
-            full = not last or len(last) == self.sidon.batch_size
-            if full or frames[r["path"]] > min(CHUNK, frames[last[0]["path"]] + slack):
-                groups.append([r])
-            else:
-                last.append(r)
-        return groups
-
-    def restore(self, group: list[dict], skipped: list[dict]) -> list:
-        """SIDON over one batch; returns futures of the manifest rows. Nothing after a stop."""
-        first = group[0]
-        if self.stop:
-            return []
-        if "long" in first:
-            try:
-                again = partial(audio_blocks, first["long"], BLOCK_SECONDS)
-                first["front"] = front_end(lambda: (x for x, _ in again()), first["rate"])
-            except AudioError as e:
-                skipped.append({"path": first["path"], "reason": str(e)})
-                self.progress.add(None)
-                return []
-        features = [r["front"].pop("features") for r in group]
-        frames = max(map(len, features))
-        padded = [np.pad(f, ((0, frames - len(f)), (0, 0)), mode="edge") for f in features]
-        stream = self.sidon.stream(np.stack(padded))  # [B, T, 160]
-        pieces = [self.until_stopped(stream)] if frames > CHUNK else [[w] for w in next(stream)]
-        futures = []
-        for r, p in zip(group, pieces):
-            front = r["front"]
-
-            def fill(keep, front=front, p=p):
-                return {"rate": front["rate"], "n": front["n"]} | settle(front, p, keep)
-
-            write = partial(write_row, r["path"], self.names[r["path"]], self.job, "sidon", fill)
-            futures.append(self.writers.submit(write))
-            if frames > CHUNK and isinstance(futures[0].exception(), Stopped):  # the writer drives SIDON
-                return []
-            self.progress.add(front["n"] / front["rate"])
+    def restore_batch(self, group: list[Waiting]) -> list[Future]:
+        """One pass of SIDON over utterances of one length, or continued to the longest; written meanwhile."""
+        frames, futures = group[-1].frames, []
+        features = [np.pad(w.features, ((0, frames - w.frames), (0, 0)), mode="edge") for w in group]
+        (waves,) = self.sidon.stream(np.stack(features))  # [B, T, 160] -> [B, 960 T]
+        for w, wave in zip(group, waves):
+            w.features = None  # the memory is wanted
+            futures.append(self.writers.submit(self.write, w.path, Restored(w.source, [wave])))
+            self.progress.add(w.source.n / w.rate)
         return futures
 
+    def restore_long(self, w: Waiting) -> list[dict]:
+        """SIDON chunk by chunk, each written before the next is asked for: a row, or none after a stop."""
+        try:
+            features, source = w.features, w.source
+            if features is None:
+                blocks = lambda: (x for x, _ in audio_blocks(w.file, BLOCK_SECONDS))
+                features, source = front_end(blocks, w.rate)
+            row = self.write(w.path, Restored(source, self.until_stopped(self.sidon.stream(features[None]))))
+        except AudioError as e:
+            row = {"path": w.path, "reason": str(e)}
+        except Stopped:
+            return []
+        self.progress.add(row.get("seconds"))
+        return [row]
+
+    def write(self, rel: str, waveform) -> dict:
+        return write_target(rel, self.names[rel], self.settings["output_dir"], waveform)
+
     def until_stopped(self, stream):
+        """The waves [n] of one utterance; raises Stopped where a stop was asked for: nothing of it lands."""
         for wave in stream:
             if self.stop:
                 raise Stopped
             yield wave[0]
 
-    def close(self, in_peace: bool) -> None:
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, error, *_) -> None:
         self.writers.shutdown(wait=True)
         if self.readers:
-            self.readers.shutdown(wait=in_peace, cancel_futures=True)
+            self.readers.shutdown(wait=error is None, cancel_futures=True)
         self.work.release()
         self.work.close()
+
+
+def batches(waiting: list[Waiting], size: int, slack_seconds: float) -> list[list[Waiting]]:
+    """Groups of at most `size` utterances of one length, to within the slack; more than one chunk: alone."""
+    groups: list[list[Waiting]] = []
+    for w in sorted(waiting, key=lambda w: (w.frames, w.path)):
+        last = groups[-1] if groups else []
+        full = not last or len(last) == size
+        if full or w.frames > min(CHUNK, last[0].frames + int(slack_seconds * 50)):
+            groups.append([w])
+        else:
+            last.append(w)
+    return groups
 
 
 def read_sums(path: Path) -> dict[str, str]:
@@ -395,9 +383,9 @@ def merge(work: SharedWork, output_dir: Path, min_corr: float) -> dict:
 # ---- command line ----
 
 
-# fmt: off
-def build_parser() -> argparse.ArgumentParser:
-    p = Parser(description=__doc__)
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     add = p.add_argument
     # data
     add("--input_dir", type=Path, required=True, help="recordings, any rate, searched recursively")
@@ -405,8 +393,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=int, default=-1, help="first N files only; -1 = all")
     add("--start_idx", type=int, default=0, help="first file of the sorted list that this process does")
     add("--end_idx", type=int, default=-1, help="the file it stops before; -1 = to the end")
-    add("--native_rate", type=int, default=48000, metavar="HZ",
-        help="sources at this rate or above are kept; 44100 suits CD-quality corpora")
+    add("--native_rate", type=int, default=48000, help="sources at this rate or above are kept, Hz")
     add("--num_workers", type=int, default=2, help="reading processes; 0 = read in this one")
     # what lower rates get
     add("--upsampler", choices=["sidon", "sinc"], default="sidon", help="sinc: a baseline without new band")
@@ -415,16 +402,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sidon_revision", default=SIDON_REVISION, metavar="SHA", help="commit on the hub (40 hex digits)")
     add("--sidon_sha256", type=Path, metavar="FILE", help="sums to check them against (sha256sum's format)")
     add("--batch_size", type=int, default=8, help="utterances of one length a pass, if SIDON takes batches")
-    add("--batch_slack", type=float, default=0.0, metavar="SECONDS",
-        help="0: only equal lengths share a pass, the same samples as one by one; above: shorter ones are "
-             "continued by their last frame to the longest, which changes their ends a little")
+    slack = (
+        "0: only equal lengths share a pass, the same samples as one by one; above: shorter ones are "
+        "continued by their last frame to the longest, which changes their ends a little"
+    )
+    add("--batch_slack", type=float, default=0.0, metavar="SECONDS", help=slack)
     # checks
     add("--min_envelope_corr", type=float, default=0.9, help="rows below: faithful false, out of training")
     add("--max_bad_fraction", type=float, default=0.01, help="more bad files: exit code 5, at the end")
     add("--test_mode", action="store_true", help="only the first files that need upsampling, then a table")
     add("--test_samples", type=int, default=10, help="how many files --test_mode takes")
-    return p
-# fmt: on
+    args = p.parse_args(argv)
+    at_least(
+        p, args, native_rate=1, batch_size=1, num_workers=0, start_idx=0, batch_slack=0, max_bad_fraction=0
+    )
+    if args.output_dir.resolve().is_relative_to(args.input_dir.resolve()):
+        raise UserError(f"--output_dir {args.output_dir} lies inside --input_dir; choose a folder beside it")
+    return args
 
 
 def choose_files(args, files: list[str]) -> list[str]:
@@ -447,66 +441,60 @@ def choose_files(args, files: list[str]) -> list[str]:
     return files
 
 
-def main() -> int:
-    args = build_parser().parse_args()
-    if (
-        min(args.num_workers, args.start_idx, args.batch_slack) < 0
-        or min(args.native_rate, args.batch_size) < 1
-    ):
-        raise UserError(
-            "--num_workers, --start_idx, --batch_slack: 0 or more; --native_rate, --batch_size: 1 or more"
-        )
+def open_job(args) -> Job:
+    """The listing, the plan shared with other processes, and the log."""
     source, output = args.input_dir.resolve(), args.output_dir.resolve()
-    if output.is_relative_to(source):
-        raise UserError(f"--output_dir {args.output_dir} lies inside --input_dir; choose a folder beside it")
     listed = find_audio(args.input_dir)
     files = choose_files(args, listed)
-    settings = {"native_rate": args.native_rate, "upsampler": args.upsampler, "input_dir": str(source)}
-    job = settings | {"output_dir": str(output), "allowed": link_roots(source)}
+    shared = {"native_rate": args.native_rate, "upsampler": args.upsampler, "input_dir": str(source)}
     try:
         output.mkdir(parents=True, exist_ok=True)
         log = RunLog(args.output_dir, log_name="precompute.log")
     except OSError as e:
         raise UserError(f"--output_dir {args.output_dir} cannot be written: {e.strerror}") from None
-    work = SharedWork(output, files, UNIT_FILES, settings)
-    stop = StopFlag()
+    work = SharedWork(output, files, UNIT_FILES, shared, log.say)
     names = target_names(sorted(set(listed).union(*work.units)))  # others may have seen more files
     for folder in {os.path.dirname(name) for name in names.values()} - {""}:
         sweep_leftovers(output / folder)
-    run = Job(args, files, names, job, work, log, stop)
-    progress = run.progress
-    log.metric(event="start", kind="precompute", files=progress.total, proc=progress.proc)
-    log.say(
-        f"precompute_48k: {len(files)} of {len(listed)} files below {args.input_dir} -> {args.output_dir}"
-    )
-    in_peace = False
-    try:
-        run.run()
-        in_peace = True
-    finally:
-        run.close(in_peace)
-    if stop:
-        log.say(f"stopped by {stop.signal}; the same command continues")
+    settings = shared | {"output_dir": str(output), "allowed": link_roots(source)}
+    job = Job(args, files, names, settings, work, log)
+    log.metric(event="start", kind="precompute", files=job.progress.total, proc=job.progress.proc)
+    share = f"{len(files)} of {len(listed)} files"
+    log.say(f"precompute_48k: {share} below {args.input_dir} -> {args.output_dir}")
+    return job
+
+
+def main(args) -> int:
+    with open_job(args) as job:
+        job.run()
+    log, progress = job.log, job.progress
+    if job.stop:
+        log.say(f"stopped by {job.stop.signal}; the same command continues")
         log.metric(event="end", code=EXIT_STOPPED, proc=progress.proc)
         return EXIT_STOPPED
-    summary = merge(work, output, args.min_envelope_corr)
+    summary = merge(job.work, args.output_dir, args.min_envelope_corr)
     progress.say()
     if args.test_mode:
-        wanted = set(files)
-        for row in map(json.loads, (output / "manifest.jsonl").read_text(encoding="utf-8").splitlines()):
-            if row["path"] in wanted:
-                log.say(f"{row['kind']}  lag {row['lag_samples']:+.1f} samples  envelope_corr "
-                        f"{row['envelope_corr']:.3f}  gain {row['gain']:.3g}  {row['target']}")  # fmt: skip
+        show_table(log, args.output_dir, job.files)
     log.say("summary: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
     code = EXIT_BAD_INPUT if summary["skipped"] > args.max_bad_fraction * summary["files"] else 0
     log.metric(event="end", code=code, proc=progress.proc, **summary)
     if code:
         share = f"{summary['skipped']} of {summary['files']} files were skipped"
         allowed = f"more than --max_bad_fraction {args.max_bad_fraction}"
-        print(f"precompute_48k.py: {share}, {allowed}: see {output / 'skipped.jsonl'}", file=sys.stderr)
+        where = args.output_dir.resolve() / "skipped.jsonl"
+        print(f"precompute_48k.py: {share}, {allowed}: see {where}", file=sys.stderr)
     return code
+
+
+def show_table(log: RunLog, output_dir: Path, files: set[str]) -> None:
+    """What --test_mode ends with: the measures of each of its files."""
+    for row in map(json.loads, (output_dir / "manifest.jsonl").read_text(encoding="utf-8").splitlines()):
+        if row["path"] in files:
+            measures = f"envelope_corr {row['envelope_corr']:.3f}  gain {row['gain']:.3g}"
+            log.say(f"{row['kind']}  lag {row['lag_samples']:+.1f} samples  {measures}  {row['target']}")
 
 
 if __name__ == "__main__":
     stop_at_once()
-    main_guard(main)
+    main_guard(lambda: main(parse_args()))

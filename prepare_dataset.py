@@ -9,8 +9,7 @@ kept, so files of one name in two folders stay apart. Writes manifest.json: what
 counts and the groups.
 """
 
-from __future__ import annotations
-
+import argparse
 import os
 import random
 import re
@@ -18,49 +17,53 @@ import shutil
 from pathlib import Path
 
 from snac48.audio import find_audio
-from snac48.cli import Parser, UserError, main_guard
+from snac48.cli import UserError, main_guard, one_line_errors
 from snac48.files import write_json
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__)
-    p.add_argument("--input_dir", required=True, help="audio folder, read recursively")
-    p.add_argument("--output_dir", required=True, help="gets train/audio, valid/audio and manifest.json")
-    p.add_argument("--train_ratio", type=float, default=0.95, help="share of the files for training")
-    p.add_argument("--seed", type=int, default=42)
-    p.add_argument("--copy", action="store_true", help="copy the files instead of linking them")
-    p.add_argument(
-        "--group_by", default="", help="parent, or regex:PATTERN with one parenthesis (default: each file)"
-    )
-    p.add_argument(
-        "--valid_list", default="", help="file of validation paths, one a line, instead of a ratio"
-    )
-    return p.parse_args(argv)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
+    add = p.add_argument
+    add("--input_dir", required=True, help="audio folder, read recursively")
+    add("--output_dir", required=True, help="gets train/audio, valid/audio and manifest.json")
+    add("--train_ratio", type=float, default=0.95, help="share of the files for training")
+    add("--seed", type=int, default=42)
+    add("--copy", action="store_true", help="copy the files instead of linking them")
+    add("--group_by", default="", help="parent, or regex:PATTERN with one parenthesis (default: each file)")
+    add("--valid_list", default="", help="file of validation paths, one a line, instead of a ratio")
+    args = p.parse_args(argv)
+    if not 0 < args.train_ratio < 1:
+        raise UserError(f"--train_ratio {args.train_ratio:g} must lie between 0 and 1")
+    if args.group_by not in ("", "parent"):
+        try:
+            if not re.compile(pattern_of(args.group_by)).groups:
+                raise re.error("no parenthesis")
+        except re.error as e:
+            what = f"--group_by {pattern_of(args.group_by)!r}"
+            raise UserError(f"{what} is not a regular expression with one parenthesis: {e}") from None
+    return args
+
+
+def pattern_of(group_by: str) -> str:
+    return group_by.removeprefix("regex:")
 
 
 def group_of(rel: str, group_by: str) -> str:
     """The group a file belongs to, or the file itself without --group_by. Raises UserError."""
     if not group_by:
         return rel
+    folder, _, name = rel.rpartition("/")
     if group_by == "parent":
-        return rel.rsplit("/", 1)[0] if "/" in rel else "."
-    pattern = group_by.removeprefix("regex:")
-    try:
-        found = re.search(pattern, rel.rsplit("/", 1)[-1])
-        if found is None:
-            raise UserError(f"--group_by {pattern!r} does not match {rel}: every file needs a group")
-        return found.group(1)
-    except (re.error, IndexError) as e:
-        raise UserError(
-            f"--group_by {pattern!r} is not a regular expression with one parenthesis: {e}"
-        ) from None
+        return folder or "."
+    found = re.search(pattern_of(group_by), name)
+    if found is None:
+        raise UserError(f"--group_by {pattern_of(group_by)!r} does not match {rel}: every file needs a group")
+    return found.group(1)
 
 
-def split(
-    files: list[str], train_ratio: float, seed: int, group_by: str
-) -> tuple[dict[str, str], dict[str, list]]:
-    """({file: train|valid}, {group: files}): whole groups go to validation until it has its share of the
-    files.
+def split(files: list[str], train_ratio: float, seed: int, group_by: str) -> tuple[dict, dict]:
+    """({file: train|valid}, {group: files}): whole groups go to validation until it has its share of files.
 
     Both parts get at least one group. Raises UserError when there are fewer than two groups.
     """
@@ -75,12 +78,10 @@ def split(
     valid: list[str] = []
     part = dict.fromkeys(files, "train")
     for i, name in enumerate(order):
-        over = len(valid) + len(groups[name]) - wanted
+        more = len(valid) + len(groups[name])
+        closer = more <= wanted or more - wanted < wanted - len(valid)  # to its share
         last_chance = not valid and i == len(order) - 1
-        # take a group as long as that brings the part closer to its share
-        if (over <= 0 or over < wanted - len(valid) or last_chance) and len(valid) + len(groups[name]) < len(
-            files
-        ):
+        if (closer or last_chance) and more < len(files):
             valid += groups[name]
     if not valid:
         valid = min((groups[n] for n in order), key=len)
@@ -96,15 +97,13 @@ def split_by_list(files: list[str], path: str) -> dict[str, str]:
         raise UserError(f"--valid_list {path} cannot be read: {e.strerror}") from None
     unknown = sorted(valid - set(files))
     if unknown or not 0 < len(valid) < len(files):
-        raise UserError(f"--valid_list {path} names {len(valid)} files, {len(unknown)} of them not in "
-                        f"--input_dir{f', such as {unknown[0]}' if unknown else ''}")  # fmt: skip
+        such = f", such as {unknown[0]}" if unknown else ""
+        counts = f"{len(valid)} files, {len(unknown)} of them not in --input_dir"
+        raise UserError(f"--valid_list {path} names {counts}{such}")
     return {rel: "valid" if rel in valid else "train" for rel in files}
 
 
-def main(argv=None) -> int:
-    args = parse_args(argv)
-    if not 0 < args.train_ratio < 1:
-        raise UserError(f"--train_ratio {args.train_ratio:g} must lie between 0 and 1")
+def main(args) -> int:
     source, out = Path(args.input_dir).resolve(), Path(args.output_dir)
     files = find_audio(args.input_dir)
     if (out / "train").exists() or (out / "valid").exists():
@@ -122,18 +121,24 @@ def main(argv=None) -> int:
             os.symlink(source / rel, place)
     counts = {p: sum(v == p for v in part.values()) for p in ("train", "valid")}
     found = {p: sorted({g for g, members in groups.items() if part[members[0]] == p}) for p in counts}
-    write_json(out / "manifest.json", {
-        "input_dir": str(source), "mode": "copy" if args.copy else "symlink", "seed": args.seed,
-        "train_ratio_asked": args.train_ratio, "train_ratio": round(counts["train"] / len(files), 4),
-        "group_by": args.group_by or None, "valid_list": args.valid_list or None, "files": counts,
+    manifest = {
+        "input_dir": str(source),
+        "mode": "copy" if args.copy else "symlink",
+        "seed": args.seed,
+        "train_ratio_asked": args.train_ratio,
+        "train_ratio": round(counts["train"] / len(files), 4),
+        "group_by": args.group_by or None,
+        "valid_list": args.valid_list or None,
+        "files": counts,
         "groups": {p: len(g) for p, g in found.items()},
         "valid_groups": found["valid"] if args.group_by else None,
-    })  # fmt: skip
-    print(f"{counts['train']} training and {counts['valid']} validation files"
-          + (f" in {len(found['train'])} and {len(found['valid'])} groups" if args.group_by else "")
-          + f" -> {out}/train/audio, {out}/valid/audio")  # fmt: skip
+    }
+    write_json(out / "manifest.json", manifest)
+    in_groups = f" in {len(found['train'])} and {len(found['valid'])} groups" if args.group_by else ""
+    done = f"{counts['train']} training and {counts['valid']} validation files{in_groups}"
+    print(f"{done} -> {out}/train/audio, {out}/valid/audio")
     return 0
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    main_guard(lambda: main(parse_args()))

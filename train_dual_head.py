@@ -22,8 +22,6 @@ head one of STARTS (snac48/starts.py). Don't touch lightly: State.state_dict (sn
 contract.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math
@@ -45,7 +43,6 @@ from snac48.cli import (
     Diverged,
     Finished,
     LoaderDied,
-    Parser,
     Stopped,
     TooManyBadFiles,
     UserError,
@@ -55,14 +52,17 @@ from snac48.cli import (
     guarded,
     layered,
     main_guard,
+    one_line_errors,
     read_config,
     stop_at_once,
 )
 from snac48.files import write_json
 from snac48.runlog import human_time
 from snac48.schedule import (
+    HEAD_NAMES,
     Epoch,
     adam_betas,
+    chosen_heads,
     curriculum,
     epoch_order,
     fft_sizes,
@@ -169,7 +169,7 @@ DEFAULTS = {name: default for group in OPTIONS.values() for name, (default, _) i
 CHOICES = {
     "init": ("interpolate", "average", "first", "random"),
     "stft": ("magnitude", "complex"),
-    "heads": ("both", "24k", "48k"),
+    "heads": ("both", *HEAD_NAMES),
     "scheduler": ("onecycle", "cosine", "constant"),
     "upsampler": ("", "sidon", "sinc"),
 }
@@ -230,8 +230,9 @@ def config_values(path: str, recipe: str = "") -> dict:
     return values
 
 
-def flag_parser() -> Parser:
-    p = Parser(description=__doc__)
+def flag_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: phase12)")
     p.add_argument("--config", default="", help="JSON file with values of these options or the older keys")
     p.add_argument("--print_config", nargs="?", const="text", choices=("text", "json"),
@@ -268,14 +269,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     if saved:  # a resumed run keeps its values unless a flag says otherwise
         recipe, kept = values_of(saved, typed["resume"], recipe)
     recipe = recipe or "phase12"
-    layers = {
-        "default": DEFAULTS,
-        "recipe": RECIPES[recipe],
-        "checkpoint": kept,
-        "config": config,
-        "flag": typed,
-    }
-    values, origin = layered(layers)
+    layers = {"default": DEFAULTS, "recipe": RECIPES[recipe], "checkpoint": kept}
+    values, origin = layered(layers | {"config": config, "flag": typed})
     if values["codes_dir"]:
         codes = Path(values["codes_dir"])
         val = codes / ("valid" if (codes / "valid").is_dir() and not (codes / "val").exists() else "val")
@@ -359,7 +354,7 @@ def check_free(args, asked: bool) -> None:
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     stop_at_once()
-    ARGS, ORIGIN, SAVED = guarded(parse_args)
+    ARGS, _, SAVED = guarded(parse_args)
 
 import torch
 import torch.distributed as dist
@@ -367,7 +362,7 @@ from torch import nn
 from tqdm import tqdm
 
 from snac48.data import Filler, batches
-from snac48.decoder import HEADS, chosen_heads
+from snac48.decoder import HEADS
 from snac48.losses import TERMS, distances, head_losses, weighted
 from snac48.training import (
     Run,
@@ -614,11 +609,13 @@ class Progress:
 
     def clear(self) -> None:
         self.sums, self.items, self.seconds, self.since = Counter(), Counter(), 0.0, time.time()
+        self.steps = 0
 
 
 def log_step(run: Run, state: State, epoch: Epoch, progress: Progress, result: StepResult) -> None:
     """A line for a skipped step; the means since the last line every --log_every steps. Raises Diverged."""
     progress.bar.update()
+    progress.steps += 1
     progress.seconds += (
         result.size * run.data.coarse_len * run.geometry.coarse_samples / run.geometry.sampling_rate
     )
@@ -631,11 +628,14 @@ def log_step(run: Run, state: State, epoch: Epoch, progress: Progress, result: S
         run.log.metric(event="skip", step=state.step, reason=why, skipped=state.skipped)
         if state.in_a_row >= SKIPS_IN_A_ROW:
             raise Diverged
-    if state.step % run.args.log_every and state.step < epoch.first_step + epoch.steps:
+    first = state.step == state.first_step + 1  # a start shows at once where it is
+    if state.step % run.args.log_every and state.step < epoch.first_step + epoch.steps and not first:
         return
+    spent = max(time.time() - progress.since, 1e-9)
+    state.paces.append(spent / (progress.steps * epoch.segment * epoch.batch))
     sums = run.reduce_sum([float(v) for v in progress.sums.values()]) if progress.sums else []
     means = {k: v / progress.items[k] for k, v in zip(progress.sums, sums)}
-    report(run, state, epoch, means, result.norm, progress.seconds / max(time.time() - progress.since, 1e-9))
+    report(run, state, epoch, means, result.norm, progress.seconds / spent)
     progress.bar.set_postfix({k: f"{v:.3f}" for k, v in means.items() if k.startswith("loss")})
     progress.clear()
 

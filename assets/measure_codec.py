@@ -15,8 +15,7 @@ Counts the words that a recogniser (its own English model, a grammar of nothing 
 recordings named after what they say (Front_Left.wav), before and after decode(encode(recording)).
 """
 
-from __future__ import annotations
-
+import argparse
 import json
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from snac48.audio import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside
-from snac48.cli import Parser, UserError, main_guard
+from snac48.cli import UserError, main_guard, one_line_errors
 from snac48.codebooks import usage
 from snac48.codec import load_snac, new_snac
 from snac48.files import read_json, write_json
@@ -107,7 +106,8 @@ def recognised(model, folder: str) -> dict:
 
 
 def main() -> int:
-    p = Parser(description=__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_line_errors(p)
     p.add_argument("--codec", required=True, help="SNAC folder")
     p.add_argument("--held_out", default="", help="recordings the codec has not seen")
     p.add_argument("--speech", default="", help="more speech, to count entries on")

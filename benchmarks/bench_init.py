@@ -5,78 +5,77 @@ after equal steps.
         --cache_dir demo/codes/train --audio_48k_dir demo/targets/train \\
         --val_cache_dir demo/codes/valid --val_audio_48k_dir demo/targets/valid
 
-Any flag of train_dual_head.py may follow. Trains the 48 kHz head only, at the constant warmup rate.
+Any flag of train_dual_head.py may follow. Trains the 48 kHz head only, at the constant warmup rate, to the
+end of the epoch in which --steps lies.
 """
 
-from __future__ import annotations
-
 import argparse
+import json
+import math
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import torch
 
-import train_dual_head as T
 from snac48.audio import resample
-from snac48.losses import head_losses, lsd, masked
+from snac48.data import collate, to_device
+from snac48.losses import TERMS, distances, head_losses
+from snac48.schedule import fft_sizes
+from snac48.training import open_run, prepare
+
+
+def train(flags: list[str], *more) -> str:
+    command = [sys.executable, str(ROOT / "train_dual_head.py"), *flags, *map(str, more)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def warmup_only(epochs: int) -> list:
+    return ["--epochs", epochs, "--warmup_epochs", epochs, "--epoch_ranges", f"1-{epochs}",
+            "--segment_schedule", "1.0", "--batch_multiplier", "1.0"]  # fmt: skip
 
 
 @torch.no_grad()
-def sinc_baseline(trainer) -> dict:
-    """Validation numbers of the 24 kHz output upsampled by sinc, in place of the 48 kHz head."""
-    found = []
-    for i in range(len(trainer.val)):
-        batch = trainer.to_device(T.collate([trainer.val[i]]))
-        trainer.model.set_noise(batch["noise_key"])
-        audio_24k, _ = trainer.model(batch["codes"], output_48k=False)
+def sinc_baseline(run, state) -> dict:
+    """Validation means of the 24 kHz output upsampled by sinc, in place of the 48 kHz head."""
+    weights, found = {term: getattr(run.args, f"{term}_weight") for term in TERMS}, []
+    for i in range(len(run.val)):
+        batch = prepare(run, state, collate([run.val[i]]))
+        state.model.set_noise(batch["noise_key"])
+        audio_24k, _ = state.model(batch["codes"], ["24k"])
         up = torch.from_numpy(resample(audio_24k[0, 0].cpu().numpy(), 24000, 48000))[None, None]
-        valid, target = 2 * batch["valid_24k"].cpu(), batch["audio_48k"].cpu()
-        loss = head_losses(
-            None, up, {k: v.cpu() for k, v in batch.items() if torch.is_tensor(v)}, trainer.args
-        )
-        high = lsd(masked(up[:, 0], valid), target[:, 0], valid, 48000, 12000)
-        found.append((float(loss["loss_48k"]), float(high)))
-    losses, highs = zip(*found)
-    return {"loss_48k": sum(losses) / len(losses), "lsd_12_24k": sum(highs) / len(highs)}
+        batch, audio = to_device(batch, "cpu"), (None, up)
+        losses = head_losses(audio, batch, weights, n_ffts=fft_sizes(run.args), stft=run.args.stft)
+        found.append({k: float(v) for k, v in (losses | distances(audio, batch)).items()})
+    return {k: sum(each[k] for each in found) / len(found) for k in found[0]}
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--steps", type=int, default=120)
-    own, rest = p.parse_known_args()
+    own, flags = p.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = json.loads(train(flags, *warmup_only(1), "--output_dir", folder, "--print_config", "json"))
+        run, state = open_run(argparse.Namespace(**{k: v["value"] for k, v in config.items()}), None)
+        sinc = sinc_baseline(run, state)
+    each = run.plan[0].steps
+    epochs = math.ceil(own.steps / each)
+    after = f"after {epochs * each} steps"
     print(
-        f"| start | loss_48k at step 0 | after {own.steps} steps | LSD 12-24 kHz at step 0 | after "
-        f"{own.steps} steps |"
+        f"| start | loss_48k at step 0 | {after} | LSD 12-24 kHz at step 0 | {after} |\n|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|")
-    for init in ("sinc", "interpolate", "average", "first", "random"):
+    print(f"| base + sinc | {sinc['loss_48k']:.3f} | | {sinc['lsd_12_24k']:.3f} | |", flush=True)
+    for init in ("interpolate", "average", "first", "random"):
         with tempfile.TemporaryDirectory() as out:
-            start = "interpolate" if init == "sinc" else init
-            args, _ = T.parse_args([*rest, "--output_dir", out, "--init", start, "--epochs", "1000",
-                                    "--warmup_epochs", "1000", "--epoch_ranges", "1-1000",
-                                    "--segment_schedule", "1.0", "--batch_multiplier", "1.0"])  # fmt: skip
-            trainer = T.Trainer(args)
-            if init == "sinc":
-                r = sinc_baseline(trainer)
-                print(f"| base + sinc | {r['loss_48k']:.3f} | | {r['lsd_12_24k']:.3f} | |", flush=True)
-                continue
-            before = trainer.validate()
-            epoch = None
-            while trainer.step < own.steps:
-                number = trainer.step // trainer.plan[0].steps
-                if trainer.plan[number] is not epoch:
-                    epoch = trainer.plan[number]
-                    trainer.data.set_segment_length(epoch.segment)
-                    trainer.data.set_epoch(epoch.number)
-                    order = T.epoch_order(args.seed, epoch.number, len(trainer.data))
-                    feed = iter(trainer.loader(trainer.data, T.batches(order, epoch, trainer.step, 0, 1, 1)))
-                trainer.train_step([next(feed)], epoch.batch)
-                trainer.step += 1
-            after = trainer.validate()
-            cells = [before["loss_48k"], after["loss_48k"], before["lsd_12_24k"], after["lsd_12_24k"]]
-            print(f"| {init} | " + " | ".join(f"{c:.3f}" for c in cells) + " |", flush=True)
+            train(flags, *warmup_only(epochs), "--init", init, "--output_dir", out)
+            start = json.loads((Path(out) / "baseline_metrics.json").read_text())
+            rows = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
+            end = [row for row in rows if row.get("event") == "val"][-1]
+        cells = [x[key] for key in ("loss_48k", "lsd_12_24k") for x in (start, end)]
+        print(f"| {init} | " + " | ".join(f"{c:.3f}" for c in cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ schedule's shape and the ratio of its rates. One more row trains all of the code
 phase11-standard of each, and evaluate.py's table of all checkpoints on the same clips.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -23,8 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_dual_head as T
+TRAINER = [sys.executable, str(ROOT / "train_dual_head.py")]
 
 RUNS = {  # name: (recipe, raw audio instead of the cache, more flags)
     "phase10": ("phase10", True, []),
@@ -38,7 +35,9 @@ RUNS = {  # name: (recipe, raw audio instead of the cache, more flags)
 
 def command(name: str, args, out: Path) -> list[str]:
     recipe, raw, more = RUNS[name]
-    own = T.DEFAULTS | T.RECIPES[recipe]
+    printed = subprocess.run([*TRAINER, "--recipe", recipe, "--print_config", "json"], check=True,
+                             stdout=subprocess.PIPE).stdout  # fmt: skip
+    own = {key: each["value"] for key, each in json.loads(printed).items()}
     warm = math.ceil(own["warmup_epochs"] * args.epochs / own["epochs"])
     demo = Path(args.demo)
     if raw:
@@ -48,8 +47,7 @@ def command(name: str, args, out: Path) -> list[str]:
         data = ["--cache_dir", demo / "codes/train", "--val_cache_dir", demo / "codes/valid"]
         data += ["--audio_48k_dir", demo / "targets/train", "--val_audio_48k_dir", demo / "targets/valid"]
     rates = [f"--{k}={own[k] * args.rate_factor:g}" for k in ("lr", "main_lr", "lr_24k_final_conv")]
-    script = [sys.executable, str(ROOT / "train_dual_head.py"), "--recipe", recipe]
-    return [*script, *map(str, data), *more, *rates,
+    return [*TRAINER, "--recipe", recipe, *map(str, data), *more, *rates,
             "--pretrained_model", args.pretrained_model, "--device", args.device, "--output_dir", str(out),
             "--epochs", str(args.epochs), "--warmup_epochs", str(warm), "--batch_size", str(args.batch_size),
             "--epoch_ranges", f"1-{args.epochs}", "--segment_schedule", "1.0", "--batch_multiplier", "1.0",

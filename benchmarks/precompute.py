@@ -26,6 +26,8 @@ import soundfile as sf
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from snac48.audio import Spool, audio_blocks, find_audio
+
 
 def command(source: Path, out: Path, modules: Path, workers: int, *more) -> list[str]:
     args = ["--input_dir", source, "--output_dir", out, "--sidon_dir", modules, "--device", "cpu"]
@@ -79,18 +81,25 @@ def processes(source: Path, work: Path, modules: Path, files: int) -> None:
     report("4, one of them killed -9 twice", out, files, time.monotonic() - start)
 
 
+def write(restored, target: Path, rate: int) -> None:
+    """As precompute_48k.py does."""
+    spool = Spool(target.parent)
+    with spool.file:
+        for piece in restored:
+            spool.add(piece)
+        spool.save(target, rate, restored.measured()["scale"])
+
+
 def cpu(source: Path, work: Path, modules: Path, files: list[str]) -> None:
     """Stages in this process, over the same files; CPU time, not the clock, so a shared machine will do."""
     import torch
 
-    from precompute_48k import write_row
-    from snac48.audio import audio_blocks
-    from snac48.sidon import NOTHING, Fbank, HighPass, Sidon, SincResampler, front_end, settle
+    from snac48.sidon import NOTHING, RATE, Fbank, HighPass, Restored, Sidon, SincResampler, front_end
 
     torch.set_num_threads(1)
     sidon = Sidon(modules)
-    spent = dict.fromkeys(["decode", "front end", "of it high-pass", "of it resampling", "of it mel features",
-                           "SIDON (the stand-in)", "compare and write"], 0.0)  # fmt: skip
+    within = ["of it high-pass", "of it resampling", "of it mel features"]
+    spent = dict.fromkeys(["decode", "front end", *within, "SIDON (the stand-in)", "compare and write"], 0.0)
     total = 0.0
 
     def timed(stage, function, *args):
@@ -103,19 +112,13 @@ def cpu(source: Path, work: Path, modules: Path, files: list[str]) -> None:
         blocks = timed("decode", lambda rel=rel: list(audio_blocks(source / rel, 5.0)))
         rate, pieces = blocks[0][1], [x for x, _ in blocks]
         total += sum(map(len, pieces)) / rate
-        front = timed("front end", front_end, lambda p=pieces: iter(p), rate)
+        features, source_seen = timed("front end", front_end, lambda p=pieces: iter(p), rate)
         high_pass, to_16k, fbank = HighPass(rate), SincResampler(rate, 16000), Fbank()
         passed = timed("of it high-pass", lambda p=pieces, h=high_pass: [h(x) for x in p])
         x16 = timed("of it resampling", lambda p=passed, r=to_16k: [*map(r, p), r(NOTHING, True)])
         timed("of it mel features", lambda x=x16, f=fbank: [*map(f, x), f.features()])
-        waves = timed(
-            "SIDON (the stand-in)", lambda f=front: [w[0] for w in sidon.stream(f["features"][None])]
-        )
-
-        def fill(keep, front=front, waves=waves):
-            return {"rate": front["rate"], "n": front["n"]} | settle(front, waves, keep)
-
-        timed("compare and write", write_row, rel, rel + ".wav", {"output_dir": work / "cpu"}, "sidon", fill)
+        waves = timed("SIDON (the stand-in)", lambda f=features: [w[0] for w in sidon.stream(f[None])])
+        timed("compare and write", write, Restored(source_seen, waves), work / "out.wav", RATE)
     print(f"{len(files)} files, {total:.0f} s of audio")
     print("| stage | CPU ms an audio second |\n|---|---|")
     for stage, seconds in spent.items():
@@ -142,8 +145,8 @@ def memory(work: Path, modules: Path) -> None:
         start = time.monotonic()
         more = ["--native_rate", 44100] if rate == 44100 else []
         # a shell of its own, so that the peak is of this run and not of the one before
-        code = ("import resource, subprocess, sys; r = subprocess.call(sys.argv[1:], stdout=2); "
-                "print(r, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")  # fmt: skip
+        code = "import resource, subprocess, sys; r = subprocess.call(sys.argv[1:], stdout=2); "
+        code += "print(r, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
         args = [sys.executable, "-c", code, *command(source, out, modules, 1, *more)]
         done = subprocess.run(args, capture_output=True, text=True)
         status, peak = map(int, done.stdout.split())
@@ -197,9 +200,7 @@ def main() -> None:
     p.add_argument("folder", type=Path, nargs="?", help="recordings")
     p.add_argument("--limit", type=int, default=300, help="files that `cpu` measures")
     args = p.parse_args()
-    import standin
-
-    from snac48.audio import find_audio
+    from helpers import standin
 
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

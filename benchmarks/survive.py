@@ -10,8 +10,6 @@ weights, averaged weights and optimiser of the last checkpoint, and the samples 
 saw. Exit code 1 where anything differs.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

@@ -1,33 +1,21 @@
-"""What every program that walks an audio folder agrees on: listing, safe paths, decoding, sharing the work.
-
-`cache_codes.py` and `precompute_48k.py` stand side by side in the data flow; what both need lives here once.
-"""
-
-from __future__ import annotations
+"""What every program that walks an audio folder agrees on: listing, safe paths, decoding, resampling."""
 
 import math
 import os
 import stat
 import struct
+import tempfile
 from pathlib import Path
 
-from .cli import UserError
-from .files import read_json
+import numpy as np
 
-AUDIO_SUFFIXES = (
-    ".wav",
-    ".flac",
-    ".mp3",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".aif",
-    ".aiff",
-    ".w64",
-    ".rf64",
-    ".caf",
-    ".au",
+from .cli import UserError
+from .files import atomic_file, read_json
+
+AUDIO_SUFFIXES = tuple(
+    f".{s}" for s in ("wav", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "w64", "rf64", "caf", "au")
 )
+SPOOL_BYTES = 256 << 20  # a 48 kHz float32 waveform above this (23 min) waits in a temporary file
 
 
 class AudioError(Exception):
@@ -70,12 +58,18 @@ def link_roots(root: str | Path) -> tuple[Path, ...]:
     return tuple(roots)
 
 
+def is_safe(rel: str) -> bool:
+    """Whether a path is relative and has no `..`: links may still lead out, resolve_inside looks at them."""
+    absolute = rel.startswith(("/", "\\")) or rel[1:3] == ":\\"
+    return bool(rel) and not absolute and "\0" not in rel and ".." not in rel.split("/")
+
+
 def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -> Path:
     """The file `rel` (relative POSIX path) below `root`; `..`, absolute, NUL and escaping links are refused.
 
     allowed: resolved folders a link may lead to (default: root itself). Raises AudioError.
     """
-    if not rel or "\0" in rel or rel.startswith(("/", "\\")) or ".." in rel.split("/") or rel[1:3] == ":\\":
+    if not is_safe(rel):
         raise AudioError(f"unsafe path {rel!r}: must be relative, without '..'")
     path = Path(root) / rel
     try:
@@ -170,10 +164,8 @@ def why(e: Exception) -> str:
     return getattr(e, "error_string", None) or getattr(e, "strerror", None) or str(e) or type(e).__name__
 
 
-def check_audio(x, rel: str = "") -> None:
+def check_audio(x) -> None:
     """Raises AudioError for zero samples and for NaN or infinite ones."""
-    import numpy as np
-
     if len(x) == 0:
         raise AudioError("0 samples")
     if not np.isfinite(x).all():
@@ -216,8 +208,6 @@ def read_audio(path: str | Path):
 
     Raises AudioError (never anything else) for whatever is wrong with the file.
     """
-    import numpy as np
-
     blocks = list(audio_blocks(path))
     rate = blocks[0][1]
     return (blocks[0][0] if len(blocks) == 1 else np.concatenate([x for x, _ in blocks])), rate
@@ -225,7 +215,6 @@ def read_audio(path: str | Path):
 
 def resample(x, rate: int, new_rate: int):
     """Band-limited (soxr VHQ, linear phase, no delay): float32 [n] -> [round(n * new_rate / rate)]."""
-    import numpy as np
     import soxr
 
     if rate == new_rate:
@@ -257,14 +246,12 @@ def read_audio_span(path: str | Path, start: int, count: int, rate: int, need: i
     16-bit mono wav at `rate` is read by one seek; everything else by soundfile, resampled from a span
     that begins on a common sample of both rates, with a margin longer than the filter. Raises AudioError.
     """
-    import numpy as np
     import soundfile as sf
 
     def held_to(frames: int, file_rate: int) -> None:
-        if frames / file_rate < (start + need) / rate - SHORT_S:
-            raise AudioError(
-                f"ends after {frames / file_rate:.2f} s, {(start + need) / rate:.2f} s are needed"
-            )
+        ends, needed = frames / file_rate, (start + need) / rate
+        if ends < needed - SHORT_S:
+            raise AudioError(f"ends after {ends:.2f} s, {needed:.2f} s are needed")
 
     out = np.zeros(count, np.float32)
     check_regular(path)
@@ -306,3 +293,35 @@ def _bits(f) -> int:
     f.seek(12)
     head = f.read(24)
     return struct.unpack("<H", head[22:24])[0] if head[:4] == b"fmt " else 0
+
+
+# ---- writing ----
+
+
+class Spool:
+    """A waveform on its way out: float32 pieces, in memory while short, in a temporary file when long."""
+
+    def __init__(self, folder: Path):
+        self.file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=folder)
+        self.peak, self.n = 0.0, 0
+
+    def add(self, x) -> None:
+        self.file.write(np.ascontiguousarray(x, dtype="<f4").tobytes())
+        self.peak = max(self.peak, float(np.abs(x).max(initial=0.0)))
+        self.n += len(x)
+
+    def save(self, target: Path, rate: int, scale: float) -> float:
+        """PCM16 mono wav of `scale` times the pieces, whole or not at all; returns its `level`.
+
+        level = 1, or the smaller factor that keeps the loudest sample within full scale.
+        """
+        import soundfile as sf
+
+        top = 32767 / 32768
+        level = 1.0 if self.peak * scale <= top else top / (self.peak * scale)
+        self.file.seek(0)
+        with atomic_file(target) as f, sf.SoundFile(f, "w", rate, 1, "PCM_16", format="WAV") as wav:
+            while block := self.file.read(4 * 60 * rate):
+                x = np.rint(np.frombuffer(block, "<f4") * (scale * level * 32768.0))
+                wav.write(np.clip(x, -32768, 32767).astype(np.int16))
+        return level

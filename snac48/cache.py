@@ -3,8 +3,6 @@
 Don't touch without thinking of caches on people's disks.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .audio import is_safe
 from .cli import UserError, first_line
 from .codec import Geometry
 from .files import atomic_file, read_json, sweep_leftovers, temporary, write_json
@@ -78,13 +77,7 @@ class CodeIndex:
     def slice(self, row: int, start: int, coarse_len: int) -> list:
         """Codes of all scales, int64 numpy [coarse_len * S // vq_strides[k]] each."""
         first = int(self.offsets[row]) + start
-        block = self.codes[first : first + coarse_len].astype(np.int64)  # [coarse_len, F]
-        parts, at = [], 0
-        for k in range(len(self.geometry.vq_strides)):
-            n = self.geometry.frames_per_coarse(k)
-            parts.append(block[:, at : at + n].reshape(-1))
-            at += n
-        return parts
+        return scales_of(self.codes[first : first + coarse_len], self.geometry)
 
     def _build(self, shards):
         sweep_leftovers(self.cache_dir)
@@ -108,34 +101,18 @@ class CodeIndex:
                 shutil.rmtree(old, ignore_errors=True)  # of an earlier state of the cache
 
     def _build_in(self, tmp, shards):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         geometry, data_dir, seen = None, None, set()
         offsets, lengths, path_ends = [np.zeros(1, np.int64)], [], [np.zeros(1, np.int64)]
         bad, bad_rows = {}, []
         with open(tmp / "codes.i16", "wb") as codes_file, open(tmp / "paths.bin", "wb") as paths_file:
             for shard in shards:
-                try:
-                    table = pq.read_table(shard, page_checksum_verification=True)
-                except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
-                    raise UserError(f"cache file {shard} is corrupt ({first_line(e)}); delete it "
-                                    "and run cache_codes.py again (remove its unit in work/ "
-                                    "too)") from None  # fmt: skip
-                meta = table.schema.metadata or {}
-                if b"snac" not in meta:
-                    raise UserError(f"cache file {shard} does not say which model made it (no 'snac' "
-                                    "metadata); make the cache anew with cache_codes.py")  # fmt: skip
-                found = Geometry.from_json(meta[b"snac"].decode(errors="replace"), f"cache file {shard}")
+                table, found, origin = open_shard(shard)
                 geometry = geometry or found
-                data_dir = data_dir or meta.get(b"data_dir", b"").decode()
+                data_dir = data_dir or origin
                 if geometry.difference(found):
-                    raise UserError(f"cache {self.cache_dir} mixes models: {shard.name} differs "
-                                    f"({found.difference(geometry)})")  # fmt: skip
-                try:
-                    block, n, length, names, reasons = shard_arrays(table, geometry, seen)
-                except (KeyError, TypeError, ValueError, pa.ArrowException) as e:
-                    raise UserError(f"cache file {shard} has an unexpected layout: {first_line(e)}") from None
+                    differs = f"{shard.name} differs ({found.difference(geometry)})"
+                    raise UserError(f"cache {self.cache_dir} mixes models: {differs}")
+                block, n, length, names, reasons = shard_arrays(table, geometry, seen, shard)
                 for row, reason in reasons.items():
                     bad[reason] = bad.get(reason, 0) + 1
                     bad_rows.append({"shard": shard.name, "row": row, "reason": reason})
@@ -154,71 +131,103 @@ class CodeIndex:
         write_json(tmp / "index.json", {"snac": asdict(geometry), "data_dir": data_dir, "bad": bad})
 
 
-def shard_arrays(table, geometry: Geometry, seen: set[int]):
+def scales_of(block, geometry: Geometry) -> list:
+    """Codes of all scales, int64 [coarse * S // vq_strides[k]] each; block [coarse, F]: rows of the index."""
+    counts = [geometry.frames_per_coarse(k) for k in range(len(geometry.vq_strides))]
+    parts = np.split(block.astype(np.int64), np.cumsum(counts)[:-1], axis=1)
+    return [part.reshape(-1) for part in parts]
+
+
+def open_shard(path: Path) -> tuple:
+    """One parquet file of a cache: (table, geometry, data_dir). Raises UserError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
+        todo = "delete it and run cache_codes.py again (remove its unit in work/ too)"
+        raise UserError(f"cache file {path} is corrupt ({first_line(e)}); {todo}") from None
+    meta = table.schema.metadata or {}
+    if b"snac" not in meta:
+        why = "does not say which model made it (no 'snac' metadata)"
+        raise UserError(f"cache file {path} {why}; make the cache anew with cache_codes.py")
+    geometry = Geometry.from_json(meta[b"snac"].decode(errors="replace"), f"cache file {path}")
+    return table, geometry, meta.get(b"data_dir", b"").decode()
+
+
+def shard_rows(path: Path) -> tuple:
+    """(geometry, iterator over (path, codes as scales_of, samples) of the good rows) of one parquet file."""
+    table, geometry, _ = open_shard(path)
+    block, coarse, lengths, names, bad = shard_arrays(table, geometry, set(), path)
+    if not names:
+        raise UserError(f"cache file {path} has no usable row: {sorted(set(bad.values()))}")
+    blocks = np.split(block, np.cumsum(coarse)[:-1])
+    return geometry, ((p, scales_of(b, geometry), int(n)) for p, b, n in zip(names, blocks, lengths))
+
+
+def shard_arrays(table, geometry: Geometry, seen: set[int], where: str | Path = ""):
     """One shard as arrays: (codes [coarse, F] int16, coarse codes a row, audio lengths, paths, {bad row:
-    reason}).
+    reason}). Raises UserError, naming `where`, for a table of another layout.
 
     seen: hashes of the paths of earlier shards, extended here; a path that comes twice is a bad row.
     """
     import pyarrow as pa
 
-    rows, scales = table.num_rows, range(len(geometry.vq_strides))
-    reasons: dict[int, str] = {}
+    try:
+        names = table["file_path"].to_pylist()
+        no_length = np.asarray(table["audio_length"].is_null())
+        length = np.asarray(table["audio_length"].fill_null(0).cast("int64"))
+        scales = [list_column(table[f"codes_scale_{k}"]) for k in range(len(geometry.vq_strides))]
+    except (KeyError, TypeError, ValueError, pa.ArrowException) as e:
+        raise UserError(f"cache file {where} has an unexpected layout: {first_line(e)}") from None
+    reasons: dict[int, str] = {}  # the first that is found
 
     def refuse(mask, reason):
         for row in np.flatnonzero(mask):
             reasons.setdefault(int(row), reason)
 
-    names = table["file_path"].to_pylist()
-    length_column = table["audio_length"]
-    refuse(np.asarray(length_column.is_null()), "no audio length")
-    length = np.asarray(length_column.fill_null(0).cast("int64"))
+    refuse(no_length, "no audio length")
     for row, name in enumerate(names):
-        if (
-            not isinstance(name, str)
-            or not name
-            or "\0" in name
-            or name[0] in "/\\"
-            or ".." in name.split("/")
-        ):
+        if not isinstance(name, str) or not is_safe(name):
             reasons[row] = "unsafe path"
         elif hash(name) in seen:
             reasons.setdefault(row, "path occurs twice")
         else:
             seen.add(hash(name))
-    values, ends = [], []
-    for k in scales:
-        kind = table[f"codes_scale_{k}"].type
-        if not hasattr(kind, "value_type") or not pa.types.is_integer(kind.value_type):
-            raise ValueError(f"codes_scale_{k} is {kind}, not a list of integers")
-        column = table[f"codes_scale_{k}"].combine_chunks()
-        column = column.chunk(0) if hasattr(column, "chunk") else column
-        refuse(np.asarray(column.is_null()), "no codes")
-        flat = column.flatten().fill_null(-1)
-        counts = np.asarray(column.value_lengths().fill_null(0).cast("int64"))
-        values.append(np.asarray(flat.cast("int64")))
-        ends.append(np.concatenate([[0], np.cumsum(counts)]))
-    coarse = np.diff(ends[0])
+    for _, _, missing in scales:
+        refuse(missing, "no codes")
+    coarse = scales[0][1]
     refuse(coarse == 0, "no codes")
-    for k in scales:
-        refuse(np.diff(ends[k]) != coarse * geometry.frames_per_coarse(k), "scales that don't match")
-        out = (values[k] < 0) | (values[k] >= geometry.codebook_size)
-        total = np.concatenate([[0], np.cumsum(out)])
-        refuse(total[ends[k][1:]] - total[ends[k][:-1]] > 0, "code outside the codebook")
+    for k, (values, counts, _) in enumerate(scales):
+        refuse(counts != coarse * geometry.frames_per_coarse(k), "scales that don't match")
+        outside = np.concatenate([[0], np.cumsum((values < 0) | (values >= geometry.codebook_size))])
+        ends = np.cumsum(counts)
+        refuse(outside[ends] > outside[ends - counts], "code outside the codebook")
     # SNAC pads to whole coarse codes and to whole windows of its attention, 32 latent frames where it has one
     padding = geometry.hop_length * math.lcm(geometry.vq_strides[0], 32)
     coded = coarse * geometry.coarse_samples
-    refuse(
-        (length <= 0) | (length > coded) | (length <= coded - padding),
-        "audio length that doesn't match the codes",
-    )
-    good = np.array([r not in reasons for r in range(rows)], bool)
-    blocks = []
-    for k in scales:
-        keep = np.repeat(good, np.diff(ends[k]))
-        blocks.append(values[k][keep].astype(np.int16).reshape(-1, geometry.frames_per_coarse(k)))
-    kept = [n for n, g in zip(names, good) if g]
+    wrong = (length <= 0) | (length > coded) | (length <= coded - padding)
+    refuse(wrong, "audio length that doesn't match the codes")
+    good = np.array([row not in reasons for row in range(len(names))], bool)
+    blocks = [
+        values[np.repeat(good, counts)].astype(np.int16).reshape(-1, geometry.frames_per_coarse(k))
+        for k, (values, counts, _) in enumerate(scales)
+    ]
+    kept = [name for name, g in zip(names, good) if g]
     return np.concatenate(blocks, axis=1), coarse[good], length[good], kept, reasons
+
+
+def list_column(column) -> tuple:
+    """A parquet column of lists of integers: (all values int64, values a row, rows that hold no list)."""
+    import pyarrow as pa
+
+    if not hasattr(column.type, "value_type") or not pa.types.is_integer(column.type.value_type):
+        raise ValueError(f"a column of codes is {column.type}, not a list of integers")
+    column = column.combine_chunks()
+    column = column.chunk(0) if hasattr(column, "chunk") else column
+    values = np.asarray(column.flatten().fill_null(-1).cast("int64"))
+    return values, np.asarray(column.value_lengths().fill_null(0).cast("int64")), np.asarray(column.is_null())
 
 
 def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> None:

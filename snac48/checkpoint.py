@@ -1,7 +1,5 @@
 """Checkpoints: written whole, verified before they are believed."""
 
-from __future__ import annotations
-
 import re
 import zipfile
 from pathlib import Path

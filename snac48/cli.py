@@ -3,9 +3,6 @@
 Imports torch only inside the function that needs it, so that --help and a misspelt flag answer at once.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
 import difflib
 import errno
@@ -21,7 +18,6 @@ from pathlib import Path
 
 EXIT_OK = 0
 EXIT_ERROR = 1  # wrong input or environment: one sentence on stderr says what to do
-EXIT_USAGE = 2  # argparse: unknown or malformed flag
 EXIT_STOPPED = 3  # SIGTERM / SIGINT / SIGUSR1: a checkpoint was written, the same command continues
 EXIT_DIVERGED = 4  # too many non-finite or outlier steps in a row
 EXIT_BAD_INPUT = 5  # more bad files or rows than --max_bad_fraction allows
@@ -126,17 +122,23 @@ def numbers(kind: type, text: str, name: str) -> list:
         raise UserError(f'{name} {text!r} must be a comma-separated list such as "{example}"') from None
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line that names the nearest flag, not 60 lines of usage."""
+def one_line_errors(parser) -> None:
+    """Make the errors of an argparse parser one line that names the nearest flag, not 60 lines of usage."""
 
-    def __init__(self, **kw):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | kw)
-
-    def error(self, message):
-        known, hints = [flag for action in self._actions for flag in action.option_strings], []
+    def error(message):
+        known, hints = [flag for action in parser._actions for flag in action.option_strings], []
         for word in re.findall(r"(?<!\S)--[\w-]+", message.partition("unrecognized arguments:")[2]):
             hints += [f"{word}: did you mean {near}?" for near in difflib.get_close_matches(word, known, 1)]
-        self.exit(2, f"{self.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}\n")
+        parser.exit(2, f"{parser.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}\n")
+
+    parser.error = error
+
+
+def at_least(parser, args, **lowest) -> None:
+    """An error for the first flag below its lowest value: at_least(parser, args, batch_size=1)."""
+    for name, low in lowest.items():
+        if not getattr(args, name) >= low:  # so that nan is one, too
+            parser.error(f"--{name} must be at least {low}, not {getattr(args, name)}")
 
 
 def warn(text: str) -> None:

@@ -15,8 +15,6 @@ scratch starts from what is known about speech:
 3. phase "main": the codec as it will be used, end to end.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from snac.layers import NoiseBlock, ResidualUnit

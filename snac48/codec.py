@@ -3,8 +3,6 @@
 Imports torch, numpy and snac alone: together with decoder.py this file opens a trained decoder anywhere.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -94,14 +92,14 @@ class Geometry:
         """Coarse codes in a segment of nominally `segment_seconds`, at least 1."""
         return max(1, int(segment_seconds * self.sampling_rate / self.hop_length / self.vq_strides[0] + 1e-9))
 
-    def difference(self, other: Geometry) -> str | None:
+    def difference(self, other: "Geometry") -> str | None:
         """What differs from `other`, the name of the model aside; None when codes are interchangeable."""
         a, b = asdict(self), asdict(other)
         found = [f"{k} {b[k]} there, {a[k]} here" for k in a if k != "pretrained_model" and a[k] != b[k]]
         return "; ".join(found) or None
 
     @staticmethod
-    def from_json(text: str, where: str = "codec geometry") -> Geometry:
+    def from_json(text: str, where: str = "codec geometry") -> "Geometry":
         """Raises UserError beginning with `where` when it is no geometry a codec can have."""
         try:
             d = json.loads(text)

@@ -9,8 +9,6 @@ Don't touch without thinking of runs on people's disks: a crop is a function of 
 resuming relies on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -121,7 +119,7 @@ class Targets:
             "ends": paths.ends,
         }
 
-    def usable(self, data: SliceDataset, include_unfaithful: bool, max_bad_fraction: float):
+    def usable(self, data: "SliceDataset", include_unfaithful: bool, max_bad_fraction: float):
         """Mask of the rows that have a (faithful) target; the others are counted in data.left_out. Raises
         UserError where more than max_bad_fraction have none."""
         keep, n = self.kinds != 0, len(self.kinds)

@@ -10,8 +10,6 @@ copy both into a server. Long inputs are decoded in chunks; each sees as many ne
 the decoder can reach, and noise is a function of position, so the samples are those of one pass.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
@@ -64,11 +62,6 @@ class Head:
 
 
 HEADS = {"24k": Head(24000), "48k": Head(48000)}  # the order of every tuple of audio
-
-
-def chosen_heads(choice: str) -> tuple[str, ...]:
-    """The names that --heads means: all of them for both."""
-    return tuple(HEADS) if choice == "both" else (choice,)
 
 
 # ---- noise ----

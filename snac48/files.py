@@ -1,7 +1,5 @@
 """Files that are whole or not there: atomic writing, JSON, and the leftovers of killed processes."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

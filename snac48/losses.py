@@ -1,7 +1,5 @@
 """What judges audio: waveform L1, multi-resolution STFT, log-mel, log-spectral distance; fp32, per item."""
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A run directory as every program keeps it: metrics.jsonl, training.log, and where the run came from."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

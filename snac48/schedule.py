@@ -3,14 +3,20 @@
 Nothing here has a state, so nothing has to be restored: a resumed run asks the same functions.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from .cli import UserError, numbers
+
+HEAD_NAMES = ("24k", "48k")  # of decoder.HEADS, known without torch; the first is the pretrained one
+
+
+def chosen_heads(choice: str) -> tuple[str, ...]:
+    """The names that --heads means: all of them for both."""
+    return HEAD_NAMES if choice == "both" else (choice,)
+
 
 # ---- epochs ----
 
@@ -110,10 +116,8 @@ SHAPES = {
 
 def groups_of(args, phase: str) -> list[str]:
     """Parts of the model that train in this phase."""
-    from .decoder import HEADS, chosen_heads
-
     if phase == "warmup":
-        return [f"head_{name}" for name in chosen_heads(args.heads) if HEADS[name].factor > 1]
+        return [f"head_{name}" for name in chosen_heads(args.heads) if name != HEAD_NAMES[0]]
     heads = [f"head_{name}" for name in reversed(chosen_heads(args.heads))]
     codec = ["encoder"]  # it learns the features, whatever is frozen afterwards
     if phase == "main":

@@ -1,6 +1,6 @@
 """SIDON, the speech restorer: any rate in, 48 kHz out, aligned with the source, at its level, as long as it.
 
-    from precompute_48k import Sidon
+    from snac48.sidon import Sidon
     sidon = Sidon(device="0")                            # the pinned revision from the hub, or
     sidon = Sidon("models/sidon", device="cpu")          # a folder with the same files
     audio_48k, info = sidon.upsample(audio, 24000)       # float32 [n] -> float32 [round(n * 48000 / rate)]
@@ -10,13 +10,12 @@ Two TorchScript modules do the work: features [1, T, 160] at 50 Hz -> latents [1
 level, and the measuring of each.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -132,15 +131,12 @@ class HighPass:
 # ---- SIDON's front end ----
 
 
-def _mel(hz):
-    return 1127.0 * np.log(1.0 + hz / 700.0)
-
-
 @functools.lru_cache(1)
-def mel_filters():
-    """[257, 80]: kaldi's mel scale, triangles in mel space, 20 to 8000 Hz."""
-    edges = np.linspace(_mel(20.0), _mel(8000.0), 82)
-    at = _mel(np.arange(257) * 16000 / 512)[:, None]
+def kaldi_mel_filters():
+    """[257, 80]: Kaldi's triangles, 20 to 8000 Hz, straight in mel (losses.py has HTK's, straight in Hz)."""
+    mel = lambda hz: 1127.0 * np.log(1.0 + hz / 700.0)
+    edges = np.linspace(mel(20.0), mel(8000.0), 82)
+    at = mel(np.arange(257) * 16000 / 512)[:, None]
     up = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])
     down = (edges[2:] - at) / (edges[2:] - edges[1:-1])
     return np.maximum(0, np.minimum(up, down))
@@ -168,7 +164,7 @@ class Fbank:
             frames[:, 1:] -= 0.97 * frames[:, :-1]
             frames[:, 0] *= 0.03
             spectrum = np.fft.rfft(frames * self.window, 512)
-            mel = (spectrum.real**2 + spectrum.imag**2) @ mel_filters()
+            mel = (spectrum.real**2 + spectrum.imag**2) @ kaldi_mel_filters()
             self.rows.append(np.log(np.maximum(mel, 1.192092955078125e-07)).astype(np.float32))
 
     def features(self):
@@ -208,16 +204,28 @@ class Band:
         return np.concatenate(self.envelope), np.concatenate(self.head)
 
 
-def front_end(blocks, rate: int) -> dict:
-    """What SIDON needs of a source: features [T, 160], and what its output will be compared with.
+@dataclass
+class Source:
+    """What SIDON's output is compared with: its source, as the front end saw it."""
+
+    rate: int  # Hz
+    n: int  # samples
+    peak_gain: float  # what brought its peak to 0.9
+    silent: bool  # digital silence: SIDON is not asked
+    band: tuple  # of Band.done()
+
+
+def front_end(blocks, rate: int):
+    """What SIDON needs of a recording (features [T, 160]), and what its output is compared with (Source).
 
     blocks(): a fresh iterator over mono float32 pieces (called twice: the peak comes first).
-    Peak to 0.9, 50 Hz high-pass, 16 kHz, log mel features; digital silence is only marked (`silent`).
+    Peak to 0.9, 50 Hz high-pass, 16 kHz, log mel features; digital silence is only marked.
     """
     n, peak = 0, 0.0
     for x in blocks():
         n, peak = n + len(x), max(peak, float(np.abs(x).max(initial=0.0)))
-    gain = 0.9 / peak if peak > 1e-7 else 1.0
+    silent = peak <= 1e-7
+    gain = 1.0 if silent else 0.9 / peak
     high_pass, fbank, band = HighPass(rate), Fbank(), Band()
     common = math.gcd(rate, 16000)
     odd = rate * 16000 // common**2 > 4_000_000  # 44,099 Hz, say: the reference's kernel would take gigabytes
@@ -226,8 +234,7 @@ def front_end(blocks, rate: int) -> dict:
         last = x is None
         fbank(to_16k(NOTHING if last else x, last))
         band(in_band(NOTHING if last else x, last))
-    return {"features": fbank.features(), "band": band.done(), "peak_gain": gain, "rate": rate, "n": n,
-            "silent": peak <= 1e-7}  # fmt: skip
+    return fbank.features(), Source(rate, n, gain, silent, band.done())
 
 
 # ---- comparing SIDON's output with its source ----
@@ -281,35 +288,47 @@ def compare(source: tuple, output: tuple) -> dict:
     }
 
 
-def settle(front: dict, pieces, keep) -> dict:
-    """Hand SIDON's raw output on, cut to the exact length, and measure it against its source.
+class Restored:
+    """SIDON's raw output `waves`, fitted to its source: iterate once over float32 pieces, then `measured()`.
 
-    keep(piece) gets float32 pieces, round(n * 48000 / rate) samples in all; times the returned `scale` they
-    have the source's level (the gain of the peak normalisation undone, the rest by RMS in the source's band).
+    The pieces are round(n * 48000 / rate) samples in all; times the measured `scale` they have the source's
+    level (the gain of the peak normalisation undone, the rest by RMS in the source's band).
     """
-    rate, due = front["rate"], resampled_length(front["n"], front["rate"], RATE)
-    band, peak_gain = Band(), front["peak_gain"]
-    # a source below 16 kHz has nothing up to 8 kHz: both are compared below its own Nyquist frequency
-    steps = [
-        Resampler(a, b) for a, b in ([(RATE, 16000)] if rate >= 16000 else [(RATE, rate), (rate, 16000)])
-    ]
-    for x in [] if front["silent"] else pieces:
-        x = x[:due]
-        due -= len(x)
-        keep(x)
-        for step in steps:
-            x = step(x)
-        band(x)
-    for start in range(0, due, 60 * RATE):  # silence, or the decoder's last 26 samples
-        keep(np.zeros(min(60 * RATE, due - start), np.float32))
-    if front["silent"]:
-        return {"scale": 1.0, "peak_gain": 1.0} | compare(front["band"], front["band"])
-    x = np.zeros(due, np.float32)
-    for step in steps:
-        x = step(x, last=True)
-    band(x)
-    found = compare(front["band"], band.done())
-    return {"scale": found["rms_scale"] / peak_gain, "peak_gain": peak_gain} | found
+
+    kind = "sidon"
+
+    def __init__(self, source: Source, waves):
+        self.source, self.waves, self.band = source, waves, Band()
+        self.rate, self.n = source.rate, source.n
+
+    def __iter__(self):
+        source = self.source
+        due = resampled_length(source.n, source.rate, RATE)
+        # a source below 16 kHz has nothing up to 8 kHz: both are compared below its own Nyquist frequency
+        rates = [RATE, 16000] if source.rate >= 16000 else [RATE, source.rate, 16000]
+        steps = [Resampler(a, b) for a, b in itertools.pairwise(rates)]
+        for x in [] if source.silent else self.waves:
+            x = x[:due]
+            due -= len(x)
+            yield x
+            for step in steps:
+                x = step(x)
+            self.band(x)
+        for start in range(0, due, 60 * RATE):  # silence, or the decoder's last 26 samples
+            yield np.zeros(min(60 * RATE, due - start), np.float32)
+        if not source.silent:
+            x = np.zeros(due, np.float32)
+            for step in steps:
+                x = step(x, last=True)
+            self.band(x)
+
+    def measured(self) -> dict:
+        """scale, peak_gain and what `compare` finds; after the last piece."""
+        source = self.source
+        if source.silent:
+            return {"scale": 1.0, "peak_gain": 1.0} | compare(source.band, source.band)
+        found = compare(source.band, self.band.done())
+        return {"scale": found["rms_scale"] / source.peak_gain, "peak_gain": source.peak_gain} | found
 
 
 # ---- the model ----
@@ -329,15 +348,14 @@ class Sidon:
     sidon_dir: a folder with feature_extractor_{cpu,cuda}.pt and decoder_{cpu,cuda}.pt; None: the hub at
     `revision`. sha256: {file name: sum} to check the files against (known for the pinned revision).
     batch_size: utterances of one length a pass (`stream` takes them); the module is tried on two first, and
-    left at 1, with one printed line, where it does not take batches.
+    `batch_size` is 1, `no_batches` the reason, where it does not take them.
     Raises UserError, with the exact cause, for whatever keeps SIDON from running. Nothing ever replaces it.
     """
 
-    def __init__(self, sidon_dir=None, revision=SIDON_REVISION, device="cpu", sha256=None, batch_size=1,
-                 chunk=CHUNK, context=CONTEXT):  # fmt: skip
+    def __init__(self, sidon_dir=None, revision=SIDON_REVISION, device="cpu", sha256=None, batch_size=1):
         import torch
 
-        self.device, self.chunk, self.context = str(pick_device(device)), chunk, context
+        self.device = str(pick_device(device))
         kind = "cpu" if self.device == "cpu" else "cuda"
         names = [f"feature_extractor_{kind}.pt", f"decoder_{kind}.pt"]
         paths = self._find(names, sidon_dir, revision)
@@ -347,14 +365,15 @@ class Sidon:
         for path in paths:
             found, expected = self.sha256[path.name], (sha256 or {}).get(path.name)
             if sha256 is not None and found != expected:
-                raise UserError(f"{path} is not the expected file: its SHA-256 is {found}, --sidon_sha256 or "
-                                f"the pinned revision lists {expected or 'none for it'}")  # fmt: skip
+                listed = f"--sidon_sha256 or the pinned revision lists {expected or 'none for it'}"
+                raise UserError(f"{path} is not the expected file: its SHA-256 is {found}, {listed}")
         try:
             modules = [torch.jit.load(str(path), map_location=self.device).eval() for path in paths]
         except (torch.jit.Error, RuntimeError, ValueError, OSError) as e:
             raise UserError(f"SIDON cannot be loaded from {paths[0].parent}: {first_line(e)}") from None
         self.extractor, self.decoder = modules
-        self.batch_size = self._try_out(batch_size)
+        self.no_batches = self._try_out(batch_size)
+        self.batch_size = 1 if self.no_batches else batch_size
 
     @staticmethod
     def _find(names: list[str], sidon_dir, revision: str) -> list[Path]:
@@ -365,12 +384,12 @@ class Sidon:
             if missing:
                 there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "no .pt file"
                 lacks = f"--sidon_dir {folder} lacks {' and '.join(missing)} (it holds {there})"
-                raise UserError(f"{lacks}; SIDON's files are traced for one kind of device: add {both}, "
-                                "or choose the --device that yours are for")  # fmt: skip
+                todo = f"add {both}, or choose the --device that yours are for"
+                raise UserError(f"{lacks}; SIDON's files are traced for one kind of device: {todo}")
             return [folder / name for name in names]
         if not re.fullmatch(r"[0-9a-f]{40}", revision):
-            raise UserError(f"--sidon_revision {revision!r} is no full commit SHA (40 hex digits); a branch "
-                            "or tag can change under a long run")  # fmt: skip
+            what = "no full commit SHA (40 hex digits); a branch or tag can change under a long run"
+            raise UserError(f"--sidon_revision {revision!r} is {what}")
         try:
             from huggingface_hub import hf_hub_download
 
@@ -381,29 +400,26 @@ class Sidon:
             fetch = f"SIDON could not be fetched from {SIDON_REPO} at {revision}"
             raise UserError(f"{fetch}: {cause}; {hint}") from None
 
-    def _try_out(self, batch_size: int) -> int:
-        """Run once, so that wrong files say so now; returns the batch size, 1 if it takes no batches."""
+    def _try_out(self, batch_size: int) -> str | None:
+        """Run once, so that wrong files say so now; returns why they take no batches, None where they do."""
         x = np.random.default_rng(0).standard_normal((2, 50, 160)).astype(np.float32)
         single = np.concatenate([self._run(x[i : i + 1], 0, 50) for i in range(2)])
         if batch_size == 1:
-            return 1
+            return None
         try:
             error = float(np.abs(self._run(x, 0, 50) - single).max() / max(1e-6, np.abs(single).max()))
-            reason = f"a batch of two differs by {error:.1g} from one by one" if error > 1e-3 else None
         except UserError as e:
-            reason = str(e)
-        if reason:
-            print(f"SIDON takes no batches here ({reason}): one utterance at a time", flush=True)
-        return 1 if reason else batch_size
+            return str(e)
+        return f"a batch of two differs by {error:.1g} from one by one" if error > 1e-3 else None
 
     def _run(self, features, start: int, stop: int):
         """features [B, T, 160] -> raw output of frames start..stop: [B, 960 * (stop - start)] (LOST: fewer).
 
-        The extractor sees `context` frames beyond them on each side, the decoder EDGE, where there are any.
+        The extractor sees CONTEXT frames beyond them on each side, the decoder EDGE, where there are any.
         """
         import torch
 
-        lo, hi = max(0, start - self.context), min(features.shape[1], stop + self.context)
+        lo, hi = max(0, start - CONTEXT), min(features.shape[1], stop + CONTEXT)
         left, right = max(lo, start - EDGE), min(hi, stop + EDGE)
         # TorchScript's optimiser changes the last bits after the first calls; on the CPU it gains nothing
         with torch.inference_mode(), torch.jit.optimized_execution(self.device != "cpu"):
@@ -417,8 +433,8 @@ class Sidon:
             except torch.OutOfMemoryError as e:
                 raise UserError(f"{first_line(e)}; try a smaller --batch_size, or a free GPU") from None
             except (torch.jit.Error, RuntimeError, KeyError, TypeError, AttributeError) as e:
-                raise UserError(f"SIDON failed on {self.device}: {first_line(e)}; its files run only on the "
-                                "kind of device they were traced for (_cpu, _cuda)") from None  # fmt: skip
+                where = "its files run only on the kind of device they were traced for (_cpu, _cuda)"
+                raise UserError(f"SIDON failed on {self.device}: {first_line(e)}; {where}") from None
 
     @staticmethod
     def _expect(what: str, tensor, shape: list[int], lost: int = 0) -> None:
@@ -428,8 +444,8 @@ class Sidon:
 
     def stream(self, features):
         """[B, T, 160] (one length) -> yields raw output [B, n], one a 60 s chunk, 960 samples a frame."""
-        for start in range(0, features.shape[1], self.chunk):
-            yield self._run(features, start, min(start + self.chunk, features.shape[1]))
+        for start in range(0, features.shape[1], CHUNK):
+            yield self._run(features, start, min(start + CHUNK, features.shape[1]))
 
     def upsample(self, audio, rate: int) -> tuple:
         """Restore one recording: float [n] or [channels, n], numpy or torch -> (float32 numpy [n_48k], info).
@@ -441,7 +457,9 @@ class Sidon:
         x = x if x.ndim == 1 else x.mean(axis=0)
         if len(x) == 0 or not np.isfinite(x).all():
             raise ValueError(f"upsample needs at least one sample and only finite ones, got {len(x)}")
-        front = front_end(lambda: (x[i : i + 10 * rate] for i in range(0, len(x), 10 * rate)), rate)
-        kept: list = []
-        info = settle(front, (wave[0] for wave in self.stream(front["features"][None])), kept.append)
-        return np.concatenate(kept) * np.float32(info["scale"]), info
+        pieces = lambda: (x[i : i + 10 * rate] for i in range(0, len(x), 10 * rate))
+        features, source = front_end(pieces, rate)
+        restored = Restored(source, (wave[0] for wave in self.stream(features[None])))
+        audio_48k = np.concatenate(list(restored))
+        info = restored.measured()
+        return audio_48k * np.float32(info["scale"]), info

@@ -6,8 +6,6 @@ Add yours to STARTS. Weight-normed layers are set through their parametrization:
 changes nothing.
 """
 
-from __future__ import annotations
-
 import torch
 from snac.layers import NoiseBlock, WNConv1d
 

@@ -1,18 +1,25 @@
-"""The token language model: four ways to factor a frame of K tokens, and cached sampling.
+"""The token language model: four ways to factor a frame of K tokens, its loss, sampling, what a checkpoint
+holds, and speaking.
 
 train_rvq.py trains and samples it, doctor.py probes it. Tokens are frames [B, T, K]; -1 means "no token".
 """
 
-from __future__ import annotations
-
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cli import UserError
+from .checkpoint import load_checkpoint, newest_good
+from .cli import UserError, first_line
 from .codec import load_weights
+from .files import atomic_file
+from .tokens import Corpus, Windows, codes_from_frames, pad_batch, write_cache, write_npq
+
+DAC_REPO = "descript/dac_44khz@c1bc521685adf9cfe247bc39a5ca58917eda1ac4"
 
 # ---- model ----
 
@@ -33,9 +40,8 @@ class Block(nn.Module):
 
     def forward(self, x, rope, cache=None, at: int = 0):
         B, S, d = x.shape
-        q, k, v = (
-            self.qkv(self.norm1(x)).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )  # [B, H, S, d/H]
+        qkv = self.qkv(self.norm1(x)).view(B, S, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, S, d/H]
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:  # filled from position 0 at once, then one position at a time
             cache[0][:, :, at : at + S], cache[1][:, :, at : at + S] = k, v
@@ -84,9 +90,8 @@ class TokenLM(nn.Module):
         super().__init__()
         self.arch, self.pattern, self.vocab = arch, arch["pattern"], arch["vocab"]
         d, self.K = arch["d_model"], len(arch["vocab"])
-        self.temporal = Transformer(
-            d, arch["layers"], arch["heads"], arch["dropout"], self.positions(arch["ctx"])
-        )
+        positions = self.positions(arch["ctx"])
+        self.temporal = Transformer(d, arch["layers"], arch["heads"], arch["dropout"], positions)
         rows = sum(self.vocab) + self.K  # the last K rows stand for "no token here"
         self.embedding = nn.Embedding(rows, d)
         self.start = nn.Parameter(torch.randn(d) * 0.02)
@@ -163,11 +168,63 @@ class TokenLM(nn.Module):
         return total + (self.K * cost(self.depth, self.K) if self.pattern == "depth" else 0)
 
 
+def peak_flops(device) -> float | None:
+    """Dense bf16 peak of the GPU by its name (vendors' data sheets); None where unknown."""
+    table = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
+             "3090": 71e12, "L4": 121e12, "A10": 125e12}  # fmt: skip
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for key, flops in table.items() if key in name), None)
+
+
+# ---- loss ----
+
+
 def token_losses(logits, codes, sizes):
     """Per token, in nats, fp32 [B, T, K]: (cross-entropy, cross-entropy against the uniform distribution)."""
     lse = logits.logsumexp(-1)
     nll = lse - logits.gather(-1, codes.long().clamp(min=0)[..., None])[..., 0]
     return nll, lse - torch.where(logits.isinf(), 0.0, logits).sum(-1) / sizes
+
+
+def objective(model, codes, weights, smoothing: float, frames: int):
+    """(loss to minimise, summed plain cross-entropy [K]) of one forward pass over codes [B, T, K].
+
+    frames: of the whole optimiser step, so that the passes' losses add up to the step's mean.
+    """
+    logits = model(codes)
+    plain = model._orig_mod if hasattr(model, "_orig_mod") else model  # inside torch.compile's wrapper
+    nll, flat = token_losses(logits, codes, plain.sizes)
+    valid = codes >= 0
+    mixed = torch.where(valid, (1 - smoothing) * nll + smoothing * flat, 0.0).sum((0, 1))
+    ce = torch.where(valid, nll, 0.0).sum((0, 1)).detach()
+    return (mixed * weights).sum() / (frames * weights.sum()), ce
+
+
+@torch.no_grad()
+def plain_ce(model, dataset: Windows, batch: int, device, amp: bool, poll=lambda: None) -> list[float]:
+    """Mean cross-entropy of each codebook in nats, no smoothing, no weights, no dropout.
+
+    poll: called before every batch; what it raises ends the measurement.
+    """
+    model.eval()
+    total, frames = torch.zeros(model.K, dtype=torch.float64), 0
+    order = np.argsort(-dataset.table[:, 2], kind="stable")
+    for i in range(0, len(order), batch):
+        poll()
+        codes = pad_batch([dataset[j] for j in order[i : i + batch]]).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(codes)
+        nll = token_losses(logits, codes, model.sizes)[0]
+        total += torch.where(codes >= 0, nll, 0.0).double().sum((0, 1)).cpu()
+        frames += int((codes[..., 0] >= 0).sum())
+    return (total / frames).tolist()
+
+
+def summary(ce: list[float], fps: float) -> dict:
+    """Perplexity exp(mean CE); bits from the plain CE of each codebook, summed."""
+    bits = sum(ce) / math.log(2)
+    ppl = math.exp(min(700.0, sum(ce) / len(ce)))
+    return {"ppl": ppl, "bits_per_frame": bits, "bits_per_s": bits * fps, "ce": [round(c, 5) for c in ce]}
 
 
 # ---- sampling ----
@@ -189,8 +246,7 @@ def pick(logits, temperature: float, top_k: int, top_p: float, generator):
 
 
 @torch.no_grad()
-def sample(model: TokenLM, frames: int, prompt=None, batch: int = 1, temperature: float = 1.0, top_k: int = 0,
-           top_p: float = 0.0, seed: int = 0, on_logits=None):  # fmt: skip
+def sample(model, frames, prompt=None, batch=1, temperature=1.0, top_k=0, top_p=0.0, seed=0, on_logits=None):
     """prompt [B, P, K] or None -> codes int64 [B, P + frames, K], with cached keys and values.
 
     Past ctx frames the window is restarted on its last half, as windows start in training.
@@ -251,13 +307,221 @@ def sample(model: TokenLM, frames: int, prompt=None, batch: int = 1, temperature
         t0 += n - keep
 
 
+# ---- training: the resume contract ----
+
+
+class StepGuard:
+    """Which steps to skip. The running loss takes in accepted losses only: no NaN can poison it."""
+
+    def __init__(self, factor: float):
+        self.factor, self.running, self.skipped, self.in_a_row = factor, None, 0, 0
+
+    def reason(self, loss: float, grad_norm: float) -> str | None:
+        """Why this step must be skipped, or None; counts both."""
+        why = None
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            why = "non-finite"
+        elif self.running is not None and self.factor:
+            why = "outlier" if loss > max(self.factor * self.running, self.running + 1) else None
+        if why:
+            self.skipped += 1
+            self.in_a_row += 1
+        else:
+            self.running = loss if self.running is None else 0.98 * self.running + 0.02 * loss
+            self.in_a_row = 0
+        return why
+
+
+@dataclass
+class State:
+    """The resume contract: what isn't in state_dict() isn't resumed."""
+
+    model: TokenLM
+    ema: TokenLM | None  # averaged weights
+    optimizer: torch.optim.AdamW
+    guard: StepGuard
+    step: int = 0  # optimiser steps done
+    closed: int = 0  # epochs validated, sampled and archived
+    best: float | None = None
+    val_loss: float | None = None
+    train_loss: float | None = None
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "guard": {"running": self.guard.running, "skipped": self.guard.skipped},
+            "global_step": self.step,
+            "closed": self.closed,
+            "best": self.best,
+            "val_loss": self.val_loss,
+            "train_loss": self.train_loss,
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Weight decay and kernel of the optimiser stay: they are options, not state."""
+        load_weights(self.model, saved["model"], "the resumed checkpoint")
+        if self.ema:  # the checkpoint may come from a run without
+            load_weights(self.ema, saved["ema"] or saved["model"], "the resumed checkpoint")
+        own = [{k: group[k] for k in ("weight_decay", "fused")} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, own):
+            group.update(options)
+        self.guard.running, self.guard.skipped = saved["guard"]["running"], saved["guard"]["skipped"]
+        self.step, self.closed, self.best = saved["global_step"], saved["closed"], saved["best"]
+        self.val_loss, self.train_loss = saved["val_loss"], saved["train_loss"]
+
+
+def new_state(model: TokenLM, args) -> State:
+    """A start at step 0. args: ema, lr, weight_decay, fused_optim and outlier_skip_factor of train_rvq.py."""
+    ema = None
+    if args.ema:
+        ema = TokenLM(model.arch).to(model.out.device).requires_grad_(False)
+        ema.load_state_dict(model.state_dict())
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), fused=args.fused_optim or None)
+    return State(model, ema, optimizer, StepGuard(args.outlier_skip_factor))
+
+
 # ---- from a checkpoint ----
+
+KEYS = ("model", "ema", "optimizer", "guard", "epoch", "global_step", "per_epoch", "closed", "best",
+        "val_loss", "train_loss", "arch", "plan", "source", "args")  # fmt: skip
+
+
+def check_ours(saved: dict, path) -> None:
+    """Raises UserError unless `saved` has what a checkpoint of train_rvq.py has."""
+    missing = [k for k in KEYS if k not in saved]
+    if saved.get("kind") != "rvq" or missing:
+        what = f"it lacks {', '.join(missing)}" if missing else f"its kind is {saved.get('kind')!r}"
+        raise UserError(f"{path} is not a checkpoint of train_rvq.py: {what}")
+
+
+def find_resume(folder: Path, stem: str, resume: str | None, corpus: Corpus, say) -> dict | None:
+    """The checkpoint to continue from, or None; a damaged latest falls back to the newest good archive.
+
+    resume: a file; `auto`: the latest of this folder must be there; None: it may.
+    """
+    latest = folder / f"{stem}_latest.pt"
+    if resume and resume != "auto":
+        saved = load_checkpoint(resume)
+        check_ours(saved, resume)
+    elif latest.exists():
+        older = [*folder.glob(f"{stem}_epoch_e*.pt"), *folder.glob(f"{stem}_best*.pt")]
+        found = newest_good([latest], check_ours, say) or newest_good(older, check_ours, say)
+        if not found:
+            raise UserError(f"no readable checkpoint for {latest}; --no-resume starts anew")
+        saved = found[1]
+    elif resume:
+        raise UserError(f"--resume: {latest} does not exist")
+    else:
+        return None
+    if saved["arch"]["vocab"] != corpus.vocab:
+        what = "is no model of these tokens; use another --save_dir or --tag"
+        raise UserError(f"the checkpoint in {folder} {what}")
+    if any(saved["source"].get(k) != corpus.source.get(k) for k in ("kind", "weights_sha256")):
+        what = "was trained on tokens of another codec; use another --save_dir"
+        raise UserError(f"the checkpoint in {folder} {what}")
+    return saved
+
+
+def take_over(model: TokenLM, saved: dict) -> str:
+    """Put those weights of another architecture (EMA ones) that fit into `model`; how many did."""
+    have, theirs = model.state_dict(), saved["ema"] or saved["model"]
+    fits = {k: v for k, v in theirs.items() if k in have and have[k].shape == v.shape}
+    model.load_state_dict(fits, strict=False)
+    return f"{len(fits)} of {len(have)} tensors taken over, the rest new"
 
 
 def build(state: dict, which: str = "ema", device="cpu") -> TokenLM:
     """The model of a checkpoint, evaluation mode; which: `ema` or `model` weights. Raises UserError."""
-    if state.get("kind") != "rvq":
-        raise UserError("not a checkpoint of train_rvq.py")
+    check_ours(state, "this")
     model = TokenLM(state["arch"])
     load_weights(model, state.get(which) or state["model"], "the checkpoint")
     return model.to(device).eval()
+
+
+# ---- speaking the tokens ----
+
+
+def write_wav(path: str | Path, samples: np.ndarray, rate: int) -> None:
+    """16-bit PCM, atomically. samples: float32 [n]."""
+    import soundfile
+
+    with atomic_file(path) as f:
+        soundfile.write(f, np.clip(samples, -1, 1), rate, subtype="PCM_16", format="WAV")
+
+
+def frames_writer(path: Path, source: dict, vocab: list[int], fps: float, decoder: str, device):
+    """A function that writes frames int64 [T, K] to `path`: .npq, .parquet (SNAC) or .wav (decoded)."""
+    if path.suffix == ".npq":
+        return lambda frames: write_npq(path, frames, vocab, fps)
+    if path.suffix == ".parquet":
+        if source["kind"] != "snac":
+            what = "is the format of a SNAC cache; these are DAC tokens, use .npq or .wav"
+            raise UserError(f"--output .parquet {what}")
+        return lambda frames: write_cache(path, {path.with_suffix(".wav").name: frames}, source)
+    if path.suffix != ".wav":
+        raise UserError(f"--output {path}: the suffix must be .npq, .parquet or .wav")
+    speak = load_decoder(source, decoder, device)
+    if speak is None:
+        raise UserError("--output .wav of SNAC tokens needs --decoder, a checkpoint of train_dual_head.py")
+    return lambda frames: write_wav(path, *speak(frames))
+
+
+def load_decoder(source: dict, name: str, device):
+    """A function frames int64 [T, K] -> (samples float32 [n], rate in Hz), or None for `none`.
+
+    SNAC: the 48 kHz head of the dual-head checkpoint `name` (auto: none). DAC: transformers' DacModel, a
+    folder or hub id@revision (auto: DAC_REPO). Raises UserError with the reason when it cannot be loaded.
+    """
+    if name == "none" or (name == "auto" and source["kind"] == "snac"):
+        return None
+    try:
+        if source["kind"] == "snac":
+            return snac_decoder(source, name, device)
+        return dac_decoder(DAC_REPO if name == "auto" else name, device)
+    except (ImportError, OSError, ValueError) as e:
+        raise UserError(
+            f"the decoder {name} cannot be loaded: {first_line(e)}; name a folder with --eval-decoder "
+            "(generate: --decoder), none: tokens only"
+        ) from None
+
+
+def snac_decoder(source: dict, path: str, device):
+    from .decoder import load_dual_head
+
+    decoder = load_dual_head(path, device)
+    if decoder.geometry.weights_sha256 != source["weights_sha256"]:
+        what = f"the decoder {path} speaks the codes of another codec, not of these tokens'"
+        raise UserError(f"{what}; give its own")
+
+    def speak(frames):
+        codes = [torch.from_numpy(c).long()[None] for c in codes_from_frames(frames, source["vq_strides"])]
+        return decoder.decode(codes)[1].detach().float().cpu().reshape(-1).numpy(), 48000
+
+    return speak
+
+
+def dac_decoder(name: str, device):
+    from transformers import DacModel
+
+    repo, _, revision = name.partition("@")
+    dac = DacModel.from_pretrained(repo, revision=revision or None).eval().to(device)
+    have = (dac.config.n_codebooks, dac.config.codebook_size)
+
+    def speak(frames):
+        if frames.shape[1] > have[0] or frames.max() >= have[1]:
+            what = f"{frames.shape[1]} codebooks with token {frames.max()}"
+            raise UserError(f"{what} do not fit this DAC: {have}")
+        with torch.no_grad():
+            audio = dac.decode(audio_codes=torch.from_numpy(frames.T[None]).to(device)).audio_values
+        return audio.float().cpu().reshape(-1).numpy(), dac.config.sampling_rate
+
+    return speak

@@ -1,13 +1,9 @@
-"""Codec tokens on disk as [T, K] frames: .npq files (DAC) and our own SNAC cache, read through memory maps.
-
-    python npq.py info FILE.npq ...                what a file holds, every token checked
-    python npq.py from-cache CACHE_DIR OUT_DIR     our parquet cache -> one .npq per utterance
-    python npq.py from-dac CODES.npy OUT.npq       codes [K, T] of DacModel.encode -> .npq
+"""Codec tokens as frames [T, K]: .npq files (DAC) and our own cache (SNAC), one corpus, its training windows.
 
 A frame is what one step of the language model covers. DAC: one token of each of K codebooks. SNAC: one
 coarse (scale-0) token with all finer tokens below it in depth-first order; strides 4, 2, 1 give
 c0 c1 c2 c2 c1 c2 c2.
-Layouts, little-endian and packed:
+Layouts of .npq, little-endian and packed:
 
     NPQ1  magic, u16 version 1, u16 K, f32 token_rate, f32 kbps, u32 T, u32[K] vocab, u8 dtype, tokens [T, K]
     v0-A  magic, i32 K, f32 fps, f32 kbps, i32 T, i32[K] vocab, u16 tokens [T, K]
@@ -16,20 +12,17 @@ Layouts, little-endian and packed:
           u32[k_mid + k_side] vocab, u8 dtype, tokens [T, K] with the mid columns first
 """
 
-from __future__ import annotations
-
-import argparse
 import glob
 import itertools
 import math
 import os
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from .cli import UserError, main_guard
+from .cli import UserError, ignore_stop_signals, numbers
 from .files import atomic_file
 
 DTYPES = {0: "<u1", 1: "<u2", 2: "<u4"}
@@ -67,131 +60,126 @@ def slot_columns(vq_strides: list[int]) -> list[list[int]]:
     return [[c for c, (s, _) in enumerate(slots) if s == k] for k in range(len(vq_strides))]
 
 
-def frames_from_codes(codes: list, vq_strides: list[int]) -> np.ndarray:
-    """SNAC codes, one array [T_k] a scale -> frames [T_0, K]. Lengths must be T_0 * (S // vq_strides[k])."""
-    columns = slot_columns(vq_strides)
-    out = np.empty((len(codes[0]), sum(map(len, columns))), dtype=np.asarray(codes[0]).dtype)
-    for k, cols in enumerate(columns):
-        if len(codes[k]) != len(out) * len(cols):
-            raise NpqError(f"scale {k} has {len(codes[k])} codes, {len(out)} x {len(cols)} expected")
-        out[:, cols] = np.asarray(codes[k]).reshape(len(out), len(cols))
-    return out
-
-
 def codes_from_frames(frames: np.ndarray, vq_strides: list[int]) -> list[np.ndarray]:
-    """The inverse: frames [T, K] -> one array [T * S // vq_strides[k]] a scale."""
+    """Frames [T, K] -> SNAC codes, one array [T * vq_strides[0] // vq_strides[k]] a scale."""
     return [np.ascontiguousarray(frames[:, cols]).reshape(-1) for cols in slot_columns(vq_strides)]
 
 
 # ---- .npq ----
 
 
-class Mapped:
-    """A [T, K] array in a file, memory-mapped on first use; only the address travels to loader workers."""
-
-    def __init__(self, path, dtype: str, offset: int, shape: tuple[int, int], columns: int):
-        self.where = (str(path), dtype, offset, shape, columns)
-        self.map = None
-
-    def __getstate__(self):
-        return {"where": self.where, "map": None}
-
-    def array(self) -> np.ndarray:
-        path, dtype, offset, shape, columns = self.where
-        if self.map is None:
-            self.map = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)[:, :columns]
-        return self.map
-
-
+@dataclass(frozen=True)
 class Npq:
-    """An opened and fully validated file: .kind, .fps, .kbps, .vocab, .frames (T), .tokens() -> [T, K]."""
+    """What the header of a file says; only this address travels to loader workers, never an open map."""
 
-    def __init__(self, kind: str, fps: float, kbps: float, vocab: list[int], mapped: Mapped):
-        self.kind, self.fps, self.kbps, self.vocab, self.mapped = kind, fps, kbps, vocab, mapped
-        self.frames = mapped.where[3][0]
+    path: str
+    kind: str  # NPQ1, NPQ2, v0-A, v0-B
+    fps: float  # frames a second
+    kbps: float
+    frames: int
+    vocab: list[int]  # codebook size of each column that is read
+    dtype: str
+    offset: int  # of the tokens, bytes
+    columns: int  # in the file
+    k_mid: int
 
     def tokens(self) -> np.ndarray:
-        return self.mapped.array()
+        """[T, K], mapped anew at each call: a process may hold 65,530 maps, a corpus has more files."""
+        shape = (self.frames, self.columns)
+        return np.memmap(self.path, self.dtype, "r", self.offset, shape)[:, : len(self.vocab)]
+
+    def __str__(self) -> str:
+        size = (
+            f"{self.frames} frames x {len(self.vocab)} at {self.fps:.2f}/s = {self.frames / self.fps:.1f} s"
+        )
+        return f"{self.kind}, {size}, vocabulary {sorted(set(self.vocab))}, {self.kbps:.2f} kbps"
 
 
-def parse_header(head: bytes, size: int, legacy: str = "") -> tuple:
-    """(kind, fps, kbps, T, vocab, dtype string, data offset, k_mid) from a file's first bytes.
+def take(head: bytes, fmt: str, offset: int) -> tuple:
+    if offset + struct.calcsize(fmt) > len(head):
+        raise NpqError(f"header cut off at byte {len(head)}")
+    return struct.unpack_from(fmt, head, offset)
 
-    legacy: "A" or "B" forces a v0 layout. Raises NpqError with the reason.
-    """
 
-    def take(fmt, offset):
-        if offset + struct.calcsize(fmt) > len(head):
-            raise NpqError(f"header cut off at byte {len(head)}")
-        return struct.unpack_from(fmt, head, offset)
+def check_version(kind: str, version: int) -> None:
+    if version != 1:
+        raise NpqError(f"{kind} version {version} is not 1")
 
+
+def check_k(K: int) -> None:
+    if not 1 <= K <= MAX_K:
+        raise NpqError(f"K {K} is outside 1..{MAX_K}")
+
+
+def parse_header(path: str, head: bytes, size: int) -> Npq:
+    """The header of a file of `size` bytes from its first bytes. Raises NpqError with the reason."""
     magic = head[:4]
-    if magic not in (b"NPQ1", b"NPQ0", b"NPQ2"):
-        raise NpqError(f"magic {magic!r} is neither NPQ1 nor NPQ2")
     if magic == b"NPQ2":
-        version, mode, k_mid, k_side, fps, kbps, T = take("<HBHHffI", 4)
-        if version != 1:
-            raise NpqError(f"NPQ2 version {version} is not 1")
+        kind, at = "NPQ2", 23
+        version, mode, k_mid, k_side, fps, kbps, T = take(head, "<HBHHffI", 4)
+        check_version(kind, version)
         if mode != 1:
             raise NpqError(f"NPQ2 mode {mode} is not 1 (mid/side)")
         if k_mid < 1:
             raise NpqError("NPQ2 without a mid codebook (k_mid 0)")
-        kind, K, at = "NPQ2", k_mid + k_side, 23
-    elif not legacy:
-        version, K, fps, kbps, T = take("<HHffI", 4)
+        K = k_mid + k_side
+    elif magic in (b"NPQ1", b"NPQ0"):
+        kind, at = "NPQ1", 20
+        version, K, fps, kbps, T = take(head, "<HHffI", 4)
         if magic == b"NPQ0" or (K == 0 and 1 <= version <= MAX_K):  # an i32 K: no version field, so legacy v0
-            return parse_legacy(head, size)
-        if version != 1:
-            raise NpqError(f"NPQ1 version {version} is not 1")
-        kind, at, k_mid = "NPQ1", 20, K
-    elif legacy == "A":
-        K, fps, kbps, T = take("<iffi", 4)
-        kind, at, k_mid = "v0-A", 20, K
+            return parse_legacy(path, head, size)
+        check_version(kind, version)
+        k_mid = K
     else:
-        K, fps = take("<if", 4)
-        kind, at, k_mid, kbps = "v0-B", 12, K, 0.0
-    if not 1 <= K <= MAX_K:
-        raise NpqError(f"K {K} is outside 1..{MAX_K}")
-    vocab = list(take(f"<{K}{'i' if legacy else 'I'}", at))
-    at += 4 * K
-    if legacy == "B":
-        (T,) = take("<i", at)
-        at += 4
-    if legacy:
-        dtype = "<u2"
-    else:
-        (number,) = take("<B", at)
-        at += 1
-        if number not in DTYPES:
-            raise NpqError(f"dtype {number} is not 0 (u8), 1 (u16) or 2 (u32)")
-        dtype = DTYPES[number]
-    width = int(dtype[2])
-    if not (math.isfinite(fps) and fps > 0):
-        raise NpqError(f"token rate {fps} is not a positive number")
-    if not (math.isfinite(kbps) and kbps >= 0):
-        raise NpqError(f"bitrate {kbps} kbps is not a number of at least 0")
-    if min(vocab) < 1:
-        raise NpqError(f"vocabulary size {min(vocab)} is below 1")
-    if legacy and max(vocab) > 1 << 16:
-        raise NpqError(f"vocabulary size {max(vocab)} does not fit u16 tokens")
-    if T < 1:
-        raise NpqError(f"T is {T}: no frames")
-    if size < at + T * K * width:
-        raise NpqError(f"truncated: {T} x {K} tokens need {at + T * K * width} bytes, the file has {size}")
-    return kind, fps, kbps, T, vocab, dtype, at, k_mid
+        raise NpqError(f"magic {magic!r} is neither NPQ1 nor NPQ2")
+    check_k(K)
+    *vocab, number = take(head, f"<{K}IB", at)
+    if number not in DTYPES:
+        raise NpqError(f"dtype {number} is not 0 (u8), 1 (u16) or 2 (u32)")
+    return checked(Npq(path, kind, fps, kbps, T, vocab, DTYPES[number], at + 4 * K + 1, K, k_mid), size)
 
 
-def parse_legacy(head: bytes, size: int) -> tuple:
+def parse_legacy(path: str, head: bytes, size: int) -> Npq:
     """v0 says neither its layout nor a version: take the one whose header is possible, exact size first."""
+
+    def layout_a():
+        K, fps, kbps, T = take(head, "<iffi", 4)
+        check_k(K)
+        return Npq(path, "v0-A", fps, kbps, T, list(take(head, f"<{K}i", 20)), "<u2", 20 + 4 * K, K, K)
+
+    def layout_b():
+        K, fps = take(head, "<if", 4)
+        check_k(K)
+        *vocab, T = take(head, f"<{K + 1}i", 12)
+        return Npq(path, "v0-B", fps, 0.0, T, vocab, "<u2", 16 + 4 * K, K, K)
+
     found, reasons = [], []
-    for layout in "AB":
+    for name, layout in (("v0-A", layout_a), ("v0-B", layout_b)):
         try:
-            found.append(parse_header(head, size, layout))
+            found.append(checked(layout(), size))
         except NpqError as e:
-            reasons.append(f"v0-{layout}: {e}")
+            reasons.append(f"{name}: {e}")
     if not found:
         raise NpqError("; ".join(reasons))
-    return min(found, key=lambda h: size - (h[6] + h[3] * len(h[4]) * 2))
+    return min(found, key=lambda h: size - (h.offset + h.frames * h.columns * 2))
+
+
+def checked(h: Npq, size: int) -> Npq:
+    """`h` when a file of `size` bytes can have this header; else NpqError."""
+    if not (math.isfinite(h.fps) and h.fps > 0):
+        raise NpqError(f"token rate {h.fps} is not a positive number")
+    if not (math.isfinite(h.kbps) and h.kbps >= 0):
+        raise NpqError(f"bitrate {h.kbps} kbps is not a number of at least 0")
+    if min(h.vocab) < 1:
+        raise NpqError(f"vocabulary size {min(h.vocab)} is below 1")
+    if h.kind.startswith("v0") and max(h.vocab) > 1 << 16:
+        raise NpqError(f"vocabulary size {max(h.vocab)} does not fit u16 tokens")
+    if h.frames < 1:
+        raise NpqError(f"T is {h.frames}: no frames")
+    need = h.offset + h.frames * h.columns * int(h.dtype[2])
+    if size < need:
+        raise NpqError(f"truncated: {h.frames} x {h.columns} tokens need {need} bytes, the file has {size}")
+    return h
 
 
 def open_npq(path: str | Path, npq2: str = "mid") -> Npq:
@@ -205,9 +193,8 @@ def open_npq(path: str | Path, npq2: str = "mid") -> Npq:
             head = f.read(64 + 4 * 2 * 65536)
     except OSError as e:
         raise NpqError(f"cannot be read: {e.strerror}") from None
-    kind, fps, kbps, T, vocab, dtype, offset, k_mid = parse_header(head, size)
-    mapped = Mapped(path, dtype, offset, (T, len(vocab)), k_mid if npq2 == "mid" else len(vocab))
-    found = Npq(kind, fps, kbps, vocab[: mapped.where[4]], mapped)
+    found = parse_header(str(path), head, size)
+    found = replace(found, vocab=found.vocab[: found.k_mid]) if npq2 == "mid" else found
     check_tokens(found.tokens(), found.vocab)
     return found
 
@@ -224,7 +211,8 @@ def check_tokens(tokens: np.ndarray, vocab: list[int]) -> None:
             )
 
 
-def _payload(tokens, vocab, dtype) -> tuple[bytes, np.ndarray]:
+def write_npq(path, tokens, vocab, fps: float, kbps: float | None = None, dtype: int | None = None) -> None:
+    """NPQ1, atomically. tokens: integers [T, K]; dtype 0, 1, 2, None: the smallest; kbps None: computed."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[1] != len(vocab) or not 1 <= len(vocab) <= MAX_K or not len(tokens):
         raise NpqError(f"tokens {tokens.shape} are not [T, K] with K = {len(vocab)} vocabulary sizes")
@@ -235,33 +223,13 @@ def _payload(tokens, vocab, dtype) -> tuple[bytes, np.ndarray]:
         dtype = next(d for d, bits in ((0, 8), (1, 16), (2, 32)) if max(vocab) <= 1 << bits)
     if tokens.max() >= 1 << 8 * int(DTYPES[dtype][2]):
         raise NpqError(f"token {tokens.max()} does not fit dtype {dtype}")
-    return struct.pack(f"<{len(vocab)}IB", *vocab, dtype), np.ascontiguousarray(tokens, DTYPES[dtype])
-
-
-def write_npq(
-    path, tokens, vocab: list[int], fps: float, kbps: float | None = None, dtype: int | None = None
-):
-    """NPQ1, atomically. tokens: integers [T, K]; dtype 0, 1, 2, None: the smallest; kbps None: computed."""
-    tail, data = _payload(tokens, vocab, dtype)
     kbps = fps * sum(math.log2(v) for v in vocab) / 1000 if kbps is None else kbps
     with atomic_file(path) as f:
-        f.write(b"NPQ1" + struct.pack("<HHffI", 1, len(vocab), fps, kbps, len(data)) + tail)
-        f.write(data.tobytes())
-
-
-def write_npq2(path, mid, side, vocab: list[int], fps: float, kbps: float = 0.0, dtype: int | None = None):
-    """NPQ2 (stereo mid/side): mid [T, k_mid], side [T, k_side], vocab of all columns, M then S."""
-    tail, data = _payload(np.concatenate([mid, side], axis=1), vocab, dtype)
-    with atomic_file(path) as f:
-        f.write(b"NPQ2" + struct.pack("<HBHHffI", 1, 1, mid.shape[1], side.shape[1], fps, kbps, len(data)))
-        f.write(tail + data.tobytes())
+        f.write(b"NPQ1" + struct.pack("<HHffI", 1, len(vocab), fps, kbps, len(tokens)))
+        f.write(struct.pack(f"<{len(vocab)}IB", *vocab, dtype) + tokens.astype(DTYPES[dtype]).tobytes())
 
 
 # ---- our SNAC cache ----
-
-
-def is_cache(folder: str) -> bool:
-    return bool(glob.glob(os.path.join(glob.escape(folder), "codes_batch_gpu*.parquet")))
 
 
 def slot_order(vq_strides: list[int]) -> np.ndarray:
@@ -276,27 +244,14 @@ def snac_source(geometry) -> dict:
     return {"kind": "snac", **asdict(geometry), "vq_strides": list(geometry.vq_strides)}
 
 
-def snac_fps(source: dict) -> float:
-    """Coarse frames a second: 24000 / (512 * 4) = 11.72 for snac_24khz."""
-    return source["sampling_rate"] / (source["hop_length"] * source["vq_strides"][0])
-
-
 def read_shard(path: str | Path):
-    """One parquet file of a cache -> (source, [frames int16 [T, K] of each row]). Raises NpqError."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """One parquet file of a cache -> (source, [frames int16 [T, K] of each row]). Raises UserError."""
+    from .cache import open_shard, shard_arrays
 
-    from .cache import shard_arrays
-    from .codec import Geometry
-
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        geometry = Geometry.from_json(table.schema.metadata[b"snac"].decode(), str(path))
-        block, coarse, _, _, bad = shard_arrays(table, geometry, set())
-    except (KeyError, TypeError, ValueError, OSError, UserError, pa.ArrowException) as e:
-        raise NpqError(f"not a parquet file of cache_codes.py: {str(e).splitlines()[0]}") from None
+    table, geometry, _ = open_shard(path)
+    block, coarse, _, _, bad = shard_arrays(table, geometry, set(), path)
     if bad:  # row numbers would silently mean other rows
-        raise NpqError(f"{len(bad)} bad rows, first row {min(bad)}: {bad[min(bad)]}")
+        raise UserError(f"{path} has {len(bad)} bad rows, first row {min(bad)}: {bad[min(bad)]}")
     frames = block[:, slot_order(geometry.vq_strides)]
     return snac_source(geometry), np.split(frames, np.cumsum(coarse)[:-1])
 
@@ -316,58 +271,70 @@ def write_cache(path: str | Path, rows: dict[str, np.ndarray], source: dict) -> 
 # ---- one corpus, whatever the files ----
 
 
+def open_data(data: str, val_data: str | None, npq2: str) -> "tuple[Corpus, Corpus | None]":
+    """(training corpus, held-out corpus or None). Raises UserError when their tokens differ in kind."""
+    corpus, held_out = Corpus(data, npq2), Corpus(val_data, npq2) if val_data else None
+    if held_out and (held_out.vocab != corpus.vocab or held_out.source != corpus.source):
+        raise UserError(f"--val-data {val_data} holds other tokens than --data {data}")
+    return corpus, held_out
+
+
 class Corpus:
     """Token frames of many files: .lengths int64 [files], .vocab, .K, .fps, .source, .bad; read() -> [n, K].
 
     source: {"kind": "npq"} or {"kind": "snac", **metadata of the cache}: what decodes the tokens.
+    bad: [(file, reason)]; bad_fraction: share of files, or of rows, that are left out.
     """
 
     def __init__(self, data: str, npq2: str = "mid"):
         self.bad: list[tuple[str, str]] = []
-        self.index = None
-        if os.path.isdir(data) and is_cache(data):
-            from .cache import CodeIndex
-
-            self.index = CodeIndex(data)
-            self.source = snac_source(self.index.geometry)
-            self.order = slot_order(self.source["vq_strides"])
-            self.vocab = [self.source["codebook_size"]] * len(self.order)
-            self.fps = snac_fps(self.source)
-            self.lengths = np.diff(self.index.offsets)
-            self.bad = [(data, f"{n} rows: {reason}") for reason, n in self.index.bad.items()]
-            bad_rows = sum(self.index.bad.values())
+        self.index, self.files = None, []
+        if any(Path(data).glob("codes_batch_gpu*.parquet")):
+            bad_rows = self._open_cache(data)
         else:
-            pattern = os.path.join(glob.escape(data), "*.npq") if os.path.isdir(data) else data
-            paths = sorted(glob.glob(pattern, recursive=True))
-            if not paths:
-                raise UserError(
-                    f"--data {data}: no such .npq files and no cache folder with codes_batch_gpu*.parquet"
-                )
-            self.maps, lengths, first = [], [], None
-            for path in paths:
-                try:
-                    one = open_npq(path, npq2)
-                except NpqError as e:
-                    self.bad.append((path, str(e)))
-                    continue
-                shape = (one.vocab, round(one.fps, 2))
-                if first is None:
-                    first, first_path = shape, path
-                    self.vocab, self.fps = one.vocab, float(one.fps)
-                elif shape != first:
-                    sizes = sorted(set(one.vocab))
-                    raise UserError(f"{path}: K {len(one.vocab)}, vocabulary {sizes} at {shape[1]} frames/s "
-                                    f"differ from {first_path}; give one kind of file")  # fmt: skip
-                one.mapped.map = None  # opened per window: the kernel allows 65530 maps
-                self.maps.append(one.mapped)
-                lengths.append(one.frames)
-            self.lengths, self.source = np.asarray(lengths, np.int64), {"kind": "npq"}
-            bad_rows = len(self.bad)
+            bad_rows = self._open_files(data, npq2)
         self.bad_fraction = bad_rows / max(1, bad_rows + len(self.lengths))
         if not len(self.lengths):
             name, reason = self.bad[0] if self.bad else (data, "empty")
             raise UserError(f"--data {data}: no usable file ({name}: {reason})")
         self.K = len(self.vocab)
+
+    def _open_cache(self, data: str) -> int:
+        from .cache import CodeIndex
+
+        self.index = CodeIndex(data)
+        self.source = snac_source(self.index.geometry)
+        self.order = slot_order(self.source["vq_strides"])
+        self.vocab = [self.source["codebook_size"]] * len(self.order)
+        geometry = self.index.geometry
+        self.fps = (
+            geometry.sampling_rate / geometry.coarse_samples
+        )  # 24000 / (512 * 4) = 11.72 for snac_24khz
+        self.lengths = np.diff(self.index.offsets)
+        self.bad = [(data, f"{n} rows: {reason}") for reason, n in self.index.bad.items()]
+        return sum(self.index.bad.values())
+
+    def _open_files(self, data: str, npq2: str) -> int:
+        pattern = os.path.join(glob.escape(data), "*.npq") if os.path.isdir(data) else data
+        paths = sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            what = "no such .npq files and no cache folder with codes_batch_gpu*.parquet"
+            raise UserError(f"--data {data}: {what}")
+        for path in paths:
+            try:
+                one = open_npq(path, npq2)
+            except NpqError as e:
+                self.bad.append((path, str(e)))
+                continue
+            first = self.files[0] if self.files else one
+            if (one.vocab, round(one.fps, 2)) != (first.vocab, round(first.fps, 2)):
+                what = f"K {len(one.vocab)}, vocabulary {sorted(set(one.vocab))} at {one.fps:.2f} frames/s"
+                raise UserError(f"{path}: {what} differ from {first.path}; give one kind of file")
+            self.files.append(one)
+        if self.files:
+            self.vocab, self.fps = self.files[0].vocab, float(self.files[0].fps)
+        self.lengths, self.source = np.array([f.frames for f in self.files], np.int64), {"kind": "npq"}
+        return len(self.bad)
 
     def read(self, i: int, start: int = 0, n: int | None = None) -> np.ndarray:
         """A copy of frames start .. start + n of file i: [n, K]."""
@@ -375,15 +342,152 @@ class Corpus:
         if self.index is not None:
             start += int(self.index.offsets[i])
             return self.index.codes[start : start + n][:, self.order]
-        frames = np.array(self.maps[i].array()[start : start + n])
-        self.maps[i].map = None
-        return frames
+        return np.array(self.files[i].tokens()[start : start + n])
 
 
-# ---- writers from DAC codes and from our cache ----
+# ---- windows: what a forward pass sees, functions of seed, epoch and step ----
 
 
-def npq_from_dac(codes, path, fps: float = 44100 / 512, codebook_size: int = 1024) -> None:
+def window_counts(lengths: np.ndarray, ctx: int, step: int) -> np.ndarray:
+    """Windows per file: floor((T - ctx) / step) + 1; a file shorter than ctx is one window of its length."""
+    return np.where(lengths >= ctx, (lengths - ctx) // step + 1, 1)
+
+
+def window_table(lengths: np.ndarray, files: np.ndarray, ctx: int, step: int) -> np.ndarray:
+    """int64 [windows, 3]: file, first frame, frames."""
+    counts = window_counts(lengths[files], ctx, step)
+    owner = np.repeat(files, counts)
+    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = number * step
+    return np.stack([owner, start, np.minimum(ctx, lengths[owner] - start)], axis=1)
+
+
+def split_files(counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(train, val) file numbers: whole files, shuffled by the seed, up to int(0.05 * windows) windows.
+
+    By file because windows of one file overlap: a split over windows would validate on training frames.
+    """
+    if len(counts) < 2:
+        raise UserError("one file cannot be split by file: give more files, or --val-data")
+    order = np.random.default_rng([seed, 1]).permutation(len(counts))
+    n = int((np.cumsum(counts[order]) <= int(0.05 * counts.sum())).sum())
+    if n == 0:  # every file is larger than the share: hold out the smallest
+        order = np.roll(order, -int(np.argmin(counts[order])))
+        n = 1
+    return np.sort(order[n:]), np.sort(order[:n])
+
+
+def epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, 2, epoch]).permutation(windows)
+
+
+def steps_per_epoch(windows: int, batch: int, accum: int) -> int:
+    """floor(ceil(windows / batch) / accum); the left-over batches join the epoch's last step."""
+    return max(1, math.ceil(windows / batch) // accum)
+
+
+def step_batches(
+    order: np.ndarray, lengths: np.ndarray, step: int, batch: int, accum: int
+) -> list[np.ndarray]:
+    """The forward passes of one optimiser step: windows of similar length together, so little is padded."""
+    last = step + 1 == steps_per_epoch(len(order), batch, accum)
+    own = order[step * batch * accum : None if last else (step + 1) * batch * accum]
+    own = own[np.argsort(-lengths[own], kind="stable")]
+    return [own[i : i + batch] for i in range(0, len(own), batch)]
+
+
+class Windows:
+    """A data set for torch's DataLoader: window i of some files of a corpus, as frames [T, K]."""
+
+    def __init__(self, corpus: Corpus, files: np.ndarray, ctx: int, step: int):
+        self.corpus, self.files = corpus, files
+        self.table = window_table(corpus.lengths, files, ctx, step)
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, i) -> np.ndarray:
+        return self.corpus.read(*map(int, self.table[i]))
+
+
+def pad_batch(items: list[np.ndarray]):
+    """[T_i, K] each -> int32 tensor [B, max T, K]; -1 beyond a window's end: no input and no loss there."""
+    import torch
+
+    out = np.full((len(items), max(map(len, items)), items[0].shape[1]), -1, dtype=np.int32)
+    for row, item in zip(out, items):
+        row[: len(item)] = item
+    return torch.from_numpy(out)
+
+
+def make_loader(windows: Windows, order: list[list[int]], pin: bool, args):
+    """A DataLoader of int32 [B, T, K]: the windows that `order` names when an iteration begins.
+
+    args: num_workers, prefetch (batches a worker) and persistent_workers of train_rvq.py.
+    """
+    from torch.utils.data import DataLoader
+
+    ahead = {"prefetch_factor": args.prefetch, "persistent_workers": args.persistent_workers}
+    return DataLoader(
+        windows,
+        batch_sampler=order,
+        collate_fn=pad_batch,
+        num_workers=args.num_workers,
+        pin_memory=pin,
+        worker_init_fn=ignore_stop_signals,
+        **(ahead if args.num_workers else {}),
+    )
+
+
+def split_windows(corpus: Corpus, held_out: Corpus | None, ctx: int, step: int, seed: int):
+    """(training, validation) Windows: all of both, or whole files of `corpus` where nothing is held out."""
+    own = np.arange(len(corpus.lengths))
+    if held_out:
+        val = np.arange(len(held_out.lengths))
+    else:
+        own, val = split_files(window_counts(corpus.lengths, ctx, step), seed)
+    return Windows(corpus, own, ctx, step), Windows(held_out or corpus, val, ctx, step)
+
+
+def codebook_weights(text: str, alpha: float, K: int) -> list[float]:
+    """Weights in the loss. auto: 1 + alpha * k / (K - 1); uniform: 1; or K numbers, comma-separated."""
+    if text == "auto":
+        return [1 + alpha * k / max(1, K - 1) for k in range(K)]
+    if text == "uniform":
+        return [1.0] * K
+    weights = numbers(float, text, "--cb-weights (auto, uniform or numbers)")
+    if len(weights) != K or not min(weights) >= 0 or not 0 < sum(weights) < math.inf:
+        raise UserError(f"--cb-weights needs {K} numbers of at least 0, got {text!r}")
+    return weights
+
+
+# ---- one file in, one file out ----
+
+
+def read_prompt(path: str, row: int, source: dict, vocab: list[int]) -> np.ndarray:
+    """Frames [T, K] of an .npq file, or of a row of a cache's parquet file, for a model of such tokens.
+
+    Raises UserError when they are of another codec or vocabulary.
+    """
+    if path.endswith(".parquet"):
+        made_by, rows = read_shard(path)
+        if not 0 <= row < len(rows):
+            raise UserError(f"{path}: row {row} of {len(rows)}")
+        if source.get("weights_sha256") != made_by["weights_sha256"]:
+            raise UserError(f"{path} was encoded with another model than the checkpoint's tokens")
+        tokens, sizes = rows[row], [made_by["codebook_size"]] * rows[0].shape[1]
+    else:
+        try:
+            one = open_npq(path, "both" if len(vocab) != len(open_npq(path).vocab) else "mid")
+        except NpqError as e:
+            raise UserError(f"{path}: {e}") from None
+        tokens, sizes = one.tokens(), one.vocab
+    if sizes != vocab:
+        raise UserError(f"{path}: vocabulary {sizes} is not the model's {vocab}")
+    return tokens
+
+
+def npq_from_dac(codes, path, fps: float, codebook_size: int) -> None:
     """Codes [K, T] or [1, K, T] (DacModel.encode(...).audio_codes) -> NPQ1."""
     codes = np.asarray(codes)
     codes = codes[0] if codes.ndim == 3 and len(codes) == 1 else codes
@@ -392,15 +496,13 @@ def npq_from_dac(codes, path, fps: float = 44100 / 512, codebook_size: int = 102
     write_npq(path, codes.T, [codebook_size] * codes.shape[0], fps)
 
 
-def npq_from_cache(cache_dir, output_dir) -> int:
-    """Every row of a cache -> `<output_dir>/<file_path without suffix>.npq`; the number written."""
+def npq_from_cache(cache_dir, output_dir) -> Corpus:
+    """Every row of a cache -> `<output_dir>/<file_path without suffix>.npq`; the cache, for its .bad rows."""
     from .audio import resolve_inside, target_names
 
     corpus = Corpus(str(cache_dir))
     if corpus.index is None:
         raise UserError(f"{cache_dir} is not a cache folder of cache_codes.py")
-    for name, reason in corpus.bad:
-        print(f"skipped {name}: {reason}")
     paths = [corpus.index.path(i) for i in range(len(corpus.lengths))]
     names = target_names(paths)
     Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -408,46 +510,4 @@ def npq_from_cache(cache_dir, output_dir) -> int:
         out = resolve_inside(output_dir, names[name].removesuffix(".wav") + ".npq")
         out.parent.mkdir(parents=True, exist_ok=True)
         write_npq(out, corpus.read(i), corpus.vocab, corpus.fps)
-    return len(paths)
-
-
-# ---- command line ----
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Read, check and write token files (.npq)")
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("info", help="check every token of .npq files and print what they hold")
-    one.add_argument("files", nargs="+")
-    one = commands.add_parser("from-cache", help="parquet cache -> one .npq an utterance")
-    one.add_argument("cache_dir")
-    one.add_argument("output_dir")
-    one = commands.add_parser("from-dac", help="codes [K, T] saved with numpy -> .npq")
-    one.add_argument("codes")
-    one.add_argument("output")
-    one.add_argument("--fps", type=float, default=44100 / 512, help="frames/s (default: DAC 44.1 kHz)")
-    one.add_argument("--codebook_size", type=int, default=1024)
-    args = parser.parse_args()
-    failed = 0
-    try:
-        if args.command == "info":
-            for path in args.files:
-                try:
-                    n = open_npq(path, "both")
-                    what = f"{n.kind}, {n.frames} frames x {len(n.vocab)} at {n.fps:.2f}/s"
-                    print(f"{path}: {what} = {n.frames / n.fps:.1f} s, "
-                          f"vocabulary {sorted(set(n.vocab))}, {n.kbps:.2f} kbps")  # fmt: skip
-                except NpqError as e:
-                    failed += 1
-                    print(f"{path}: refused: {e}")
-        elif args.command == "from-cache":
-            print(f"{npq_from_cache(args.cache_dir, args.output_dir)} files in {args.output_dir}")
-        else:
-            npq_from_dac(np.load(args.codes), args.output, args.fps, args.codebook_size)
-    except (NpqError, OSError, ValueError) as e:
-        raise UserError(f"{getattr(args, 'codes', '')} {e}".strip()) from None
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    main_guard(main)
+    return corpus

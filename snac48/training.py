@@ -4,16 +4,15 @@ State is the resume contract: what isn't in its state_dict() isn't resumed. Orde
 functions of (seed, epoch, row, step), so there is no generator or loader to restore.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
 import os
 import time
-from argparse import Namespace
+from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median_low
 
 import torch
 import torch.distributed as dist
@@ -34,12 +33,13 @@ from .codec import (
     weights_hash,
 )
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
-from .decoder import DualHeadDecoder, chosen_heads, taps_of
+from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
 from .runlog import RunLog, SampleLog, git_sha, human_time, step_line, versions
 from .schedule import (
     Epoch,
     adam_betas,
+    chosen_heads,
     epoch_order,
     groups_of,
     make_plan,
@@ -56,7 +56,7 @@ from .starts import start_head
 class Run:
     """What never changes after the start."""
 
-    args: Namespace
+    args: object  # every option of train_dual_head.py by name
     rank: int
     world: int  # processes
     device: torch.device
@@ -102,7 +102,7 @@ class Run:
         return list(map(float, values))
 
 
-def open_run(args, saved: dict | None) -> tuple[Run, State]:
+def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     """Load codec and data, build the model; saved: the checkpoint to go on from. Raises UserError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(os.environ["LOCAL_RANK"] if world > 1 and args.device != "cpu" else args.device)
@@ -130,6 +130,8 @@ def open_run(args, saved: dict | None) -> tuple[Run, State]:
     model = DualHeadDecoder(snac, run.heads, taps, with_encoder=args.heads == "24k")
     if "48k" in run.heads and not saved:
         start_head(model, snac, args.init)
+    if args.data_dir and not run.full:
+        run.snac = snac.to(device).requires_grad_(False)  # before a phase opens what it shares with the model
     state = State(model.to(device), FullCodec(model, align_samples(snac)) if run.full else None)
     state.codes = torch.zeros(2, len(geometry.vq_strides), geometry.codebook_size, dtype=torch.int64)
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
@@ -138,8 +140,6 @@ def open_run(args, saved: dict | None) -> tuple[Run, State]:
         state.load_state_dict(run, saved)
     else:
         enter_phase(run, state, run.plan[0].phase)
-    if args.data_dir and not run.full:
-        run.snac = snac.to(device).requires_grad_(False)
     if args.upsampler == "sidon" and args.data_dir and args.heads != "24k" and not args.audio_48k_dir:
         from .sidon import Sidon
 
@@ -230,6 +230,7 @@ class State:
     baseline: dict = field(default_factory=dict)  # baseline_metrics.json
     first_step: int = 0  # where this process began
     saved_at: float = field(default_factory=time.time)  # the last checkpoint by the clock
+    paces: deque = field(default_factory=lambda: deque(maxlen=20))  # seconds a second of audio, latest lines
     bad_files: dict[str, str] = field(default_factory=dict)  # name: reason
     left_out: set[str] = field(default_factory=set)
     unfaithful: set[str] = field(default_factory=set)
@@ -510,11 +511,10 @@ def report_codes(run: Run, state: State, epoch: Epoch | None) -> None:
 def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed: float) -> None:
     """The line of a step, in the log and in metrics.jsonl; one more metric goes into the latter."""
     a, rates = run.args, rates_at(run.args, run.plan, state.step - 1)
-    pace = (time.time() - run.began) / max(state.step - state.first_step, 1)
-    # steps of later epochs are as long as their segments: scale the pace by audio still to come
+    # steps of later epochs are as long as their segments: count the audio still to come
     todo = sum((e.first_step + e.steps - max(e.first_step, state.step)) * e.segment * e.batch
                for e in run.plan if e.first_step + e.steps > state.step)  # fmt: skip
-    eta, rate = pace * todo / (epoch.segment * epoch.batch), rates.get("head_48k", rates.get("head_24k"))
+    eta, rate = median_low(state.paces) * todo, rates.get("head_48k", rates.get("head_24k"))
     shown = {"loss": means.get("loss"), "24k": means.get("loss_24k"), "48k": means.get("loss_48k")}
     shown = {k: v for k, v in shown.items() if v is not None}
     shown |= {"lr": rate, "norm": norm, "audio-s/s": speed, "eta": human_time(eta)}

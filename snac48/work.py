@@ -1,7 +1,6 @@
 """A list of files shared among any number of processes on any machines, without server and locks."""
 
-from __future__ import annotations
-
+import collections
 import json
 import os
 import socket
@@ -24,14 +23,15 @@ class SharedWork:
     Below `<output_dir>/work/`: `plan_K.bin` (NUL-separated file list, immutable once linked into place),
     `unit_N.G.claim` (exclusive creation is the claim; a dead owner is followed by generation G+1),
     `unit_N.json` (the unit's result, written after its outputs: the commit). Nothing is ever locked, so a
-    kill -9 at any moment leaves only a claim that the next process sees is dead.
+    kill -9 at any moment leaves only a claim that the next process sees is dead. warn(text) is called where
+    a claim can't be kept alive.
     """
 
-    def __init__(self, output_dir: str | Path, files: list[str], unit_size: int, settings: dict):
+    def __init__(self, output_dir: str | Path, files: list[str], unit_size: int, settings: dict, warn):
         self.dir = Path(output_dir) / "work"
         self.dir.mkdir(parents=True, exist_ok=True)
         sweep_leftovers(self.dir)
-        self.unit_size = unit_size
+        self.unit_size, self.warn = unit_size, warn
         self.token = uuid.uuid4().hex
         self.claims: dict[int, Path] = {}  # units that are ours now
         self.agree("settings.json", settings | {"unit_size": unit_size})
@@ -64,10 +64,10 @@ class SharedWork:
         begun = read_json(self.dir / name)
         differ = [f"{k}: {begun.get(k)!r} then, {v!r} now" for k, v in settings.items() if begun.get(k) != v]
         if differ:
-            begun = any(self.dir.glob("unit_*.json"))
-            raise UserError(f"{self.dir.parent} was begun with other settings ({'; '.join(differ)}); "
-                            "use the same ones or another --output_dir"
-                            + ("" if begun else f", or delete {self.dir}: no file is done yet"))  # fmt: skip
+            todo = "use the same ones or another --output_dir"
+            if not any(self.dir.glob("unit_*.json")):
+                todo += f", or delete {self.dir}: no file is done yet"
+            raise UserError(f"{self.dir.parent} was begun with other settings ({'; '.join(differ)}); {todo}")
 
     def _plan(self, files: list[str]) -> None:
         wanted = list(files)
@@ -103,7 +103,7 @@ class SharedWork:
                 try:
                     os.utime(held)
                 except OSError as e:
-                    print(f"warning: claim {held.name} could not be refreshed: {e}", flush=True)
+                    self.warn(f"warning: claim {held.name} could not be refreshed: {e}")
 
     def result_path(self, unit: int) -> Path:
         return self.dir / f"unit_{unit:06d}.json"
@@ -142,7 +142,9 @@ class SharedWork:
     def release(self, unit: int | None = None) -> None:
         """Give a unit, or all that are ours, back unfinished (a stop was asked for)."""
         for u in list(self.claims) if unit is None else [unit]:
-            self.claims.pop(u).unlink(missing_ok=True)
+            if self.still_ours(u):  # else the next generation rests on ours
+                self.claims[u].unlink(missing_ok=True)
+            del self.claims[u]
 
     def results(self) -> list[dict] | None:
         """Results of all units in order, or None while some are not done."""
@@ -156,3 +158,19 @@ class SharedWork:
 
     def close(self) -> None:
         self._stop.set()
+
+
+def in_order(pool, function, jobs, ahead: int):
+    """Yield (key, function(*args)) of the jobs (key, args), in their order; at most `ahead` of them are with
+    the processes of the pool (None: each is done here when its turn comes)."""
+    if pool is None:
+        yield from ((key, function(*args)) for key, args in jobs)
+        return
+    begun = collections.deque()
+    for key, args in jobs:
+        begun.append((key, pool.submit(function, *args)))
+        if len(begun) == ahead:
+            key, future = begun.popleft()
+            yield key, future.result()
+    for key, future in begun:
+        yield key, future.result()

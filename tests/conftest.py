@@ -4,6 +4,7 @@ audio files."""
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 # before torch is imported, and for every process a test starts: with another number of threads sums are added
 # in another order, and a resumed run would differ from the unbroken one in the last digits
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 import torch
@@ -20,6 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from snac import SNAC
+
+from snac48.cli import STOP_SIGNALS, UserError
 
 TINY = {
     "sampling_rate": 24000,
@@ -96,6 +101,28 @@ def one_sentence(done) -> str:
     return line
 
 
+def parquet_rows(cache: Path) -> list[dict]:
+    return [r for p in sorted(cache.glob("*.parquet")) for r in pq.read_table(p).to_pylist()]
+
+
+def call(script, *args) -> int:
+    """main() of an imported script, without starting torch once more; what it does to signals is undone."""
+    handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    try:
+        return script.main(script.parse_args([*map(str, args)]))
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def refused(script, *args) -> str:
+    """The one sentence with which an imported script refuses these arguments."""
+    with pytest.raises(UserError) as e:
+        call(script, *args)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
 @pytest.fixture(scope="session")
 def snac():
     return make_snac()
@@ -140,7 +167,44 @@ def cache_dir(audio_dir, snac_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def targets_dir(audio_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("targets")
-    run("precompute_48k.py", "--input_dir", audio_dir, "--output_dir", out, "--native_rate", 44100,
-        "--device", "cpu", "--num_workers", 0)  # fmt: skip
+    import precompute_48k
+
+    out, folders = tmp_path_factory.mktemp("targets"), ("--input_dir", audio_dir, "--output_dir")
+    call(precompute_48k, *folders, out, "--native_rate", 44100, "--device", "cpu", "--num_workers", 0)
     return out
+
+
+@pytest.fixture(scope="session")
+def speech_48k(tmp_path_factory):
+    """12 recordings at 48 kHz, 16 bit, of 0.6 to 2.1 s: what cache and raw audio read the same."""
+    root = tmp_path_factory.mktemp("speech48")
+    for i in range(12):
+        sf.write(root / f"utt{i:02d}.wav", voice(0.6 + 0.14 * i, 48000, i), 48000)
+    return root
+
+
+@pytest.fixture(scope="session")
+def codes_48k(speech_48k, snac_dir, tmp_path_factory):
+    import cache_codes
+
+    out = tmp_path_factory.mktemp("codes48")
+    call(cache_codes, "--data_dir", speech_48k, "--output_dir", out, "--pretrained_model", snac_dir,
+         "--device", "cpu", "--num_workers", 0, "--min_seconds", 0.1)  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="session")
+def checkpoint(cache_dir, targets_dir, snac_dir, tmp_path_factory):
+    """best_model.pt of two epochs: the first of them trains the 48 kHz head alone."""
+    from helpers.training import training
+
+    out = tmp_path_factory.mktemp("run")
+    assert training(cache_dir, targets_dir, snac_dir, out, "--epochs", 2).train() == 0
+    return out / "best_model.pt"
+
+
+@pytest.fixture(scope="session")
+def sidon_dir(tmp_path_factory):
+    from helpers import standin
+
+    return standin.build(tmp_path_factory.mktemp("sidon"))

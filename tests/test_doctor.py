@@ -1,39 +1,21 @@
 """doctor.py: names the checkpoint where a run went wrong; reads both trainers' checkpoints."""
 
 import csv
-import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import run
+from helpers.rvq import command, make_npqs, metrics, run_here
 
 import doctor
-import train_rvq
-from snac48 import tokens as npq
 from snac48.checkpoint import load_checkpoint, save_checkpoint
 from snac48.cli import UserError
 
 
-def make_data(folder):
-    folder.mkdir()
-    for i in range(24):
-        tok = (np.random.default_rng(i).integers(0, 16, (12, 1)) + 3 * np.arange(3)) % 16
-        npq.write_npq(folder / f"{i:03d}.npq", tok, [16] * 3, 86.13)
-    return str(folder / "*.npq")
-
-
 def train(data, folder, *extra):
-    argv = ["--data", data, "--save_dir", str(folder), "--device", "cpu", "--ctx", "12", "--batch", "2",
-            "--accum", "2", "--d_model", "16", "--layers", "1", "--heads", "2", "--depth_layers", "1",
-            "--num_workers", "0", "--eval-audio-every", "0", "--archive-every", "1", "--quiet",
-            *extra]  # fmt: skip
-    return train_rvq.train(train_rvq.parse_training(argv))
+    return run_here(command(folder.parent, data, "--quiet", *extra, run=folder.name))
 
 
 def run_doctor(monkeypatch, *argv):
@@ -44,7 +26,7 @@ def run_doctor(monkeypatch, *argv):
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("doctor")
-    data = make_data(tmp / "npq")
+    data = make_npqs(tmp / "npq")
     train(data, tmp / "run", "--epochs", "6", "--lr", "3e-3")
     return tmp, data
 
@@ -76,16 +58,9 @@ def test_names_where_a_large_rate_broke_the_run(healthy, tmp_path, monkeypatch, 
     _, data = healthy
     train(data, tmp_path / "run", "--epochs", "14", "--lr", "1.5", "--warmup-ratio", "0.99", "--ema", "0",
           "--outlier-skip-factor", "0", "--grad-clip", "0")  # fmt: skip
-    vals = [
-        m["val_loss"]
-        for m in map(json.loads, open(tmp_path / "run/metrics.jsonl"))
-        if m.get("event") == "val"
-    ]
-    truth = next(
-        i + 1
-        for i, v in enumerate(vals)
-        if v > min(vals[:i], default=9e9) + 0.5 or v > np.log(16) * 1.02 + 0.05
-    )
+    vals = [m["val_loss"] for m in metrics(tmp_path / "run") if m.get("event") == "val"]
+    sick = (v > min([9e9, *vals[:i]]) + 0.5 or v > np.log(16) * 1.02 + 0.05 for i, v in enumerate(vals))
+    truth = 1 + list(sick).index(True)
     code = run_doctor(monkeypatch, "--ckpts", tmp_path / "run/*_epoch_e*.pt")
     out = capsys.readouterr().out
     assert code == 4 and f"It went wrong at rvq_3cb_epoch_e{truth:04d}__" in out, (vals, out)
@@ -142,11 +117,8 @@ def test_dual_head_checkpoints(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "went wrong at checkpoint_epoch5.pt" in out and "times as far" in out
     rows = list(csv.DictReader(open(tmp_path / "h.csv")))
-    assert (
-        [r["epoch"] for r in rows] == list("123456")
-        and rows[0]["best_val"] == "2.5"
-        and rows[0]["skipped"] == "2"
-    )
+    assert [r["epoch"] for r in rows] == list("123456")
+    assert rows[0]["best_val"] == "2.5" and rows[0]["skipped"] == "2"
     assert rows[4]["lr"] == "0.2" and rows[0]["kind"] == "dual_head"
 
 
@@ -156,5 +128,4 @@ def test_errors_and_help(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", {"weights": 1})
     with pytest.raises(UserError, match="not a checkpoint of"):
         run_doctor(monkeypatch, "--ckpts", tmp_path / "*.pt")
-    out = subprocess.run([sys.executable, str(ROOT / "doctor.py"), "--help"], capture_output=True, text=True)
-    assert out.returncode == 0 and "--probe-data" in out.stdout
+    assert "--probe-data" in run("doctor.py", "--help").stdout

@@ -1,4 +1,4 @@
-"""All 200 cases of fuzz.py through the programs: no crash, no silent drop, no code run, each with a reason.
+"""All 200 cases of helpers/fuzz.py through the programs: no crash, nothing dropped unsaid, a reason each.
 
 FUZZ_SEED=7 python -m pytest tests/test_fuzz.py    # another 200
 """
@@ -11,14 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fuzz
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 import torch
-from conftest import voice
-from test_train import tiny_args
+from conftest import call, voice
+from helpers import fuzz
+from helpers.training import Training, newest, tiny_args
 
 import cache_codes
 import doctor
@@ -75,10 +75,8 @@ def wav_folder(tmp_path_factory):
 
 def test_bad_wavs_are_listed_by_the_cache_with_their_reason(wav_folder, snac_dir, tmp_path):
     folder, cases = wav_folder
-    flags = {"--data_dir": folder, "--output_dir": tmp_path, "--device": "cpu",
-             "--pretrained_model": snac_dir,
-             "--num_workers": 0, "--min_seconds": 0.1, "--max_bad_fraction": 1}  # fmt: skip
-    assert cache_codes.main([str(v) for pair in flags.items() for v in pair]) == 0
+    args = ("--data_dir", folder, "--output_dir", tmp_path, "--device", "cpu", "--pretrained_model", snac_dir)
+    assert call(cache_codes, *args, "--num_workers", 0, "--min_seconds", 0.1, "--max_bad_fraction", 1) == 0
     skipped = {r["file_path"]: r["reason"] for r in map(json.loads, open(tmp_path / "skipped.jsonl"))}
     rows = [r for p in tmp_path.glob("*.parquet") for r in pq.read_table(p).to_pylist()]
     kept = {r["file_path"] for r in rows}
@@ -87,12 +85,10 @@ def test_bad_wavs_are_listed_by_the_cache_with_their_reason(wav_folder, snac_dir
     check([(c.name, verdict(c, skipped.get(f"{c.name}.wav"))) for c in cases])
 
 
-def test_bad_wavs_are_listed_by_precompute_with_their_reason(wav_folder, tmp_path, monkeypatch):
+def test_bad_wavs_are_listed_by_precompute_with_their_reason(wav_folder, tmp_path):
     folder, cases = wav_folder
-    monkeypatch.setattr(sys, "argv", ["precompute_48k.py", "--input_dir", str(folder), "--output_dir",
-                                      str(tmp_path), "--upsampler", "sinc", "--num_workers", "0",
-                                      "--max_bad_fraction", "1"])  # fmt: skip
-    assert precompute_48k.main() == 0
+    args = ("--input_dir", folder, "--output_dir", tmp_path, "--upsampler", "sinc", "--num_workers", 0)
+    assert call(precompute_48k, *args, "--max_bad_fraction", 1) == 0
     skipped = {r["path"]: r["reason"] for r in map(json.loads, open(tmp_path / "skipped.jsonl"))}
     rows = {r["path"]: r for r in map(json.loads, open(tmp_path / "manifest.jsonl"))}
     assert len(rows) + len(skipped) == len(cases) + 2 and not rows.keys() & skipped.keys()
@@ -182,7 +178,7 @@ def good_run(cache_dir, targets_dir, snac_dir, tmp_path_factory):
     """A finished run of four steps with averaged weights."""
     out = tmp_path_factory.mktemp("good")
     argv = tiny_args(cache_dir, targets_dir, snac_dir, out, "--ema", 0.9, "--limit", 4, "--val_limit", 1)
-    assert T.Trainer(T.parse_args(argv)[0]).train() == 0
+    assert Training(argv).train() == 0
     return out, argv
 
 
@@ -192,8 +188,11 @@ def test_bad_checkpoints_are_refused_in_one_sentence(good_run, tmp_path):
     reference = load_checkpoint(good)
     cases = fuzz.checkpoints(SEED, good, marker)
     assert len(cases) == fuzz.CHECKPOINTS
-    trainer = T.Trainer(T.parse_args([*argv, "--output_dir", str(tmp_path / "resumed")])[0])
-    outcomes = []
+    t, outcomes = Training([*argv, "--output_dir", str(tmp_path / "resumed")]), []
+
+    def resume(path):
+        t.run.args.resume, t.state.phase = str(path), ""
+        t.state.load_state_dict(t.run, T.parse_args(["--resume", str(path), *argv])[2])
 
     def reason_of(function, *args):
         try:
@@ -208,11 +207,11 @@ def test_bad_checkpoints_are_refused_in_one_sentence(good_run, tmp_path):
         shutil.copy(good, folder / "checkpoint_epoch2.pt")
         path = case.write(folder / "checkpoint_epoch3.pt")
         os.utime(folder / "checkpoint_epoch2.pt", (1, 1))
-        refused = reason_of(T.parse_args, ["--resume", str(path), *argv]) or reason_of(trainer.restore, path)
+        refused = reason_of(resume, path)
         if refused is None and case.expect == "either":  # a byte without meaning: then it is the same state
-            assert all(torch.equal(v, reference["model"][k]) for k, v in trainer.model.state_dict().items())
+            assert all(torch.equal(v, reference["model"][k]) for k, v in t.state.model.state_dict().items())
         outcomes.append((case.name, verdict(case, refused)))
-        found = T.find_resume("auto", str(folder))
+        found, _ = newest(folder)
         if refused and reason_of(load_checkpoint, path):
             assert found == folder / "checkpoint_epoch2.pt", case.name
         spoken = reason_of(load_dual_head, path)

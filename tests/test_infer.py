@@ -1,28 +1,16 @@
-"""infer.py, evaluate.py and prepare_dataset.py on a trained tiny checkpoint."""
-
-import json
-import os
+"""infer.py on a trained tiny checkpoint: files, chunks, streams and exports."""
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from conftest import make_snac as make
-from conftest import one_sentence, run, save_snac, voice
-from test_train import trainer
+from conftest import call, make_snac, one_sentence, refused, run, save_snac, voice
 
-import evaluate as E
+import infer
 from snac48.checkpoint import load_checkpoint, save_checkpoint
 from snac48.cli import UserError
 from snac48.codec import geometry_of, model_config
 from snac48.decoder import DualHead, DualHeadDecoder, load_dual_head
-
-
-@pytest.fixture(scope="module")
-def checkpoint(cache_dir, targets_dir, snac_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    assert trainer(cache_dir, targets_dir, snac_dir, out, "--epochs", 2).train() == 0
-    return out / "best_model.pt"
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +81,9 @@ def test_onnx_computes_the_same_for_any_length(checkpoint, tts, tmp_path):
 def test_wav_folder_and_cache_give_the_same_48k_files(checkpoint, audio_dir, cache_dir, tmp_path):
     base = ("--checkpoint", checkpoint, "--device", "cpu")
     run("infer.py", *base, "--input", audio_dir, "--output", tmp_path / "a")
-    run("infer.py", *base, "--input", cache_dir, "--output", tmp_path / "b")
-    run("infer.py", *base, "--input", audio_dir / "a" / "utt00.wav", "--output", tmp_path / "one.wav",
-        "--sample_rate", "both", "--chunk_seconds", 0.3)  # fmt: skip
+    call(infer, *base, "--input", cache_dir, "--output", tmp_path / "b")
+    one = ("--input", audio_dir / "a" / "utt00.wav", "--output", tmp_path / "one.wav")
+    call(infer, *base, *one, "--sample_rate", "both", "--chunk_seconds", 0.3)
     found = sorted(p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*.wav"))
     assert len(found) == 14 and "b c/utt07.wav" in found
     for rel in found:
@@ -107,23 +95,26 @@ def test_wav_folder_and_cache_give_the_same_48k_files(checkpoint, audio_dir, cac
     y, _ = sf.read(tmp_path / "a" / "a" / "utt00.wav", dtype="int16")
     assert len(x) == 48000 and np.abs(x.astype(int) - y).max() <= 1
     assert len(sf.read(tmp_path / "one_24k.wav")[0]) == 24000
-    raw = run(
-        "infer.py",
-        *base,
-        "--input",
-        audio_dir / "a" / "utt00.wav",
-        "--output",
-        "-",
-        "--stream",
-        text_ok=False,
-    )
+    talk = ("--input", audio_dir / "a" / "utt00.wav", "--output", "-", "--stream")
+    raw = run("infer.py", *base, *talk, text_ok=False)
     assert np.abs(np.frombuffer(raw.stdout, "<i2").astype(int) - y).max() <= 2
+
+
+def test_one_shard_and_names_that_are_taken(checkpoint, audio_dir, cache_dir, tmp_path):
+    """A single .parquet gives the wavs of its rows; a/b.mp3 and a/b.ogg do not overwrite each other."""
+    shard = cache_dir / "codes_batch_gpu0_2.parquet"
+    args = ("--checkpoint", checkpoint, "--device", "cpu", "--sample_rate", 24000)
+    call(infer, *args, "--input", shard, "--output", tmp_path / "s")
+    assert sorted(p.name for p in tmp_path.rglob("*.wav")) == [f"utt{i}.wav" for i in range(10, 14)]
+    taken = {}
+    names = [infer.wav_name(rel, "o", taken) for rel in ("a/b.mp3", "a/b.ogg", "c.wav", "a/b.mp3")]
+    assert names == ["o/a/b.wav", "o/a/b.ogg.wav", "o/c.wav", "o/a/b.wav"]
 
 
 def test_mistakes_get_one_sentence_and_write_nothing(checkpoint, snac_dir, tmp_path):
     (tmp_path / "text.wav").write_text("no audio")
     sf.write(tmp_path / "ok.wav", voice(1, 24000, 0), 24000)
-    other = save_snac(make(5), tmp_path / "other")
+    other = save_snac(make_snac(5), tmp_path / "other")
     state = load_checkpoint(checkpoint)
     del state["model_config"]
     save_checkpoint(tmp_path / "foreign.pt", state)
@@ -138,128 +129,31 @@ def test_mistakes_get_one_sentence_and_write_nothing(checkpoint, snac_dir, tmp_p
         (checkpoint, ["--pretrained_model", other], "is not the one this decoder was trained with"),
         (checkpoint, ["--device", 3], "GPU 3 isn't there"),
     ]:
-        done = run("infer.py", "--input", tmp_path / "ok.wav", "--output", out, "--device", "cpu",
-                   "--checkpoint", ckpt, *extra, code=1)  # fmt: skip
-        assert words in one_sentence(done)
+        args = (
+            "--input",
+            tmp_path / "ok.wav",
+            "--output",
+            out,
+            "--device",
+            "cpu",
+            "--checkpoint",
+            ckpt,
+            *extra,
+        )
+        assert words in refused(infer, *args)
+    assert words in one_sentence(run("infer.py", *args, code=1))
     assert not out.exists()
     with pytest.raises(UserError, match="no codes"):
         list(load_dual_head(checkpoint).stream([]))
 
 
-# ---- evaluate ----
-
-
-def test_metrics_differ_between_systems_and_are_right_on_known_signals():
-    t = torch.arange(48000) / 48000
-    x = 0.3 * torch.sin(2 * torch.pi * 440 * t)
-    assert (
-        E.si_sdr(0.5 * x, x) > 100
-        and abs(E.si_sdr(x + 0.03 * torch.cos(2 * torch.pi * 440 * t), x) - 20) < 0.1
-    )
-    assert E.mel_distance(x, x, 48000) == 0 and E.mel_distance(10 * x, x, 48000) > 0.5
-    assert torch.equal(E.pcm16(torch.tensor([2.0, -2.0, 0.5])), torch.tensor([32767 / 32768, -1.0, 0.5]))
-    filters = E.mel_filters(48000, 2048)
-    assert filters.shape == (80, 1025) and filters.max() <= 1 and (filters.sum(1) > 0).all()
-
-
-def test_evaluate_compares_all_systems_on_the_same_clips(checkpoint, audio_dir, tmp_path):
-    args = ("--checkpoint", checkpoint, "--data_dirs", audio_dir, "--device", "cpu", "--segment_length", 0.5)
-    run("evaluate.py", *args, "--output", tmp_path / "e" / "r.json", "--samples_dir", tmp_path / "s",
-        "--num_samples", 4)  # fmt: skip
-    r = json.loads((tmp_path / "e" / "r.json").read_text())
-    assert r["clips"] == 4 and abs(r["seconds"] - 4 * 5 * 2048 / 24000) < 1e-3
-    assert list(r["systems"]) == ["base_snac", "base_snac_sinc48", "ours_24k", "ours_48k"]
-    everywhere = {"l1", "stft", "mel", "rtf"}
-    for name, row in r["systems"].items():
-        assert set(row) == everywhere | ({"lsd", "lsd_12_24k"} if "48" in name else {"si_sdr"})
-    assert r["systems"]["ours_48k"]["lsd"] != r["systems"]["base_snac_sinc48"]["lsd"]
-    wavs = {p.name: sf.read(p) for p in (tmp_path / "s").glob("000_*.wav")}
-    assert {n.split("_", 1)[1][:-4]: w[1] for n, w in wavs.items()} == {
-        "original": 48000,
-        "base_snac": 24000,
-        "base_snac_sinc48": 48000,
-        "ours_24k": 24000,
-        "ours_48k": 48000,
-    }
-    signals = [w[0].tobytes() for w in wavs.values()]
-    assert len(set(signals)) == 5  # five different sounds, not one written five times
-    assert "| ours_48k |" in (tmp_path / "e" / "r.md").read_text()
-    assert (tmp_path / "e" / "r.png").read_bytes()[:4] == b"\x89PNG"
-    run(
-        "evaluate.py",
-        *args,
-        "--output",
-        tmp_path / "2.json",
-        "--samples_dir",
-        tmp_path / "s2",
-        "--num_samples",
-        4,
-        "--max_samples_saved",
-        0,
-    )
-    again = json.loads((tmp_path / "2.json").read_text())["systems"]
-    assert all(again[s][k] == v for s, row in r["systems"].items() for k, v in row.items() if k != "rtf")
-
-
-def test_visqol_measures_48_khz_systems_and_is_named_when_missing(checkpoint, audio_dir, tmp_path):
-    argv = ["evaluate.py", "--checkpoint", checkpoint, "--data_dirs", audio_dir, "--device", "cpu",
-            "--visqol", "--num_samples", 1, "--output", tmp_path / "r.json",
-            "--samples_dir", tmp_path / "s"]  # fmt: skip
-    (tmp_path / "visqol.py").write_text("raise ImportError")
-    found = {"PYTHONPATH": f"{tmp_path}:{E.__file__[: -len('/evaluate.py')]}"}
-    assert "pip install visqol-python" in one_sentence(run(*argv, code=1, env=found))
-    (tmp_path / "visqol.py").write_text(
-        "class R: moslqo = 3.25\n"
-        "class VisqolApi:\n"
-        "    def create(self, mode): assert mode == 'audio'\n"
-        "    def measure_from_arrays(self, reference, degraded, rate):\n"
-        "        assert rate == 48000 and len(reference) == len(degraded) and any(reference != degraded)\n"
-        "        return R\n"
-    )
-    run(*argv, env=found)
-    systems = json.loads((tmp_path / "r.json").read_text())["systems"]
-    assert {s for s, row in systems.items() if row.get("visqol") == 3.25} == {"base_snac_sinc48", "ours_48k"}
-    assert "| visqol |" in (tmp_path / "r.md").read_text()
-
-
 def test_an_untrained_dual_head_scores_like_base_snac(snac_dir):
     """At initialisation our 24 kHz output is base SNAC's, so a difference in the table is a difference
     learnt."""
-    a, b = (DualHead(DualHeadDecoder(s), geometry_of(s, ""), model_config(s), torch.device("cpu"), "")
-            for s in (make(), make()))  # fmt: skip
-    assert torch.equal(a.decode(codes_of(6))[0], b.decode(codes_of(6))[0])
-
-
-# ---- prepare_dataset ----
-
-
-def test_a_split_keeps_groups_together_and_is_the_same_for_the_same_seed(tmp_path):
-    source = tmp_path / "in"
-    for speaker in range(10):
-        for take in range(4):
-            path = source / f"spk{speaker}" / f"same_name_{take}.wav"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sf.write(path, voice(0.1, 8000, take), 8000)
-    for out in ("a", "b"):
-        run("prepare_dataset.py", "--input_dir", source, "--output_dir", tmp_path / out, "--train_ratio", 0.8,
-            "--group_by", "parent")  # fmt: skip
-    listing = lambda d: sorted(p.relative_to(d).as_posix() for p in d.rglob("*.wav"))
-    assert listing(tmp_path / "a") == listing(tmp_path / "b") and len(listing(tmp_path / "a")) == 40
-    speakers = lambda part: {rel.split("/")[0] for rel in listing(tmp_path / "a" / part / "audio")}
-    train, valid = speakers("train"), speakers("valid")
-    assert len(valid) == 2 and not train & valid
-    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
-    assert manifest["files"] == {"train": 32, "valid": 8} and manifest["mode"] == "symlink"
-    assert os.path.islink(tmp_path / "a" / "train" / "audio" / listing(tmp_path / "a" / "train" / "audio")[0])
-    done = run("prepare_dataset.py", "--input_dir", source, "--output_dir", tmp_path / "a", code=1)
-    assert "already holds a split" in one_sentence(done)
-    run("prepare_dataset.py", "--input_dir", source, "--output_dir", tmp_path / "c", "--seed", 7, "--copy",
-        "--train_ratio", 0.8, "--group_by", "parent")  # fmt: skip
-    assert not any(p.is_symlink() for p in (tmp_path / "c").rglob("*.wav"))
-
-
-def test_links_of_a_prepared_dataset_are_followed_by_the_cache(snac_dir, audio_dir, tmp_path):
-    run("prepare_dataset.py", "--input_dir", audio_dir, "--output_dir", tmp_path / "d", "--train_ratio", 0.7)
-    run("cache_codes.py", "--data_dir", tmp_path / "d" / "valid" / "audio", "--output_dir", tmp_path / "c",
-        "--pretrained_model", snac_dir, "--device", "cpu", "--num_workers", 0)  # fmt: skip
-    assert json.loads((tmp_path / "c" / "metadata.json").read_text())["rows"] == 4
+    made = []
+    for snac in (make_snac(), make_snac()):
+        tts = DualHead(
+            DualHeadDecoder(snac), geometry_of(snac, ""), model_config(snac), torch.device("cpu"), ""
+        )
+        made.append(tts.decode(codes_of(6))[0])
+    assert torch.equal(*made)

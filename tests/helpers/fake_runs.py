@@ -4,8 +4,6 @@ python tests/helpers/fake_runs.py DIR    a fleet of every kind of run in DIR/log
                                          live writers: then `python monitor.py --log_dir DIR/logs`
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

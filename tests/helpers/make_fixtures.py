@@ -89,7 +89,7 @@ def recordings_and_caches():
         (HERE / "audio" / name).parent.mkdir(parents=True, exist_ok=True)
         sf.write(HERE / "audio" / name, 0.5 * voice(seconds, rate, i), rate)
     save_snac(make_snac(**SMALL), HERE / "snac", TINY | SMALL)
-    import standin
+    from helpers import standin
 
     standin.build(HERE / "sidon")
     for part in ("train", "val"):

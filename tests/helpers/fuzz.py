@@ -338,6 +338,7 @@ def checkpoints(seed: int, good: Path, marker: Path) -> list[Case]:
         without("model", weight),
         without("model"),
         without("optimizer"),
+        without("codes"),
         without("guard"),
         without("scheduler"),
         without("validated_epoch"),

@@ -9,6 +9,7 @@ output's envelope is the input's, with no delay.
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,3 +70,20 @@ def build(folder: Path, device: str = "cpu", extractor: nn.Module | None = None,
     torch.jit.script((extractor or Extractor()).eval()).save(str(folder / f"feature_extractor_{device}.pt"))
     torch.jit.script(Decoder(lost).eval()).save(str(folder / f"decoder_{device}.pt"))
     return folder
+
+
+def buzz(rate: int, seconds: float, seed: int = 0, floor: float = 0.01):
+    """80 ms bursts of a flat-envelope buzz at random times: (float32 samples, the bursts' centres in s)."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(rate * seconds)) / rate
+    top = min(79, rate // 200 - 2)
+    period = t[: rate // 50] if rate % 50 == 0 else t
+    carrier = sum(np.cos(2 * np.pi * 100 * k * period + np.pi * k * k / top) for k in range(2, top)) / 11
+    carrier = np.resize(carrier, len(t))
+    centres = np.arange(0.5, seconds - 0.4, 0.5)
+    centres = centres + rng.uniform(-0.1, 0.1, len(centres))
+    envelope = np.full(len(t), floor)
+    for c in centres:
+        at = slice(max(0, round((c - 0.25) * rate)), round((c + 0.25) * rate))
+        envelope[at] += rng.uniform(0.3, 1) * np.exp(-0.5 * ((t[at] - c) / 0.04) ** 2)
+    return (0.1 * envelope * carrier).astype(np.float32), centres

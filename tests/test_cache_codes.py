@@ -1,0 +1,136 @@
+"""cache_codes.py: the codes of every file, any number of processes, whatever the files are like."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import soundfile as sf
+import torch
+from conftest import ROOT, call, children_cpu, one_sentence, parquet_rows, refused, run, voice
+
+import cache_codes
+from snac48.audio import find_audio, read_audio, resample
+from snac48.codec import geometry_of
+
+
+def flags(data, out, model, workers=0) -> tuple:
+    folders = ("--data_dir", data, "--output_dir", out, "--pretrained_model", model)
+    return (*folders, "--device", "cpu", "--num_workers", workers)
+
+
+def test_cached_codes_equal_encoding_each_file_alone(cache_dir, audio_dir, snac):
+    rows = parquet_rows(cache_dir)
+    assert [r["file_path"] for r in rows] == find_audio(audio_dir)  # every file, sorted, relative
+    for row in rows:
+        x, rate = read_audio(audio_dir / row["file_path"])
+        audio = torch.from_numpy(resample(x, rate, 24000))[None, None]
+        assert row["audio_length"] == audio.shape[-1]
+        for k, codes in enumerate(snac.encode(audio)):
+            assert row[f"codes_scale_{k}"] == codes[0].tolist(), row["file_path"]
+
+
+def test_cache_says_which_model_made_it_and_counts(cache_dir, snac):
+    meta = json.loads(pq.read_schema(next(cache_dir.glob("*.parquet"))).metadata[b"snac"])
+    assert (meta["hop_length"], meta["vq_strides"], meta["sampling_rate"]) == (512, [4, 2, 1], 24000)
+    assert meta["weights_sha256"] == geometry_of(snac, "").weights_sha256
+    counts = json.loads((cache_dir / "metadata.json").read_text())
+    assert counts["rows"] == 14 and counts["rows"] + counts["skipped"] == counts["files"]
+    assert sorted(p.name for p in cache_dir.glob("*.parquet")) == [
+        f"codes_batch_gpu0_{i}.parquet" for i in range(3)
+    ]
+
+
+def test_restart_skips_what_is_done_and_new_files_are_added(audio_dir, snac_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(audio_dir / "a", data)
+    args = flags(data, tmp_path / "c", snac_dir)
+    assert call(cache_codes, *args) == 0
+    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "c").glob("*.parquet")}
+    shutil.copy(audio_dir / "b c" / "utt07.wav", data / "new.wav")
+    assert call(cache_codes, *args) == 0
+    second = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "c").glob("*.parquet")}
+    assert first.items() < second.items() and len(second) == len(first) + 1
+    assert json.loads((tmp_path / "c" / "metadata.json").read_text())["rows"] == 8
+    assert "other settings" in refused(cache_codes, *args, "--min_seconds", "2.5")
+
+
+def test_processes_share_a_folder_and_a_killed_one_is_replaced(audio_dir, snac_dir, cache_dir, tmp_path):
+    args = (*flags(audio_dir, tmp_path / "c", snac_dir), "--rows_per_file", 2)
+    command = [sys.executable, ROOT / "cache_codes.py", *args]
+    jobs = [subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) for _ in range(2)]
+    deadline = time.time() + 60
+    while not list((tmp_path / "c" / "work").glob("*.claim")) and time.time() < deadline:
+        time.sleep(0.02)
+    jobs[0].send_signal(signal.SIGKILL)
+    jobs[0].wait()
+    assert jobs[1].wait(timeout=120) == 0
+    run("cache_codes.py", *args)  # takes over what the dead one held, if it held anything
+    rows = parquet_rows(tmp_path / "c")
+    key = lambda r: r["file_path"]
+    assert sorted(rows, key=key) == sorted(parquet_rows(cache_dir), key=key)
+
+
+def test_bad_files_are_skipped_by_name_and_reason(audio_dir, snac_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(audio_dir / "a", data)
+    sf.write(data / "short.wav", voice(0.3, 24000, 1), 24000)
+    (data / "text.wav").write_text("this is not audio")
+    whole = (data / "utt00.wav").read_bytes()
+    (data / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    (data / "empty.wav").write_bytes(b"")
+    sf.write(data / "nan.wav", np.full(30000, np.nan, np.float32), 24000, subtype="FLOAT")
+    sf.write(data / "zero.wav", np.zeros(0, np.float32), 24000)
+    args = flags(data, tmp_path / "c", snac_dir)
+    done = run("cache_codes.py", *args, code=5)
+    assert "5 bad files of 13" in one_sentence(done)
+    assert "5 bad files of 13" in refused(cache_codes, *args)  # not forgotten by a restart
+    assert call(cache_codes, *args, "--max_bad_fraction", 0.5) == 0
+    skipped = {r["file_path"]: r["reason"] for r in map(json.loads, open(tmp_path / "c" / "skipped.jsonl"))}
+    assert set(skipped) == {"short.wav", "text.wav", "cut.wav", "empty.wav", "nan.wav", "zero.wav"}
+    assert "min_seconds" in skipped["short.wav"] and "truncated" in skipped["cut.wav"]
+    assert "NaN" in skipped["nan.wav"] and "0 samples" in skipped["zero.wav"]
+    assert json.loads((tmp_path / "c" / "metadata.json").read_text())["files"] == 13
+
+
+def test_mistakes_get_one_sentence_and_leave_nothing(audio_dir, snac_dir, tmp_path):
+    base = ["--pretrained_model", snac_dir, "--device", "cpu", "--output_dir", tmp_path / "c"]
+    (tmp_path / "void").mkdir()
+    for extra, words in [
+        (["--data_dir", tmp_path / "nowhere"], "does not exist"),
+        (["--data_dir", tmp_path / "void"], "no audio file"),
+        (["--data_dir", audio_dir, "--device", "7"], "GPU 7 isn't there"),
+        (["--data_dir", audio_dir, "--pretrained_model", tmp_path / "void"], "lacks config.json"),
+    ]:
+        assert words in refused(cache_codes, *base, *extra)
+    assert words in one_sentence(run("cache_codes.py", *base, *extra, code=1))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_signal_to_the_whole_group_stops_and_the_same_command_goes_on(audio_dir, snac_dir, tmp_path):
+    args = (*flags(audio_dir, tmp_path / "c", snac_dir, 1), "--rows_per_file", 1)
+    command = list(map(str, [sys.executable, ROOT / "cache_codes.py", *args]))
+    job = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list((tmp_path / "c").glob("*.parquet")) and time.time() < deadline:
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(timeout=30) in (0, 3)  # 0: it was done before the signal came
+    run("cache_codes.py", *args)
+    assert len(parquet_rows(tmp_path / "c")) == 14
+
+
+def test_help_and_mistakes_in_flags_come_before_torch(tmp_path):
+    start = children_cpu()
+    assert "--rows_per_file" in run("cache_codes.py", "--help").stdout
+    for flags, words in [
+        (["--data_dirs", "x"], "--data_dir"),
+        (["--data_dir", "x", "--output_dir", tmp_path, "--batch_size", 0], "--batch_size must be at least 1"),
+    ]:
+        assert words in one_sentence(run("cache_codes.py", *flags, code=2))
+    assert children_cpu() - start < 1.5  # torch alone takes more than one second

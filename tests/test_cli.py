@@ -1,0 +1,82 @@
+"""snac48/cli.py: configs, layers of values, one-sentence errors."""
+
+import argparse
+import json
+
+import pytest
+
+from snac48.cli import (
+    UserError,
+    as_type,
+    config_text,
+    guarded,
+    layered,
+    numbers,
+    one_line_errors,
+    read_config,
+)
+
+
+def test_a_config_may_have_comments_and_a_misspelt_key_is_named(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{ // a "comment"\n"epochs": 3, "note": "http://not a comment"}')
+    assert read_config(path, {"epochs", "note"}) == {"epochs": 3, "note": "http://not a comment"}
+    with pytest.raises(UserError, match="unknown key 'note'; did you mean 'notes'"):
+        read_config(path, {"epochs", "notes"})
+    for text, words in (("[1]", "one JSON object"), ("{", "is not JSON")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_config(path, ())
+    with pytest.raises(UserError, match="cannot be read"):
+        read_config(tmp_path / "none", ())
+
+
+@pytest.mark.parametrize(
+    "kind, value, wanted",
+    [(int, 3, 3), (int, 3.0, 3), (float, 3, 3.0), (str, [1, 2.5], "1,2.5"), (bool, True, True),
+     (int, 3.5, None), (int, True, None), (bool, 1, None), (float, "x", None), (int, None, None)],
+)  # fmt: skip
+def test_values_of_configs_and_checkpoints_are_of_the_options_type(kind, value, wanted):
+    if wanted is not None:
+        assert as_type(kind, value, "here") == wanted and type(as_type(kind, value, "here")) is kind
+        return
+    with pytest.raises(UserError, match=f"^here must be {kind.__name__}, not"):
+        as_type(kind, value, "here")
+
+
+def test_lists_of_numbers():
+    assert numbers(int, "1,2", "--x") == [1, 2] and numbers(float, "1.5", "--x") == [1.5]
+    for kind, text in ((int, "1.5"), (int, ""), (float, "1,,2")):
+        with pytest.raises(UserError, match=r"^--x .* must be a comma-separated list"):
+            numbers(kind, text, "--x")
+
+
+def test_the_last_layer_wins_and_is_named():
+    values, origin = layered({"default": {"a": 1, "b": 2}, "config": {"b": 3}, "flag": {"b": 4}})
+    assert (values, origin) == ({"a": 1, "b": 4}, {"a": "default", "b": "flag"})
+    assert config_text(values, origin, "text").splitlines()[1].split() == ["b", "4", "flag"]
+    assert json.loads(config_text(values, origin, "json"))["b"] == {"value": 4, "origin": "flag"}
+
+
+def test_a_users_mistake_is_one_sentence_and_its_exit_code(capsys, monkeypatch, tmp_path):
+    def fail(code):
+        raise UserError("this is wrong: do that", code)
+
+    monkeypatch.setenv("JOB_EXIT_FILE", str(tmp_path / "exit"))
+    monkeypatch.setattr("sys.argv", ["some/script.py"])
+    with pytest.raises(SystemExit) as left:
+        guarded(fail, 5)
+    assert left.value.code == 5 and (tmp_path / "exit").read_text() == "5\n"
+    assert capsys.readouterr().err == "script.py: error: this is wrong: do that\n"
+    assert guarded(lambda: 7) == 7
+
+
+def test_a_misspelt_flag_is_one_line_that_names_the_nearest(capsys):
+    parser = argparse.ArgumentParser(prog="x")
+    parser.add_argument("--batch_size", type=int)
+    one_line_errors(parser)
+    for flag, words in (("--batchsize", "--batchsize: did you mean --batch_size?"), ("--q", "--help lists")):
+        with pytest.raises(SystemExit) as left:
+            parser.parse_args([flag, "3"])
+        printed = capsys.readouterr().err
+        assert left.value.code == 2 and printed.count("\n") == 1 and words in printed

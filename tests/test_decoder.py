@@ -1,0 +1,103 @@
+"""snac48/decoder.py: the dual-head model, its noise, and what an exported one needs to be opened."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_snac, run
+from helpers.training import training
+from snac import SNAC
+
+from snac48.cli import UserError
+from snac48.codec import model_config
+from snac48.decoder import HEADS, DualHeadDecoder, counter_noise, load_dual_head
+from snac48.schedule import HEAD_NAMES, chosen_heads
+
+
+def test_only_the_heads_asked_for_are_computed_or_there():
+    codes = [torch.randint(64, (1, 2 * f)) for f in (1, 2, 4)]
+    model = DualHeadDecoder(make_snac())
+    assert tuple(HEADS) == HEAD_NAMES == chosen_heads("both")  # the order of every tuple of audio
+    for wanted in (["24k"], ["48k"]):
+        assert [x is not None for x in model(codes, wanted)] == [name in wanted for name in HEADS]
+        assert DualHeadDecoder(make_snac(), wanted).heads == tuple(wanted) == chosen_heads(wanted[0])
+        assert [x is not None for x in DualHeadDecoder(make_snac(), wanted)(codes)] == [
+            name in wanted for name in HEADS
+        ]
+
+
+def test_a_44_khz_model_is_refused_with_the_reason():
+    with pytest.raises(UserError, match="44100 Hz"):
+        DualHeadDecoder(make_snac(sampling_rate=44100))
+
+
+def test_noise_is_a_function_of_key_layer_and_position():
+    key = torch.tensor([1, 2**61 + 3])
+    n = counter_noise(key, 2, 0, 100000)
+    assert torch.equal(counter_noise(key, 2, 7000, 50), n[:, 7000:7050])
+    assert abs(n.mean()) < 0.01 and abs(n.std() - 1) < 0.01 and 4 < n.abs().max() < 7
+    other = counter_noise(key, 3, 0, 100000)
+    for a, b in ((n[0], n[1]), (n[0], other[0]), (n[0, 1:], n[0, :-1])):
+        assert abs(float((a * b).mean())) < 0.02
+
+
+def test_codes_past_the_end_do_not_change_what_lies_before():
+    model = DualHeadDecoder(make_snac()).eval()
+    codes = [torch.randint(64, (1, 8 * f)) for f in (1, 2, 4)]
+    padded = [torch.cat([c, torch.full((1, 5 * f), -1)], 1) for c, f in zip(codes, (1, 2, 4))]
+    model.set_noise(torch.tensor([5]))
+    a, b = model(codes), model(padded)
+    n = 4 * 2048  # away from the end, whose neighbours are biases instead of padding
+    assert torch.allclose(a[0][..., :n], b[0][..., :n], atol=1e-6)
+    zero = [torch.cat([c, torch.zeros(1, 5 * f, dtype=torch.long)], 1) for c, f in zip(codes, (1, 2, 4))]
+    n = 8 * 2048
+    assert not torch.allclose(model(zero)[0][..., :n], b[0][..., :n], atol=1e-4)  # 0 is a real code
+
+
+def test_the_recorded_model_config_rebuilds_the_model(snac):
+    shapes = lambda model: {k: v.shape for k, v in model.state_dict().items()}
+    assert shapes(SNAC(**model_config(snac))) == shapes(snac)
+
+
+SERVER = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("snac48", "pyarrow", "soundfile", "soxr", "train_dual_head", "infer"):
+            raise ImportError(f"{name} is not on this server")
+
+sys.meta_path.insert(0, Absent())
+sys.path.insert(0, ".")
+import numpy, torch
+from decoder import load_dual_head
+
+codes = [torch.from_numpy(c) for c in numpy.load(sys.argv[2]).values()]
+audio = load_dual_head(sys.argv[1]).decode(codes)
+numpy.savez(sys.argv[3], *(x.numpy() for x in audio))
+"""
+
+
+def test_a_trained_decoder_opens_with_two_files_of_ours_alone(cache_dir, targets_dir, snac_dir, tmp_path):
+    """As people copy it into a TTS server: no library of ours, no reader of audio or parquet, -I: no path."""
+    done = training(cache_dir, targets_dir, snac_dir, tmp_path / "run", "--limit", 4, "--val_limit", 1)
+    assert done.train() == 0
+    run("infer.py", "--checkpoint", tmp_path / "run" / "best_model.pt", "--export", tmp_path / "export")
+    server = tmp_path / "server"
+    server.mkdir()
+    for name in ("codec.py", "decoder.py"):
+        shutil.copy(ROOT / "snac48" / name, server)
+    codes = [torch.randint(64, (1, 9 * f)) for f in (1, 2, 4)]
+    np.savez(tmp_path / "codes.npz", *(c.numpy() for c in codes))
+    argv = [tmp_path / "export", tmp_path / "codes.npz", tmp_path / "audio.npz"]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-I", "-c", SERVER, *map(str, argv)], cwd=server, env=env,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    served = np.load(tmp_path / "audio.npz").values()
+    for mine, theirs in zip(load_dual_head(tmp_path / "run" / "best_model.pt").decode(codes), served):
+        assert np.array_equal(mine.numpy(), theirs) and np.abs(theirs).max() > 1e-3

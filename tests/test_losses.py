@@ -1,0 +1,85 @@
+"""snac48/losses.py: what judges audio."""
+
+import math
+
+import pytest
+import torch
+from conftest import voice
+
+import train_dual_head as T
+from snac48.losses import REPORTED, TERMS, halve_rate, head_losses, lsd, stft_loss, weighted
+
+WEIGHTS = {"l1": 1.0, "stft": 1.0, "mel": 0.0}
+
+
+def batch_of(n=8192, valid=None, phase_true=True):
+    x = torch.from_numpy(voice(2 * n / 48000 + 0.1, 48000, 3)[: 2 * n])[None, None]
+    valid = torch.tensor([valid or n])
+    keep = torch.arange(2 * n) < 2 * valid
+    x = x * keep
+    return {"audio_48k": x, "audio_24k": halve_rate(x[:, 0])[:, None] * (torch.arange(n) < valid),
+            "valid_24k": valid, "phase_true": torch.tensor([phase_true])}  # fmt: skip
+
+
+def test_every_weight_of_the_loss_options_is_a_term():
+    """A misspelt name would weigh nothing."""
+    named = {name for name in T.OPTIONS["loss"] if name.endswith("_weight")}
+    of_the_codec = {"commitment_weight", "codebook_weight"}  # terms of FullCodec, not of audio
+    assert named == {f"{term}_weight" for term in TERMS} | of_the_codec
+    assert set(REPORTED) <= set(TERMS)
+
+
+def test_a_term_of_a_name_that_does_not_exist_is_an_error():
+    batch = batch_of()
+    with pytest.raises(KeyError, match="mle"):
+        head_losses((None, batch["audio_48k"]), batch, {"l1": 1.0, "mle": 0.5})
+    with pytest.raises(KeyError, match="loss_96k"):
+        weighted({"loss_24k": 1.0}, {"loss_24k": 0.3, "loss_96k": 1.0})
+
+
+def test_a_heads_loss_is_the_weighted_sum_of_its_terms():
+    batch, weights = batch_of(), {"l1": 2.0, "stft": 0.5, "mel": 3.0}
+    found = head_losses((batch["audio_24k"] * 0.9, batch["audio_48k"] * 0.5), batch, weights)
+    for head in ("24k", "48k"):
+        total = sum(weight * found[f"{term}_{head}"] for term, weight in weights.items())
+        assert torch.allclose(found[f"loss_{head}"], total) and total > 0
+
+
+def test_losses_are_zero_at_the_target_and_ignore_what_lies_past_the_end():
+    batch = batch_of(valid=5000)
+    junk = torch.cat([batch["audio_48k"][..., :10000], torch.ones(1, 1, 6384)], -1)
+    for x in (batch["audio_48k"], junk):
+        found = head_losses((None, x), batch, WEIGHTS)
+        assert set(found) == {"l1_48k", "stft_48k", "loss_48k"}
+        assert all(abs(float(v)) < 1e-6 for v in found.values())
+
+
+def test_magnitude_loss_forgives_phase_and_complex_does_not():
+    torch.manual_seed(0)
+    x = torch.randn(1, 16384) * 0.1
+    valid = torch.tensor([16384])
+    assert stft_loss(-x, x, valid, [1024]) < 1e-5 < 1 < stft_loss(-x, x, valid, [1024], "complex")
+
+
+def test_a_target_without_true_phase_gets_its_waveform_loss_below_12_khz_only():
+    batch = batch_of(phase_true=False)
+    high = 0.1 * torch.sin(torch.arange(16384) * 2 * math.pi * 17000 / 48000)[None, None]
+    found = head_losses((None, batch["audio_48k"] + high), batch, WEIGHTS)
+    assert found["l1_48k"] < 1e-3  # 17 kHz is not judged by waveform
+    batch["phase_true"][:] = True
+    assert head_losses((None, batch["audio_48k"] + high), batch, WEIGHTS)["l1_48k"] > 0.05
+
+
+def test_lsd_matches_its_definition():
+    torch.manual_seed(1)
+    a, b = torch.randn(1, 24000) * 0.1, torch.randn(1, 24000) * 0.01
+    window = torch.hann_window(2048)
+    s = [
+        torch.stft(x, 2048, 512, window=window, pad_mode="constant", return_complex=True).abs() ** 2
+        for x in (a, b)
+    ]
+    d = (torch.log10(s[0].clamp(min=1e-8)) - torch.log10(s[1].clamp(min=1e-8))) ** 2
+    expected = d.mean(1).sqrt().mean()
+    assert abs(float(lsd(a, b, torch.tensor([24000]), 48000)) - float(expected)) < 1e-5
+    high = d[:, 512:].mean(1).sqrt().mean()  # bin 512 of 2048 at 48 kHz is 12 kHz
+    assert abs(float(lsd(a, b, torch.tensor([24000]), 48000, 12000)) - float(high)) < 1e-5
