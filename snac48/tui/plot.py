@@ -64,19 +64,20 @@ def raster(layers: list, width: int, height: int, y0: float, y1: float, log: boo
     return rows
 
 
-def plot(
-    curves: list,
-    width: int,
-    height: int,
-    span=(0, 1),
-    log=False,
-    smooth=0.0,
-    marks=(),
-    bad=(),
-    best=None,
-    limits=None,
-    ends=None,
-) -> list:
+def boundaries(marks, rows: list[list], axis: list, x0: float, x1: float) -> None:
+    """Draw vertical lines at [(x, label)] into `rows`, and their labels into `axis` where there is room."""
+    w = len(axis)
+    for x, label in marks:
+        if x0 < x < x1:
+            c = min(int((x - x0) / (x1 - x0) * w), w - 1)
+            for row in rows:
+                row[c] = ("┊", "dim") if row[c][0] == " " else row[c]
+            if all(a == " " for a in axis[max(0, c - 1) : c + len(label) + 1]) and c + len(label) < w:
+                axis[c : c + len(label)] = label
+
+
+def plot(curves, width, height, span=(0, 1), log=False, smooth=0.0, marks=(), bad=(), best=None,
+         limits=None, ends=()) -> list:  # fmt: skip
     """`height` lines of `width`: canvas and x axis. curves: [(Series, style, dotted, letter at its end)].
 
     span: x range. marks: [(x, label)] vertical lines. bad: x of non-finite values. best: (x, y).
@@ -111,13 +112,7 @@ def plot(
     axis = [" "] * w
     for text, end in zip(ends or (short(x0), short(x1)), (0, w)):
         axis[max(0, end - len(text)) : max(0, end - len(text)) + len(text)] = text[:w]
-    for x, label in marks:
-        if x0 < x < x1:
-            c = min(int((x - x0) / (x1 - x0) * w), w - 1)
-            for row in rows:
-                row[c] = ("┊", "dim") if row[c][0] == " " else row[c]
-            if all(a == " " for a in axis[max(0, c - 1) : c + len(label) + 1]) and c + len(label) < w:
-                axis[c : c + len(label)] = label
+    boundaries(marks, rows, axis, x0, x1)
     for x in bad:
         put(x, y0, "×", "bold red")
     for s, style, dotted, letter in curves:

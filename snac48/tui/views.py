@@ -241,8 +241,9 @@ def log_view(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
 def system(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
     """Curves of the last minutes above; GPUs, processes and disks below, scrolled where they don't fit."""
     below = [*gpu_lines(fleet, width), *process_lines(fleet, width), *disk_lines(fleet, width)]
-    above = max(min(height - len(below) - 1, 26), min(10, height // 2))
+    above = max(height - len(below) - 1, min(10, height // 2))
     lines = histories(fleet, width, above) if above >= 5 else []
+    lines += [[]] * (height > above + len(below))
     room = height - len(lines)
     ui.panel = max(0, min(ui.panel, len(below) - room))
     shown = below[ui.panel : ui.panel + room]
