@@ -101,6 +101,20 @@ def test_an_older_log_whole(tmp_path):
     assert "best val 48k 0.95 at epoch 4" in text and "★" in text and "main training" in text
 
 
+@pytest.mark.parametrize("once", [False, True])
+def test_a_long_older_log(tmp_path, once):
+    (tmp_path / "old.log").write_text(fake.older_log(epochs=5, batches=8000, best=2))
+    fleet = Fleet(tmp_path / "none", [tmp_path / "old.log"])
+    fleet.poll()
+    run = fleet.runs["old"]
+    assert run.text.before > 1e6
+    while run.load_older(events_only=once):
+        pass
+    row = run.row()
+    assert (row["best_epoch"], row["best_val_loss_48k"], row["step"]) == (2, 0.95, 40000)
+    assert [v["epoch"] for v in run.state.vals] == [1, 2, 3, 4, 5] and row["phase"] == "main training"
+
+
 def test_an_older_log_of_a_language_model(tmp_path):
     lines = [f"Epoch {e}/350 | train {5 - e / 10:.4f} | val {4.8 - e / 10 + (e > 3):.4f} | ppl 66.0\n"
              f"  val CE per codebook: 3.1{e}, 3.9, 4.2\n" for e in range(1, 6)]  # fmt: skip

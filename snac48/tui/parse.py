@@ -89,7 +89,7 @@ def parse_bar(m: re.Match) -> dict | None:
         e, epochs = int(epoch[1]), int(epoch[2] or 0)
         record = {"step": max(0, e - 1) * total + n, "epoch": e}
         record |= {"epochs": epochs, "total_steps": epochs * total} if epochs else {}
-        left = left + (epochs - e) * (left + number(m[4])) if epochs and left is not None else None
+        left = left + (epochs - e) * (left + (number(m[4]) or 0)) if epochs and left is not None else None
     else:
         record["event"] = "bar"  # counts only where nothing tells of epochs
     return filled(record | ({} if left is None else {"eta_s": left}), PAIR.findall(m[6]))

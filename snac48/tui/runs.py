@@ -22,7 +22,7 @@ from .text import clean, human_size, short
 
 CHUNK = 1 << 19  # bytes of history read in one go
 LOGS = ("training.log", "cache.log", "precompute.log")  # in run directories
-SUMMARIES = (b"[Val]", b"kHz: ", b"PHASE ", b"val")  # lines of a log that tell of validations
+SUMMARIES = (b"[Val]", b"[Train]", b"kHz: ", b"PHASE ", b"val")  # lines of a log that tell of validations
 HISTORY_BYTES = 1 << 26  # what lies further back is left unread (500,000 lines of a log)
 
 

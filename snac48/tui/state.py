@@ -42,6 +42,7 @@ class RunState:
     def __init__(self):
         self.raw: dict = {}  # the latest value of every key, as it came
         self.line: dict = {}  # the latest step line alone: what is only in `raw` is older
+        self.by_epoch = False  # x counts epochs: there are no step lines
         self.block: dict = {}  # the summary of an epoch whose further lines follow
         self.series: dict[str, Series] = {}
         self.vals: list[dict] = []
@@ -62,6 +63,8 @@ class RunState:
         if event is None or (event == "bar" and "epoch" not in self.raw):
             self.raw.update(r if None not in r.values() else {k: v for k, v in r.items() if v is not None})
             if step is not None:
+                if self.by_epoch:  # steps after all: they are another x axis
+                    self.by_epoch, self.step, self.series, self.marks = False, None, {}, []
                 self.line = r
                 self.point(step, r)
         elif event in ("start", "resume"):
@@ -108,8 +111,9 @@ class RunState:
     def summary(self, r: dict) -> None:
         """`[Train]` of older logs: a point only where there are no step lines."""
         self.block = {}
-        if self.step is None or "by_epoch" in self.raw:
-            self.raw |= {**r, "by_epoch": True}
+        if self.step is None or self.by_epoch:
+            self.by_epoch = True
+            self.raw |= r
             self.block = self.line = r
             self.point(counted(r.get("epoch")) or 0, r)
 

@@ -240,10 +240,9 @@ def older_log(epochs: int = 5, batches: int = 40, best: int = 4) -> str:
         for what, n in (("Train", batches), ("Val", 8)):
             for i in range(0, n + 1, 2):
                 loss = 2 / e - i / 1000
-                text += f"\rEpoch {e}/{epochs} [{what}]: {100 * i // n}%|##   | {i}/{n} [00:{i // 4:02d}<"
-                text += (
-                    f"00:{(n - i) // 4:02d}, 4.00it/s, loss={loss:.4f}, 24k=0.6, 48k={loss:.4f}, lr=5e-05]"
-                )
+                at, left = (f"{x // 240:02d}:{x // 4 % 60:02d}" for x in (i, n - i))
+                text += f"\rEpoch {e}/{epochs} [{what}]: {100 * i // n}%|##   | {i}/{n} [{at}<{left}, "
+                text += f"4.00it/s, loss={loss:.4f}, 24k=0.6, 48k={loss:.4f}, lr=5e-05]"
             bump = (what == "Train") + 0.1 * abs(e - best)
             text += f"\nEpoch {e} [{what}]:\n  24kHz: Loss={0.85 + bump:.4f} (L1=0.0200, STFT=0.7000)\n"
             text += f"  48kHz: Loss={0.95 + bump:.4f} (L1=0.0300, STFT=0.8000)\n"
