@@ -37,40 +37,25 @@ def weights_stats(state: dict) -> dict:
     """Parameter count, L2, share of exact zeros and non-finite tensors of weights and Adam moments."""
     import torch
 
-    row, bad, zeros, total, square = {}, [], 0, 0, 0.0
-    for name, w in state["model"].items():
-        if w.is_floating_point():
-            total += w.numel()
-            zeros += int((w == 0).sum())
-            square += w.double().square().sum().item()
-            if not torch.isfinite(w).all():
-                bad.append(name)
-    moments = {"exp_avg": [0.0, 0], "exp_avg_sq": [0.0, 0]}
-    still, largest = 0, 0.0
-    optimizer = state.get("optimizer") or {}
+    weights = {name: w for name, w in state["model"].items() if w.is_floating_point()}
+    optimizer, moments = state.get("optimizer") or {}, {}
     for i, entry in optimizer.get("state", {}).items():
-        for key, acc in moments.items():
-            m = entry.get(key)
-            if m is None:
-                continue
-            if not torch.isfinite(m).all():
-                bad.append(f"optimizer {i}.{key}")
-            acc[0] += (m.double().square() if key == "exp_avg" else m.double()).sum().item()
-            acc[1] += m.numel()
-            if key == "exp_avg_sq":
-                still += int((m == 0).sum())
-                largest = max(largest, m.max().item())
-    count = moments["exp_avg_sq"][1]
-    row |= {"parameters": total, "l2": math.sqrt(square) if square == square else math.nan}
-    row |= {
-        "nonfinite": len(bad),
-        "nonfinite_names": " ".join(bad[:5]),
-        "zero_weights": zeros / max(1, total),
-    }
+        kept = [key for key in ("exp_avg", "exp_avg_sq") if entry.get(key) is not None]
+        moments |= {f"optimizer {i}.{key}": entry[key] for key in kept}
+    bad = [name for name, x in (weights | moments).items() if not torch.isfinite(x).all()]
+    total = sum(w.numel() for w in weights.values())
+    zeros = sum(int((w == 0).sum()) for w in weights.values())
+    l2 = math.sqrt(sum(w.double().square().sum().item() for w in weights.values()))
+    row = {"parameters": total, "l2": l2, "nonfinite": len(bad), "nonfinite_names": " ".join(bad[:5])}
+    row["zero_weights"] = zeros / max(1, total)
+    first = [m for name, m in moments.items() if name.endswith(".exp_avg")]
+    second = [m for name, m in moments.items() if name.endswith(".exp_avg_sq")]
+    count = sum(m.numel() for m in second)
     if count:  # root mean square of the two moments: the usual step is adam_m / adam_v
-        mean_m, mean_v = moments["exp_avg"][0] / count, max(0.0, moments["exp_avg_sq"][0] / count)
-        row |= {"adam_m": math.sqrt(mean_m), "adam_v": math.sqrt(mean_v)}
-        row |= {"adam_max": largest, "zero_moments": still / count}
+        row["adam_m"] = math.sqrt(sum(m.double().square().sum().item() for m in first) / count)
+        row["adam_v"] = math.sqrt(max(0.0, sum(m.double().sum().item() for m in second) / count))
+        row["adam_max"] = max(0.0, *(m.max().item() for m in second))
+        row["zero_moments"] = sum(int((m == 0).sum()) for m in second) / count
     rates = [g["lr"] for g in optimizer.get("param_groups", [])]
     return row | ({"lr": max(rates)} if rates else {})
 
@@ -114,13 +99,12 @@ def examine(path: str, args, before: tuple | None) -> tuple[dict, dict | None]:
     state = load_checkpoint(path)
     if "model" not in state or "global_step" not in state:
         raise UserError(f"{path} is not a checkpoint of train_rvq.py or train_dual_head.py")
-    best = state.get("best")
-    best = best.get("loss") if isinstance(best, dict) else best
     if not isinstance(state["global_step"], int):
         raise UserError(f"{path} is malformed: global_step {state['global_step']!r}")
     row = {"file": Path(path).name, "kind": state.get("kind", "dual_head"), "step": state["global_step"]}
     row |= {k: state.get(k) for k in ("epoch", "val_loss", "train_loss", "lr")}
-    row |= {"best_val": best, "skipped": (state.get("guard") or {}).get("skipped")}
+    best, guard = state.get("best"), state.get("guard") or {}
+    row |= {"best_val": best.get("loss") if isinstance(best, dict) else best, "skipped": guard.get("skipped")}
     try:
         row |= weights_stats(state)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -157,18 +141,14 @@ def diagnose(row: dict, healthy: list[dict], jump: float, stride: float) -> str:
         return f"loss {loss:.3f}, worse than guessing ({row['guessing']:.3f})"
     moves = [r["delta_per_step"] for r in healthy if r.get("delta_per_step")]
     better = loss is not None and known and loss <= min(known)
-    if len(moves) >= 2 and row.get("delta_per_step") and not better:
-        ratio = row["delta_per_step"] / median(moves)
-        if ratio > stride:
-            return f"weights moved {ratio:.0f} times as far per step as before"
-    return ""
+    ratio = (row.get("delta_per_step") or 0) / median(moves) if len(moves) >= 2 and not better else 0
+    return f"weights moved {ratio:.0f} times as far per step as before" if ratio > stride else ""
 
 
 def report(rows: list[dict]) -> None:
     names = [n for n, form in COLUMNS.items() if form and any(r.get(n) not in (None, "") for r in rows)]
-    cells = [names] + [
-        ["-" if r.get(n) in (None, "") else COLUMNS[n].format(r[n]) for n in names] for r in rows
-    ]
+    cell = lambda row, n: "-" if row.get(n) in (None, "") else COLUMNS[n].format(row[n])
+    cells = [names] + [[cell(row, n) for n in names] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     for line in cells:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
@@ -199,11 +179,10 @@ def main() -> int:
     for _, _, path in sorted(order):
         row, state = examine(path, args, before)
         row["sick"] = diagnose(row, healthy, args.jump, args.stride)
-        if row["sick"]:
-            if first is None:
-                first, last = row, healthy[-1] if healthy else None
-        else:
+        if not row["sick"]:
             healthy.append(row)
+        elif first is None:
+            first, last = row, healthy[-1] if healthy else None
         rows.append(row)
         before = (row, state)
     report(rows)

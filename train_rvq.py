@@ -27,10 +27,8 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -129,8 +127,7 @@ def new_parser(prog: str, text: str) -> argparse.ArgumentParser:
 
 def training_parser() -> argparse.ArgumentParser:
     p = new_parser("train_rvq.py", __doc__)
-    for flag, (default, text) in OPTIONS.items():
-        name = flag[2:].replace("-", "_")
+    for name, (flag, (default, text)) in zip(DEFAULTS, OPTIONS.items()):
         text += f" (default {default})" if default and not isinstance(default, bool) else ""
         kw = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if isinstance(default, bool):
@@ -230,7 +227,7 @@ import torch
 from torch import nn
 
 from snac48 import token_lm
-from snac48.token_lm import State, load_decoder, objective, plain_ce, sample, summary
+from snac48.token_lm import State, find_resume, load_decoder, objective, plain_ce, sample, summary
 
 # ---- learning rate ----
 
@@ -256,8 +253,7 @@ class Run:
     stem: str  # of the checkpoints' names
     train_set: tokens.Windows
     val_set: tokens.Windows
-    order: list[list[int]]  # windows of the forward passes to come: feed() writes it, the loader reads it
-    loader: torch.utils.data.DataLoader  # int32 [B, T, K]
+    loader: torch.utils.data.DataLoader  # int32 [B, T, K]; feed() lists the windows in its batch_sampler
     plan: list  # what decides which windows a step sees; a resume compares it
     weights: torch.Tensor  # of the codebooks in the loss, [K]
     forward: nn.Module  # State.model, compiled with --compile
@@ -270,24 +266,6 @@ class Run:
         return math.ceil(step / self.per_epoch)
 
 
-class Batch(NamedTuple):
-    """The data of one optimiser step, and how far this process is in the epoch with it."""
-
-    passes: Iterable[torch.Tensor]  # int32 [B, T, K] each, -1 where there is no token
-    frames: int  # with a token, in all passes
-    began: float  # s, when this process began the epoch
-    steps_so_far: int
-    frames_so_far: int
-
-
-class StepResult(NamedTuple):
-    batch: Batch
-    loss: float
-    lr: float
-    grad_norm: float  # before clipping
-    ce: list[float]  # plain cross-entropy of each codebook, nats
-
-
 # ---- the start ----
 
 
@@ -297,21 +275,22 @@ def start(given: dict) -> tuple[Run, State]:
     device = cli.pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    corpus, held_out = tokens.open_data(args.data, args.val_data, args.npq2)
+    corpus = tokens.Corpus(args.data, args.npq2)
+    held_out = tokens.Corpus(args.val_data, args.npq2) if args.val_data else None
+    if held_out and (held_out.vocab != corpus.vocab or held_out.source != corpus.source):
+        raise UserError(f"--val-data {args.val_data} holds other tokens than --data {args.data}")
     stem = f"rvq_{corpus.K}cb" + (f"_{args.tag}" if args.tag else "")
     log = RunLog(args.save_dir)
     report_bad(args, corpus, log)
-    find = token_lm.find_resume
-    saved = None if args.no_resume else find(Path(args.save_dir), stem, args.resume, corpus, log.say)
+    saved = None if args.no_resume else find_resume(log.dir, stem, args.resume, corpus, log.say)
     if saved and not args.ignore_arch:
         args = settle(given, saved["args"])
     train_set, val_set = tokens.split_windows(corpus, held_out, args.ctx, args.step, args.seed)
     plan = [len(train_set), len(val_set), args.batch, args.accum, args.ctx, args.step, args.seed]
     state, fresh = build_state(args, corpus.vocab, saved, device, log)
-    order: list[list[int]] = []
-    loader = tokens.make_loader(train_set, order, device.type == "cuda", args)
-    listed = tokens.codebook_weights(args.cb_weights, args.cb_weights_auto_alpha, corpus.K)
-    weights = torch.tensor(listed, device=device)
+    loader = tokens.make_loader(train_set, device.type == "cuda", args)
+    weights = tokens.codebook_weights(args.cb_weights, args.cb_weights_auto_alpha, corpus.K)
+    weights = torch.tensor(weights, device=device)
     forward = torch.compile(state.model) if args.compile else state.model
     steps = tokens.steps_per_epoch(len(train_set), args.batch, args.accum)
     if not fresh and saved["plan"] != plan:
@@ -320,9 +299,7 @@ def start(given: dict) -> tuple[Run, State]:
         what = f"windows, batch, accum, ctx, step or seed changed ({saved['plan']} -> {plan})"
         log.say(f"warning: {what}: continuing at the start of epoch {epoch}")
     stop, total = cli.StopFlag(), steps * args.epochs  # from here on a signal is answered with a checkpoint
-    run = Run(
-        args, device, log, stem, train_set, val_set, order, loader, plan, weights, forward, stop, steps, total
-    )
+    run = Run(args, device, log, stem, train_set, val_set, loader, plan, weights, forward, stop, steps, total)
     announce(run, state, "start" if fresh else "resume")
     return run, state
 
@@ -392,30 +369,26 @@ ENDINGS = {  # exception: (reason in metrics.jsonl or no line, exit code, is lat
 
 def train(run: Run, state: State) -> None:
     """From where `state` is to the end, which is an exception: one of ENDINGS."""
-    for epoch in remaining(run, state):
-        for batch in feed(run, state, epoch):
+    for epoch in range(state.closed + 1, run.args.epochs + 1):  # the first may have all its steps behind it
+        for passes, frames, pace in feed(run, state, epoch):
             check_stop(run)
-            result = train_step(run, state, batch)
-            log_step(run, state, epoch, result)
+            norm, ce = train_step(run, state, passes, frames)
+            log_step(run, state, epoch, pace, norm, ce)
             save_if_due(run, state, epoch)
         close_epoch(run, state, epoch)
     raise Finished
 
 
 def start_and_train(given: dict) -> int:
-    """The exit code. Raises UserError for an ending that is an error."""
+    """The exit code. Saves, logs and says what ENDINGS tells; an ending that is an error is a UserError."""
     run = state = None
     try:
         run, state = start(given)
         train(run, state)
-    except tuple(ENDINGS) as ending:
-        if isinstance(ending, OSError) and ending.errno not in cli.NO_ROOM:
+    except tuple(ENDINGS) as e:
+        if isinstance(e, OSError) and e.errno not in cli.NO_ROOM:
             raise
-        return end(run, state, ending)
-
-
-def end(run: Run | None, state: State | None, ending: Exception) -> int:
-    """Save, log and say what ENDINGS tells; without a run when it never came to its start."""
+        ending = e
     reason, code, saves, sentence = next(how for kind, how in ENDINGS.items() if isinstance(ending, kind))
     facts = {"why": cli.first_line(ending)}
     if isinstance(ending, OSError):
@@ -428,7 +401,7 @@ def end(run: Run | None, state: State | None, ending: Exception) -> int:
         best = None if state.best is None else round(state.best, 4)
         facts |= {"step": state.step, "total": run.total, "best": best}
     if code not in (cli.EXIT_OK, cli.EXIT_STOPPED):
-        raise UserError(sentence.format(**facts), code) from None
+        raise UserError(sentence.format(**facts), code)
     run.log.say(sentence.format(**facts))
     return code
 
@@ -438,29 +411,29 @@ def check_stop(run: Run) -> None:
         raise Stopped
 
 
-def remaining(run: Run, state: State) -> range:
-    """Numbers of the epochs not yet closed; the first may have steps behind it, or all of them."""
-    return range(state.closed + 1, run.args.epochs + 1)
-
-
 def feed(run: Run, state: State, epoch: int):
-    """A Batch for each step of the epoch that is still to do."""
+    """For each step of the epoch that is still to do: (forward passes, frames with a token in them, pace).
+
+    Passes are int32 [B, T, K], -1 where there is no token. pace: when this process began the epoch (s), and
+    how many steps and frames it has done with this one.
+    """
     args, lengths = run.args, run.train_set.table[:, 2]
     order = tokens.epoch_order(len(run.train_set), args.seed, epoch)
     todo = range(state.step - (epoch - 1) * run.per_epoch, run.per_epoch)
     steps = [tokens.step_batches(order, lengths, s, args.batch, args.accum) for s in todo]
-    run.order[:] = [own.tolist() for step in steps for own in step]
-    if not steps:
-        return
+    run.loader.batch_sampler[:] = [own.tolist() for step in steps for own in step]
     passes, began, so_far = iter(run.loader), time.time(), 0
     for n, step in enumerate(steps, 1):
         frames = int(sum(lengths[own].sum() for own in step))
         so_far += frames
-        yield Batch(itertools.islice(passes, len(step)), frames, began, n, so_far)
+        yield itertools.islice(passes, len(step)), frames, (began, n, so_far)
 
 
-def train_step(run: Run, state: State, batch: Batch) -> StepResult:
-    """One optimiser step, or none where the guard says so. Raises Diverged when it has said so too often."""
+def train_step(run: Run, state: State, passes, frames: int) -> tuple[float, list[float]]:
+    """One optimiser step, or none where the guard says so. Raises Diverged when it has said so too often.
+
+    Returns the gradient's norm before clipping and the plain cross-entropy of each codebook in nats.
+    """
     args, model, device = run.args, state.model, run.device
     torch.manual_seed(args.seed * 1_000_003 + state.step)  # dropout too is a function of the step
     lr = lr_at(state.step, run.total, args.lr, args.warmup_ratio, args.eta_min_ratio)
@@ -468,10 +441,10 @@ def train_step(run: Run, state: State, batch: Batch) -> StepResult:
         group["lr"] = lr
     model.train()
     loss, ce = torch.zeros((), device=device), torch.zeros(model.K, device=device)
-    for codes in batch.passes:
+    for codes in passes:
         codes = codes.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            part, nll = objective(run.forward, codes, run.weights, args.label_smoothing, batch.frames)
+            part, nll = objective(run.forward, codes, run.weights, args.label_smoothing, frames)
         part.backward()
         loss += part.detach()
         ce += nll
@@ -494,29 +467,30 @@ def train_step(run: Run, state: State, batch: Batch) -> StepResult:
         run.log.say(f"step {state.step}: {what}")
         if guard.in_a_row >= SKIPS_IN_A_ROW:
             raise Diverged
-    return StepResult(batch, state.train_loss, lr, norm, (ce / batch.frames).tolist())
+    return norm, (ce / frames).tolist()
 
 
-def log_step(run: Run, state: State, epoch: int, result: StepResult) -> None:
+def log_step(run: Run, state: State, epoch: int, pace: tuple, grad_norm: float, ce: list[float]) -> None:
     args, step, total, corpus = run.args, state.step, run.total, run.train_set.corpus
     if step % args.log_lr_steps and step % run.per_epoch and step != 1:
         if sys.stderr.isatty():
             done = f"{step % run.per_epoch}/{run.per_epoch}"
-            print(f"\r{done} loss {result.loss:.3f} ", end="", file=sys.stderr, flush=True)
+            print(f"\r{done} loss {state.train_loss:.3f} ", end="", file=sys.stderr, flush=True)
         return
-    spent = time.time() - result.batch.began
-    rate, left = result.batch.frames_so_far / spent, (total - step) * spent / result.batch.steps_so_far
+    began, steps_so_far, frames_so_far = pace
+    spent = time.time() - began
+    rate, left = frames_so_far / spent, (total - step) * spent / steps_so_far
     flops = state.model.flops_per_frame(min(args.ctx, int(corpus.lengths.max())))
     peak, speed = token_lm.peak_flops(run.device), round(rate * corpus.K, 1)
     mfu = rate * flops / peak if peak else None
-    numbers = summary(result.ce, corpus.fps)
+    numbers = summary(ce, corpus.fps)
     phase = "warmup" if step <= int(args.warmup_ratio * total) else "train"
     where = {"step": step, "total_steps": total, "epoch": epoch, "epochs": args.epochs, "phase": phase}
-    found = {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
-    pace = {"tokens_per_s": speed, "mfu": mfu, "eta_s": round(left, 1), "skipped": state.guard.skipped}
-    run.log.metric(**where, **found, **pace, **numbers)
+    loss, lr = state.train_loss, state.optimizer.param_groups[0]["lr"]
+    speeds = {"tokens_per_s": speed, "mfu": mfu, "eta_s": round(left, 1), "skipped": state.guard.skipped}
+    run.log.metric(**where, loss=loss, lr=lr, grad_norm=grad_norm, **speeds, **numbers)
     if not args.quiet:
-        shown = {"loss": result.loss, "ppl": numbers["ppl"], "bits/s": numbers["bits_per_s"], "lr": result.lr}
+        shown = {"loss": loss, "ppl": numbers["ppl"], "bits/s": numbers["bits_per_s"], "lr": lr}
         shown |= {"tok/s": round(speed), "eta": human_time(left)} | ({"mfu": mfu} if mfu else {})
         run.log.say(step_line(step, total, epoch, args.epochs, phase, shown))
 
@@ -568,9 +542,8 @@ def validate_and_keep(run: Run, state: State, epoch: int) -> None:
         state.best = loss
         save(run, state, "best")
         archive(run, state, epoch, "best")
-    numbers = summary(ce, run.train_set.corpus.fps)
-    where = {"step": state.step, "epoch": epoch}
-    run.log.metric(event="val", **where, val_loss=loss, best_val_loss=state.best, **numbers)
+    numbers, best = summary(ce, run.train_set.corpus.fps), state.best
+    run.log.metric(event="val", step=state.step, epoch=epoch, val_loss=loss, best_val_loss=best, **numbers)
     run.log.say(
         f"epoch {epoch}/{args.epochs} val {loss:.4f} ppl {numbers['ppl']:.1f} bits/frame "
         f"{numbers['bits_per_frame']:.2f} bits/s {numbers['bits_per_s']:.1f} ce "
@@ -647,9 +620,5 @@ def token_files(args) -> int:
     return code
 
 
-def main(job: str, given) -> int:
-    return {"generate": generate, "tokens": token_files}.get(job, start_and_train)(given)
-
-
 if __name__ == "__main__":
-    cli.main_guard(main, JOB, GIVEN)
+    cli.main_guard({"generate": generate, "tokens": token_files}.get(JOB, start_and_train), GIVEN)

@@ -4,6 +4,7 @@ holds, and speaking.
 train_rvq.py trains and samples it, doctor.py probes it. Tokens are frames [B, T, K]; -1 means "no token".
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from .checkpoint import load_checkpoint, newest_good
 from .cli import UserError, first_line
 from .codec import load_weights
+from .decoder import load_dual_head
 from .files import atomic_file
 from .tokens import Corpus, Windows, codes_from_frames, pad_batch, write_cache, write_npq
 
@@ -33,10 +35,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
-        for layer in (self.qkv, self.up):
-            nn.init.normal_(layer.weight, std=0.02)
-        for layer in (self.out, self.down):
-            nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * layers))
+        low = 0.02 / math.sqrt(2 * layers)
+        for layer, std in ((self.qkv, 0.02), (self.up, 0.02), (self.out, low), (self.down, low)):
+            nn.init.normal_(layer.weight, std=std)
 
     def forward(self, x, rope, cache=None, at: int = 0):
         B, S, d = x.shape
@@ -62,17 +63,15 @@ class Transformer(nn.Module):
     def __init__(self, d: int, layers: int, heads: int, dropout: float, positions: int):
         super().__init__()
         self.blocks = nn.ModuleList(Block(d, heads, dropout, layers) for _ in range(layers))
-        self.norm = nn.RMSNorm(d, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
+        self.norm, self.dropout = nn.RMSNorm(d, eps=1e-6), nn.Dropout(dropout)
         self.shape = (heads, positions, d // heads)
         angle = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(0, d // heads, 2) / (d // heads))
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def new_cache(self, batch: int) -> list:
-        w = self.norm.weight
-        shape = (batch, *self.shape)
-        return [(w.new_empty(shape), w.new_empty(shape)) for _ in self.blocks]
+        new = lambda: self.norm.weight.new_empty(batch, *self.shape)
+        return [(new(), new()) for _ in self.blocks]
 
     def forward(self, x, caches=None, at: int = 0):
         """x: [B, S, d] at positions at .. at + S."""
@@ -109,7 +108,6 @@ class TokenLM(nn.Module):
         sizes = torch.tensor(self.vocab)
         self.register_buffer("sizes", sizes, persistent=False)
         self.register_buffer("offsets", sizes.cumsum(0) - sizes, persistent=False)
-        self.ragged = len(set(self.vocab)) > 1
 
     def positions(self, T: int) -> int:
         return {"delay": T + self.K - 1, "flatten": T * self.K}.get(self.pattern, T)
@@ -147,24 +145,20 @@ class TokenLM(nn.Module):
             h = torch.stack([h[:, k : k + T] for k in range(K)], 2)
         else:
             h = h[:, :, None].expand(B, T, K, -1)
-        return self.mask(torch.einsum("btkd,kvd->btkv", h, self.out).float())
-
-    def mask(self, logits):
-        """-inf beyond a codebook's own vocabulary (files whose codebooks differ in size)."""
-        if not self.ragged:
-            return logits
-        beyond = torch.arange(logits.shape[-1], device=logits.device) >= self.sizes[:, None]
-        return logits.masked_fill(beyond, float("-inf"))
+        logits = torch.einsum("btkd,kvd->btkv", h, self.out).float()
+        if min(self.vocab) < max(self.vocab):  # -inf beyond a codebook's own vocabulary
+            beyond = torch.arange(logits.shape[-1], device=logits.device) >= self.sizes[:, None]
+            logits = logits.masked_fill(beyond, float("-inf"))
+        return logits
 
     def flops_per_frame(self, T: int) -> float:
         """Forward + backward: 6 per weight and position it is used at, 6 L d T for causal attention."""
-        per = self.positions(T) / T
 
         def cost(net, length):
             weights = sum(p.numel() for p in net.parameters())
             return 6 * weights + 6 * len(net.blocks) * net.norm.weight.numel() * length
 
-        total = per * cost(self.temporal, self.positions(T)) + 6 * self.out.numel()
+        total = self.positions(T) / T * cost(self.temporal, self.positions(T)) + 6 * self.out.numel()
         return total + (self.K * cost(self.depth, self.K) if self.pattern == "depth" else 0)
 
 
@@ -180,10 +174,11 @@ def peak_flops(device) -> float | None:
 
 
 def token_losses(logits, codes, sizes):
-    """Per token, in nats, fp32 [B, T, K]: (cross-entropy, cross-entropy against the uniform distribution)."""
+    """fp32 [B, T, K] in nats, 0 for -1: (cross-entropy, cross-entropy against the uniform distribution)."""
     lse = logits.logsumexp(-1)
     nll = lse - logits.gather(-1, codes.long().clamp(min=0)[..., None])[..., 0]
-    return nll, lse - torch.where(logits.isinf(), 0.0, logits).sum(-1) / sizes
+    flat = lse - torch.where(logits.isinf(), 0.0, logits).sum(-1) / sizes
+    return torch.where(codes >= 0, nll, 0.0), torch.where(codes >= 0, flat, 0.0)
 
 
 def objective(model, codes, weights, smoothing: float, frames: int):
@@ -192,12 +187,9 @@ def objective(model, codes, weights, smoothing: float, frames: int):
     frames: of the whole optimiser step, so that the passes' losses add up to the step's mean.
     """
     logits = model(codes)
-    plain = model._orig_mod if hasattr(model, "_orig_mod") else model  # inside torch.compile's wrapper
-    nll, flat = token_losses(logits, codes, plain.sizes)
-    valid = codes >= 0
-    mixed = torch.where(valid, (1 - smoothing) * nll + smoothing * flat, 0.0).sum((0, 1))
-    ce = torch.where(valid, nll, 0.0).sum((0, 1)).detach()
-    return (mixed * weights).sum() / (frames * weights.sum()), ce
+    nll, flat = token_losses(logits, codes, model.sizes)
+    mixed = ((1 - smoothing) * nll + smoothing * flat).sum((0, 1))
+    return (mixed * weights).sum() / (frames * weights.sum()), nll.sum((0, 1)).detach()
 
 
 @torch.no_grad()
@@ -214,8 +206,7 @@ def plain_ce(model, dataset: Windows, batch: int, device, amp: bool, poll=lambda
         codes = pad_batch([dataset[j] for j in order[i : i + batch]]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(codes)
-        nll = token_losses(logits, codes, model.sizes)[0]
-        total += torch.where(codes >= 0, nll, 0.0).double().sum((0, 1)).cpu()
+        total += token_losses(logits, codes, model.sizes)[0].double().sum((0, 1)).cpu()
         frames += int((codes[..., 0] >= 0).sum())
     return (total / frames).tolist()
 
@@ -255,11 +246,9 @@ def sample(model, frames, prompt=None, batch=1, temperature=1.0, top_k=0, top_p=
     model.eval()
     device, K, ctx, pattern = model.out.device, model.K, model.arch["ctx"], model.pattern
     generator = torch.Generator(device).manual_seed(seed)
-    P = 0 if prompt is None else prompt.shape[1]
-    total = P + frames
-    codes = torch.full((batch if prompt is None else len(prompt), total, K), -1, device=device)
-    if P:
-        codes[:, :P] = prompt.to(device)
+    prompt = torch.empty(batch, 0, K) if prompt is None else prompt
+    codes = F.pad(prompt.to(device, torch.long), (0, 0, 0, frames), value=-1)  # -1: to be chosen
+    P, total = prompt.shape[1], codes.shape[1]
     keep = min(max(ctx // 2, K), ctx - 1)
     if pattern == "delay" and ctx <= K:
         raise UserError(f"the delay pattern needs a --ctx above its {K} codebooks")
@@ -281,7 +270,7 @@ def sample(model, frames, prompt=None, batch=1, temperature=1.0, top_k=0, top_p=
         j = known * K if pattern == "flatten" else known
         last = model.positions(n) - 1
         if t0 + n < total:  # frames beyond this window exist: do not pretend that they are missing
-            last = {"flatten": (n - 1) * K}.get(pattern, n - 1)
+            last = (n - 1) * (K if pattern == "flatten" else 1)
         caches = model.temporal.new_cache(len(codes))
         start = model.start.expand(len(codes), 1, -1)
         h = model.temporal(torch.cat([start, model.inputs(window, 0, j)], 1), caches)[:, -1]
@@ -318,17 +307,17 @@ class StepGuard:
 
     def reason(self, loss: float, grad_norm: float) -> str | None:
         """Why this step must be skipped, or None; counts both."""
-        why = None
+        known = self.running is not None
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             why = "non-finite"
-        elif self.running is not None and self.factor:
-            why = "outlier" if loss > max(self.factor * self.running, self.running + 1) else None
-        if why:
-            self.skipped += 1
-            self.in_a_row += 1
+        elif known and self.factor and loss > max(self.factor * self.running, self.running + 1):
+            why = "outlier"
         else:
-            self.running = loss if self.running is None else 0.98 * self.running + 0.02 * loss
+            self.running = 0.98 * self.running + 0.02 * loss if known else loss
             self.in_a_row = 0
+            return None
+        self.skipped += 1
+        self.in_a_row += 1
         return why
 
 
@@ -347,17 +336,11 @@ class State:
     train_loss: float | None = None
 
     def state_dict(self) -> dict:
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "guard": {"running": self.guard.running, "skipped": self.guard.skipped},
-            "global_step": self.step,
-            "closed": self.closed,
-            "best": self.best,
-            "val_loss": self.val_loss,
-            "train_loss": self.train_loss,
-        }
+        weights = {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict()}
+        guard = {"running": self.guard.running, "skipped": self.guard.skipped}
+        counts = {"global_step": self.step, "closed": self.closed}
+        losses = {"best": self.best, "val_loss": self.val_loss, "train_loss": self.train_loss}
+        return weights | {"optimizer": self.optimizer.state_dict(), "guard": guard} | counts | losses
 
     def load_state_dict(self, saved: dict) -> None:
         """Weight decay and kernel of the optimiser stay: they are options, not state."""
@@ -375,17 +358,11 @@ class State:
 
 def new_state(model: TokenLM, args) -> State:
     """A start at step 0. args: ema, lr, weight_decay, fused_optim and outlier_skip_factor of train_rvq.py."""
-    ema = None
-    if args.ema:
-        ema = TokenLM(model.arch).to(model.out.device).requires_grad_(False)
-        ema.load_state_dict(model.state_dict())
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), fused=args.fused_optim or None)
+    ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    matrices = {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay}
+    vectors = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    fused = args.fused_optim or None
+    optimizer = torch.optim.AdamW([matrices, vectors], args.lr, betas=(0.9, 0.95), fused=fused)
     return State(model, ema, optimizer, StepGuard(args.outlier_skip_factor))
 
 
@@ -410,24 +387,22 @@ def find_resume(folder: Path, stem: str, resume: str | None, corpus: Corpus, say
     """
     latest = folder / f"{stem}_latest.pt"
     if resume and resume != "auto":
-        saved = load_checkpoint(resume)
-        check_ours(saved, resume)
-    elif latest.exists():
-        older = [*folder.glob(f"{stem}_epoch_e*.pt"), *folder.glob(f"{stem}_best*.pt")]
-        found = newest_good([latest], check_ours, say) or newest_good(older, check_ours, say)
-        if not found:
-            raise UserError(f"no readable checkpoint for {latest}; --no-resume starts anew")
-        saved = found[1]
-    elif resume:
-        raise UserError(f"--resume: {latest} does not exist")
-    else:
+        check_ours(saved := load_checkpoint(resume), resume)
+    elif not latest.exists():
+        if resume:
+            raise UserError(f"--resume: {latest} does not exist")
         return None
+    else:
+        older = [*folder.glob(f"{stem}_epoch_e*.pt"), *folder.glob(f"{stem}_best*.pt")]
+        good = newest_good([latest], check_ours, say) or newest_good(older, check_ours, say)
+        if not good:
+            raise UserError(f"no readable checkpoint for {latest}; --no-resume starts anew")
+        saved = good[1]
+    found = f"the checkpoint in {folder}"
     if saved["arch"]["vocab"] != corpus.vocab:
-        what = "is no model of these tokens; use another --save_dir or --tag"
-        raise UserError(f"the checkpoint in {folder} {what}")
+        raise UserError(f"{found} is no model of these tokens; use another --save_dir or --tag")
     if any(saved["source"].get(k) != corpus.source.get(k) for k in ("kind", "weights_sha256")):
-        what = "was trained on tokens of another codec; use another --save_dir"
-        raise UserError(f"the checkpoint in {folder} {what}")
+        raise UserError(f"{found} was trained on tokens of another codec; use another --save_dir")
     return saved
 
 
@@ -464,8 +439,8 @@ def frames_writer(path: Path, source: dict, vocab: list[int], fps: float, decode
         return lambda frames: write_npq(path, frames, vocab, fps)
     if path.suffix == ".parquet":
         if source["kind"] != "snac":
-            what = "is the format of a SNAC cache; these are DAC tokens, use .npq or .wav"
-            raise UserError(f"--output .parquet {what}")
+            what = "--output .parquet is the format of a SNAC cache"
+            raise UserError(f"{what}; these are DAC tokens, use .npq or .wav")
         return lambda frames: write_cache(path, {path.with_suffix(".wav").name: frames}, source)
     if path.suffix != ".wav":
         raise UserError(f"--output {path}: the suffix must be .npq, .parquet or .wav")
@@ -488,19 +463,15 @@ def load_decoder(source: dict, name: str, device):
             return snac_decoder(source, name, device)
         return dac_decoder(DAC_REPO if name == "auto" else name, device)
     except (ImportError, OSError, ValueError) as e:
-        raise UserError(
-            f"the decoder {name} cannot be loaded: {first_line(e)}; name a folder with --eval-decoder "
-            "(generate: --decoder), none: tokens only"
-        ) from None
+        hint = "name a folder with --eval-decoder (generate: --decoder), none: tokens only"
+        raise UserError(f"the decoder {name} cannot be loaded: {first_line(e)}; {hint}") from None
 
 
 def snac_decoder(source: dict, path: str, device):
-    from .decoder import load_dual_head
-
     decoder = load_dual_head(path, device)
     if decoder.geometry.weights_sha256 != source["weights_sha256"]:
-        what = f"the decoder {path} speaks the codes of another codec, not of these tokens'"
-        raise UserError(f"{what}; give its own")
+        found = f"the decoder {path} speaks the codes of another codec"
+        raise UserError(f"{found}, not of these tokens'; give its own")
 
     def speak(frames):
         codes = [torch.from_numpy(c).long()[None] for c in codes_from_frames(frames, source["vq_strides"])]
@@ -518,8 +489,8 @@ def dac_decoder(name: str, device):
 
     def speak(frames):
         if frames.shape[1] > have[0] or frames.max() >= have[1]:
-            what = f"{frames.shape[1]} codebooks with token {frames.max()}"
-            raise UserError(f"{what} do not fit this DAC: {have}")
+            found = f"{frames.shape[1]} codebooks with token {frames.max()}"
+            raise UserError(f"{found} do not fit this DAC: {have}")
         with torch.no_grad():
             audio = dac.decode(audio_codes=torch.from_numpy(frames.T[None]).to(device)).audio_values
         return audio.float().cpu().reshape(-1).numpy(), dac.config.sampling_rate

@@ -37,27 +37,16 @@ class NpqError(Exception):
 # ---- frames and codes ----
 
 
-def frame_slots(vq_strides: list[int]) -> list[tuple[int, int]]:
-    """[(scale, index within the coarse frame)] in depth-first order; 4, 2, 1 -> c0 c1 c2 c2 c1 c2 c2."""
+def slot_columns(vq_strides: list[int]) -> list[list[int]]:
+    """Columns of a frame that hold each scale, in time order; 4, 2, 1 -> [[0], [1, 4], [2, 3, 5, 6]]."""
     if not vq_strides or any(s < 1 for s in vq_strides):
         raise UserError(f"vq_strides {vq_strides} must be positive")
     if any(a % b for a, b in itertools.pairwise(vq_strides)):
         raise UserError(f"vq_strides {vq_strides}: each must be a multiple of the next to nest in one frame")
-
-    def walk(scale, index):
-        yield scale, index
-        if scale + 1 < len(vq_strides):
-            n = vq_strides[scale] // vq_strides[scale + 1]
-            for i in range(index * n, (index + 1) * n):
-                yield from walk(scale + 1, i)
-
-    return list(walk(0, 0))
-
-
-def slot_columns(vq_strides: list[int]) -> list[list[int]]:
-    """Frame columns of each scale in time order; 4, 2, 1 -> [[0], [1, 4], [2, 3, 5, 6]]."""
-    slots = frame_slots(vq_strides)
-    return [[c for c, (s, _) in enumerate(slots) if s == k] for k in range(len(vq_strides))]
+    scales = range(len(vq_strides))
+    # depth first: in the order of their times, of those that begin together the coarser first
+    slots = sorted((t, k) for k in scales for t in range(0, vq_strides[0], vq_strides[k]))
+    return [[c for c, (_, scale) in enumerate(slots) if scale == k] for k in scales]
 
 
 def codes_from_frames(frames: np.ndarray, vq_strides: list[int]) -> list[np.ndarray]:
@@ -89,21 +78,15 @@ class Npq:
         return np.memmap(self.path, self.dtype, "r", self.offset, shape)[:, : len(self.vocab)]
 
     def __str__(self) -> str:
-        size = (
-            f"{self.frames} frames x {len(self.vocab)} at {self.fps:.2f}/s = {self.frames / self.fps:.1f} s"
-        )
-        return f"{self.kind}, {size}, vocabulary {sorted(set(self.vocab))}, {self.kbps:.2f} kbps"
+        K, sizes, seconds = len(self.vocab), sorted(set(self.vocab)), self.frames / self.fps
+        size = f"{self.frames} frames x {K} at {self.fps:.2f}/s = {seconds:.1f} s"
+        return f"{self.kind}, {size}, vocabulary {sizes}, {self.kbps:.2f} kbps"
 
 
 def take(head: bytes, fmt: str, offset: int) -> tuple:
     if offset + struct.calcsize(fmt) > len(head):
         raise NpqError(f"header cut off at byte {len(head)}")
     return struct.unpack_from(fmt, head, offset)
-
-
-def check_version(kind: str, version: int) -> None:
-    if version != 1:
-        raise NpqError(f"{kind} version {version} is not 1")
 
 
 def check_k(K: int) -> None:
@@ -113,25 +96,25 @@ def check_k(K: int) -> None:
 
 def parse_header(path: str, head: bytes, size: int) -> Npq:
     """The header of a file of `size` bytes from its first bytes. Raises NpqError with the reason."""
-    magic = head[:4]
+    magic, mode = head[:4], 1
     if magic == b"NPQ2":
         kind, at = "NPQ2", 23
         version, mode, k_mid, k_side, fps, kbps, T = take(head, "<HBHHffI", 4)
-        check_version(kind, version)
-        if mode != 1:
-            raise NpqError(f"NPQ2 mode {mode} is not 1 (mid/side)")
-        if k_mid < 1:
-            raise NpqError("NPQ2 without a mid codebook (k_mid 0)")
         K = k_mid + k_side
     elif magic in (b"NPQ1", b"NPQ0"):
         kind, at = "NPQ1", 20
         version, K, fps, kbps, T = take(head, "<HHffI", 4)
         if magic == b"NPQ0" or (K == 0 and 1 <= version <= MAX_K):  # an i32 K: no version field, so legacy v0
             return parse_legacy(path, head, size)
-        check_version(kind, version)
         k_mid = K
     else:
         raise NpqError(f"magic {magic!r} is neither NPQ1 nor NPQ2")
+    if version != 1:
+        raise NpqError(f"{kind} version {version} is not 1")
+    if mode != 1:
+        raise NpqError(f"NPQ2 mode {mode} is not 1 (mid/side)")
+    if k_mid < 1 and kind == "NPQ2":
+        raise NpqError("NPQ2 without a mid codebook (k_mid 0)")
     check_k(K)
     *vocab, number = take(head, f"<{K}IB", at)
     if number not in DTYPES:
@@ -141,24 +124,18 @@ def parse_header(path: str, head: bytes, size: int) -> Npq:
 
 def parse_legacy(path: str, head: bytes, size: int) -> Npq:
     """v0 says neither its layout nor a version: take the one whose header is possible, exact size first."""
-
-    def layout_a():
-        K, fps, kbps, T = take(head, "<iffi", 4)
-        check_k(K)
-        return Npq(path, "v0-A", fps, kbps, T, list(take(head, f"<{K}i", 20)), "<u2", 20 + 4 * K, K, K)
-
-    def layout_b():
-        K, fps = take(head, "<if", 4)
-        check_k(K)
-        *vocab, T = take(head, f"<{K + 1}i", 12)
-        return Npq(path, "v0-B", fps, 0.0, T, vocab, "<u2", 16 + 4 * K, K, K)
-
     found, reasons = [], []
-    for name, layout in (("v0-A", layout_a), ("v0-B", layout_b)):
+    for kind in ("v0-A", "v0-B"):
         try:
-            found.append(checked(layout(), size))
+            K, fps = take(head, "<if", 4)
+            check_k(K)
+            if kind == "v0-A":
+                at, (kbps, T, *vocab) = 20 + 4 * K, take(head, f"<fi{K}i", 12)
+            else:
+                at, kbps, (*vocab, T) = 16 + 4 * K, 0.0, take(head, f"<{K}ii", 12)
+            found.append(checked(Npq(path, kind, fps, kbps, T, vocab, "<u2", at, K, K), size))
         except NpqError as e:
-            reasons.append(f"{name}: {e}")
+            reasons.append(f"{kind}: {e}")
     if not found:
         raise NpqError("; ".join(reasons))
     return min(found, key=lambda h: size - (h.offset + h.frames * h.columns * 2))
@@ -166,9 +143,9 @@ def parse_legacy(path: str, head: bytes, size: int) -> Npq:
 
 def checked(h: Npq, size: int) -> Npq:
     """`h` when a file of `size` bytes can have this header; else NpqError."""
-    if not (math.isfinite(h.fps) and h.fps > 0):
+    if not 0 < h.fps < math.inf:
         raise NpqError(f"token rate {h.fps} is not a positive number")
-    if not (math.isfinite(h.kbps) and h.kbps >= 0):
+    if not 0 <= h.kbps < math.inf:
         raise NpqError(f"bitrate {h.kbps} kbps is not a number of at least 0")
     if min(h.vocab) < 1:
         raise NpqError(f"vocabulary size {min(h.vocab)} is below 1")
@@ -188,9 +165,8 @@ def open_npq(path: str | Path, npq2: str = "mid") -> Npq:
     npq2: `mid` keeps the first k_mid columns of a stereo file, `both` all of them.
     """
     try:
-        size = os.path.getsize(path)
         with open(path, "rb") as f:
-            head = f.read(64 + 4 * 2 * 65536)
+            head, size = f.read(64 + 4 * 2 * 65536), os.fstat(f.fileno()).st_size
     except OSError as e:
         raise NpqError(f"cannot be read: {e.strerror}") from None
     found = parse_header(str(path), head, size)
@@ -206,24 +182,20 @@ def check_tokens(tokens: np.ndarray, vocab: list[int]) -> None:
         block = tokens[start : start + SCAN_FRAMES]
         if (block.max(axis=0) >= limit).any() or (block.dtype.kind == "i" and block.min() < 0):
             t, k = np.argwhere((block < 0) | (block >= limit))[0]
-            raise NpqError(
-                f"token {int(block[t, k])} at frame {start + t}, codebook {k} is not in 0..{limit[k] - 1}"
-            )
+            where = f"at frame {start + t}, codebook {k}"
+            raise NpqError(f"token {block[t, k]} {where} is not in 0..{limit[k] - 1}")
 
 
-def write_npq(path, tokens, vocab, fps: float, kbps: float | None = None, dtype: int | None = None) -> None:
-    """NPQ1, atomically. tokens: integers [T, K]; dtype 0, 1, 2, None: the smallest; kbps None: computed."""
+def write_npq(path, tokens, vocab: list[int], fps: float) -> None:
+    """NPQ1, atomically, in the smallest dtype that holds the vocabulary. tokens: integers [T, K]."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[1] != len(vocab) or not 1 <= len(vocab) <= MAX_K or not len(tokens):
         raise NpqError(f"tokens {tokens.shape} are not [T, K] with K = {len(vocab)} vocabulary sizes")
     if tokens.dtype.kind not in "iu":
         raise NpqError(f"tokens are {tokens.dtype}, not integers")
     check_tokens(tokens, vocab)
-    if dtype is None:
-        dtype = next(d for d, bits in ((0, 8), (1, 16), (2, 32)) if max(vocab) <= 1 << bits)
-    if tokens.max() >= 1 << 8 * int(DTYPES[dtype][2]):
-        raise NpqError(f"token {tokens.max()} does not fit dtype {dtype}")
-    kbps = fps * sum(math.log2(v) for v in vocab) / 1000 if kbps is None else kbps
+    dtype = next(d for d, bits in ((0, 8), (1, 16), (2, 32)) if max(vocab) <= 1 << bits)
+    kbps = fps * sum(math.log2(v) for v in vocab) / 1000
     with atomic_file(path) as f:
         f.write(b"NPQ1" + struct.pack("<HHffI", 1, len(vocab), fps, kbps, len(tokens)))
         f.write(struct.pack(f"<{len(vocab)}IB", *vocab, dtype) + tokens.astype(DTYPES[dtype]).tobytes())
@@ -234,9 +206,7 @@ def write_npq(path, tokens, vocab, fps: float, kbps: float | None = None, dtype:
 
 def slot_order(vq_strides: list[int]) -> np.ndarray:
     """Columns of a CodeIndex row block (scale by scale) in frame order; 4, 2, 1 -> 0 1 3 4 2 5 6."""
-    counts = [len(c) for c in slot_columns(vq_strides)]
-    first = np.cumsum([0, *counts])
-    return np.array([first[k] + i for k, i in frame_slots(vq_strides)])
+    return np.argsort(np.concatenate(slot_columns(vq_strides)))
 
 
 def snac_source(geometry) -> dict:
@@ -263,20 +233,13 @@ def write_cache(path: str | Path, rows: dict[str, np.ndarray], source: dict) -> 
 
     strides = source["vq_strides"]
     geometry = Geometry(**{k: v for k, v in source.items() if k != "kind"} | {"vq_strides": tuple(strides)})
-    samples = geometry.coarse_samples
     codes = {name: codes_from_frames(np.asarray(f, dtype=np.int16), strides) for name, f in rows.items()}
-    write_shard(path, {name: (len(c[0]) * samples, c) for name, c in codes.items()}, geometry, "")
+    write_shard(
+        path, {name: (len(c[0]) * geometry.coarse_samples, c) for name, c in codes.items()}, geometry, ""
+    )
 
 
 # ---- one corpus, whatever the files ----
-
-
-def open_data(data: str, val_data: str | None, npq2: str) -> "tuple[Corpus, Corpus | None]":
-    """(training corpus, held-out corpus or None). Raises UserError when their tokens differ in kind."""
-    corpus, held_out = Corpus(data, npq2), Corpus(val_data, npq2) if val_data else None
-    if held_out and (held_out.vocab != corpus.vocab or held_out.source != corpus.source):
-        raise UserError(f"--val-data {val_data} holds other tokens than --data {data}")
-    return corpus, held_out
 
 
 class Corpus:
@@ -287,12 +250,9 @@ class Corpus:
     """
 
     def __init__(self, data: str, npq2: str = "mid"):
-        self.bad: list[tuple[str, str]] = []
-        self.index, self.files = None, []
-        if any(Path(data).glob("codes_batch_gpu*.parquet")):
-            bad_rows = self._open_cache(data)
-        else:
-            bad_rows = self._open_files(data, npq2)
+        self.index, self.files, self.bad = None, [], []
+        is_cache = any(Path(data).glob("codes_batch_gpu*.parquet"))
+        bad_rows = self._open_cache(data) if is_cache else self._open_files(data, npq2)
         self.bad_fraction = bad_rows / max(1, bad_rows + len(self.lengths))
         if not len(self.lengths):
             name, reason = self.bad[0] if self.bad else (data, "empty")
@@ -303,13 +263,10 @@ class Corpus:
         from .cache import CodeIndex
 
         self.index = CodeIndex(data)
-        self.source = snac_source(self.index.geometry)
-        self.order = slot_order(self.source["vq_strides"])
-        self.vocab = [self.source["codebook_size"]] * len(self.order)
         geometry = self.index.geometry
-        self.fps = (
-            geometry.sampling_rate / geometry.coarse_samples
-        )  # 24000 / (512 * 4) = 11.72 for snac_24khz
+        self.source, self.order = snac_source(geometry), slot_order(geometry.vq_strides)
+        self.vocab = [geometry.codebook_size] * len(self.order)
+        self.fps = geometry.sampling_rate / geometry.coarse_samples  # snac_24khz: 24000 / (512 * 4) = 11.72
         self.lengths = np.diff(self.index.offsets)
         self.bad = [(data, f"{n} rows: {reason}") for reason, n in self.index.bad.items()]
         return sum(self.index.bad.values())
@@ -326,13 +283,12 @@ class Corpus:
             except NpqError as e:
                 self.bad.append((path, str(e)))
                 continue
-            first = self.files[0] if self.files else one
+            if not self.files:
+                first, self.vocab, self.fps = one, one.vocab, float(one.fps)
             if (one.vocab, round(one.fps, 2)) != (first.vocab, round(first.fps, 2)):
                 what = f"K {len(one.vocab)}, vocabulary {sorted(set(one.vocab))} at {one.fps:.2f} frames/s"
                 raise UserError(f"{path}: {what} differ from {first.path}; give one kind of file")
             self.files.append(one)
-        if self.files:
-            self.vocab, self.fps = self.files[0].vocab, float(self.files[0].fps)
         self.lengths, self.source = np.array([f.frames for f in self.files], np.int64), {"kind": "npq"}
         return len(self.bad)
 
@@ -357,8 +313,7 @@ def window_table(lengths: np.ndarray, files: np.ndarray, ctx: int, step: int) ->
     """int64 [windows, 3]: file, first frame, frames."""
     counts = window_counts(lengths[files], ctx, step)
     owner = np.repeat(files, counts)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    start = number * step
+    start = step * (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts))
     return np.stack([owner, start, np.minimum(ctx, lengths[owner] - start)], axis=1)
 
 
@@ -371,9 +326,8 @@ def split_files(counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         raise UserError("one file cannot be split by file: give more files, or --val-data")
     order = np.random.default_rng([seed, 1]).permutation(len(counts))
     n = int((np.cumsum(counts[order]) <= int(0.05 * counts.sum())).sum())
-    if n == 0:  # every file is larger than the share: hold out the smallest
-        order = np.roll(order, -int(np.argmin(counts[order])))
-        n = 1
+    if n == 0:  # the first is larger than the share: hold out the smallest
+        n, order = 1, np.roll(order, -int(np.argmin(counts[order])))
     return np.sort(order[n:]), np.sort(order[:n])
 
 
@@ -386,9 +340,7 @@ def steps_per_epoch(windows: int, batch: int, accum: int) -> int:
     return max(1, math.ceil(windows / batch) // accum)
 
 
-def step_batches(
-    order: np.ndarray, lengths: np.ndarray, step: int, batch: int, accum: int
-) -> list[np.ndarray]:
+def step_batches(order, lengths, step: int, batch: int, accum: int) -> list[np.ndarray]:
     """The forward passes of one optimiser step: windows of similar length together, so little is padded."""
     last = step + 1 == steps_per_epoch(len(order), batch, accum)
     own = order[step * batch * accum : None if last else (step + 1) * batch * accum]
@@ -414,39 +366,29 @@ def pad_batch(items: list[np.ndarray]):
     """[T_i, K] each -> int32 tensor [B, max T, K]; -1 beyond a window's end: no input and no loss there."""
     import torch
 
-    out = np.full((len(items), max(map(len, items)), items[0].shape[1]), -1, dtype=np.int32)
-    for row, item in zip(out, items):
-        row[: len(item)] = item
-    return torch.from_numpy(out)
+    items = [torch.from_numpy(item.astype(np.int32)) for item in items]
+    return torch.nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-1)
 
 
-def make_loader(windows: Windows, order: list[list[int]], pin: bool, args):
-    """A DataLoader of int32 [B, T, K]: the windows that `order` names when an iteration begins.
+def make_loader(windows: Windows, pin: bool, args):
+    """A DataLoader of int32 [B, T, K]: the windows listed in its .batch_sampler when an iteration begins.
 
     args: num_workers, prefetch (batches a worker) and persistent_workers of train_rvq.py.
     """
     from torch.utils.data import DataLoader
 
-    ahead = {"prefetch_factor": args.prefetch, "persistent_workers": args.persistent_workers}
-    return DataLoader(
-        windows,
-        batch_sampler=order,
-        collate_fn=pad_batch,
-        num_workers=args.num_workers,
-        pin_memory=pin,
-        worker_init_fn=ignore_stop_signals,
-        **(ahead if args.num_workers else {}),
-    )
+    how = {"num_workers": args.num_workers, "worker_init_fn": ignore_stop_signals, "pin_memory": pin}
+    if args.num_workers:
+        how |= {"prefetch_factor": args.prefetch, "persistent_workers": args.persistent_workers}
+    return DataLoader(windows, batch_sampler=[], collate_fn=pad_batch, **how)
 
 
 def split_windows(corpus: Corpus, held_out: Corpus | None, ctx: int, step: int, seed: int):
     """(training, validation) Windows: all of both, or whole files of `corpus` where nothing is held out."""
-    own = np.arange(len(corpus.lengths))
     if held_out:
-        val = np.arange(len(held_out.lengths))
-    else:
-        own, val = split_files(window_counts(corpus.lengths, ctx, step), seed)
-    return Windows(corpus, own, ctx, step), Windows(held_out or corpus, val, ctx, step)
+        return [Windows(c, np.arange(len(c.lengths)), ctx, step) for c in (corpus, held_out)]
+    files = split_files(window_counts(corpus.lengths, ctx, step), seed)
+    return [Windows(corpus, own, ctx, step) for own in files]
 
 
 def codebook_weights(text: str, alpha: float, K: int) -> list[float]:

@@ -46,7 +46,7 @@ def test_killed_inside_checkpoint_writes_and_the_newest_one_damaged_every_time(u
             assert code in (-9, 0), said
             errors.append(said)
             lives += 1
-            assert lives < 20
+            assert lives < 60
         survive.damage(out, how)
     assert any(out.glob(".*.pt.*.tmp"))
     errors.append(finish(folder, out).stderr)

@@ -16,10 +16,12 @@ from snac48.cli import UserError
 @pytest.mark.parametrize("dtype,V", [(0, 256), (1, 1024), (1, 65536), (2, 70000)])
 def test_npq1_round_trip(tmp_path, dtype, V):
     tok = random_tokens(50, 9, V)
-    tokens.write_npq(tmp_path / "a.npq", tok, [V] * 9, 86.1328, 7.75, dtype)
+    tokens.write_npq(tmp_path / "a.npq", tok, [V] * 9, 86.1328)
     got = tokens.open_npq(tmp_path / "a.npq")
     assert (got.kind, got.vocab, got.frames) == ("NPQ1", [V] * 9, 50)
-    assert got.fps == pytest.approx(86.1328, rel=1e-6) and got.kbps == 7.75
+    assert got.fps == pytest.approx(86.1328, rel=1e-6) and got.kbps == pytest.approx(
+        86.1328 * 9 * np.log2(V) / 1000
+    )
     assert np.array_equal(got.tokens(), tok) and got.tokens().dtype == np.dtype(tokens.DTYPES[dtype])
     raw = (tmp_path / "a.npq").read_bytes()  # the layout by hand, not by our own reader
     assert raw[:8] == b"NPQ1\x01\x00\x09\x00" and len(raw) == 20 + 36 + 1 + 450 * (1, 2, 4)[dtype]
@@ -133,16 +135,17 @@ def test_writer_refuses_bad_tokens(tmp_path):
 # ---- frames, caches, one corpus ----
 
 
-def test_frame_slots_come_from_the_strides():
-    assert [k for k, _ in tokens.frame_slots([4, 2, 1])] == [0, 1, 2, 2, 1, 2, 2]
-    assert len(tokens.frame_slots([8, 4, 2, 1])) == 15 and tokens.frame_slots([1]) == [(0, 0)]
+def test_the_columns_of_a_frame_come_from_the_strides():
+    assert tokens.slot_columns([4, 2, 1]) == [[0], [1, 4], [2, 3, 5, 6]]
+    assert tokens.slot_order([4, 2, 1]).tolist() == [0, 1, 3, 4, 2, 5, 6]
+    assert len(tokens.slot_order([8, 4, 2, 1])) == 15 and tokens.slot_columns([1]) == [[0]]
     codes = [np.arange(3) + 100, np.arange(6) + 200, np.arange(12) + 300]
     frames = frames_from_codes(codes, [4, 2, 1])
     assert frames[1].tolist() == [101, 202, 304, 305, 203, 306, 307]  # every token at its time
     for a, b in zip(tokens.codes_from_frames(frames, [4, 2, 1]), codes):
         assert np.array_equal(a, b)
     with pytest.raises(UserError, match="multiple"):
-        tokens.frame_slots([4, 3, 1])
+        tokens.slot_columns([4, 3, 1])
 
 
 def test_cache_and_npq_are_one_corpus(tmp_path):
