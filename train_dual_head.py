@@ -551,15 +551,9 @@ class Progress:
 def log_step(run: Run, state: State, epoch: schedule.Epoch, progress: Progress, result: StepResult) -> None:
     """A line for a skipped step; the means since the last line every --log_every steps. Raises Diverged."""
     progress.bar.update()
-<<<<<<< HEAD
     progress.steps += 1
-    progress.seconds += (
-        result.size * run.data.coarse_len * run.geometry.coarse_samples / run.geometry.sampling_rate
-    )
-=======
     samples = result.size * run.data.coarse_len * run.geometry.coarse_samples
     progress.seconds += samples / run.geometry.sampling_rate
->>>>>>> main
     if result.done:
         progress.sums.update(result.sums)
         progress.items.update(dict.fromkeys(result.sums, result.size))

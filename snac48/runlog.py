@@ -39,16 +39,9 @@ def versions() -> dict:
 
 
 class RunLog:
-<<<<<<< HEAD
     """`metrics.jsonl` (one flushed object a line) and `training.log` (one human line) in a run directory, and
-    `processes.jsonl`: a line for every process that wrote there, by which a reader knows whether it lives.
-
-    The human line also goes to stdout, which the launcher sends to logs/NAME.log. Rank > 0: `quiet=True`.
-    """
-=======
-    """`metrics.jsonl` (one flushed object a line) and `training.log` (one human line) in a run directory. The
+    `processes.jsonl`, a line for every process that writes there: by it a reader knows whether one lives. The
     human line also goes to stdout, which the launcher sends to logs/NAME.log. Rank > 0: `quiet=True`."""
->>>>>>> main
 
     def __init__(self, output_dir: str | Path, log_name: str = "training.log", quiet: bool = False):
         self.dir = Path(output_dir)

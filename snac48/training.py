@@ -462,22 +462,11 @@ def report_codes(run: Run, state: State, epoch: Epoch | None) -> None:
 
 def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed: float) -> None:
     """The line of a step, in the log and in metrics.jsonl; one more metric goes into the latter."""
-<<<<<<< HEAD
-    a, rates = run.args, rates_at(run.args, run.plan, state.step - 1)
+    a, rates = run.args, schedule.rates_at(run.args, run.plan, state.step - 1)
     # steps of later epochs are as long as their segments: count the audio still to come
     todo = sum((e.first_step + e.steps - max(e.first_step, state.step)) * e.segment * e.batch
                for e in run.plan if e.first_step + e.steps > state.step)  # fmt: skip
     eta, rate = median_low(state.paces) * todo, rates.get("head_48k", rates.get("head_24k"))
-    shown = {"loss": means.get("loss"), "24k": means.get("loss_24k"), "48k": means.get("loss_48k")}
-    shown = {k: v for k, v in shown.items() if v is not None}
-    shown |= {"lr": rate, "norm": norm, "audio-s/s": speed, "eta": human_time(eta)}
-=======
-    a, rates = run.args, schedule.rates_at(run.args, run.plan, state.step - 1)
-    pace = (time.time() - run.began) / max(state.step - state.first_step, 1)
-    # steps of later epochs are as long as their segments: scale the pace by audio still to come
-    todo = sum((e.first_step + e.steps - max(e.first_step, state.step)) * e.segment * e.batch
-               for e in run.plan if e.first_step + e.steps > state.step)  # fmt: skip
-    eta, rate = pace * todo / (epoch.segment * epoch.batch), rates.get("head_48k", rates.get("head_24k"))
     names = {"loss": "loss", "24k": "loss_24k", "48k": "loss_48k"}
     shown = {k: means[name] for k, name in names.items() if name in means} | {
         "lr": rate,
@@ -485,7 +474,6 @@ def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed
         "audio-s/s": speed,
         "eta": human_time(eta),
     }
->>>>>>> main
     run.log.say(step_line(state.step, run.total, epoch.number, a.epochs, epoch.phase, shown))
     run.log.metric(step=state.step, total_steps=run.total, epoch=epoch.number, epochs=a.epochs,
                    phase=epoch.phase, segment_length=epoch.segment, batch_size=epoch.batch, **means,

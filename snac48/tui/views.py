@@ -285,10 +285,11 @@ def history(curves: dict, now: int, width: int, height: int, title, text, keys, 
     column = max(1, span // (2 * max(2, width - 8)))
     end = -(-now // column) * column
     found = [(curves[k], style, False, letter) for k, style, letter in keys if k in curves]
-    drawn = plot(found, width, height - 1, (end - span, end), limits=limits,
-                 ends=(f"{SPAN_S // 60} min ago", "now"))  # fmt: skip
-    unit = {"Disks": " MB/s"}.get(title, " %")
-    return [[(title, "bold"), (unit, "dim"), (f"  {text}", "")], *drawn]
+    ends = (f"{SPAN_S // 60} min ago", "now")
+    drawn = plot(found, width, height - 1, (end - span, end), limits=limits, ends=ends)
+    unit = " MB/s" if title == "Disks" else " %"
+    head = [(title, "bold"), (unit, "dim"), (f"  {text}", "")]
+    return [head, *(drawn if found else [[]] * (height - 1))]  # where there is nothing, the title says why
 
 
 def gpu_lines(fleet: Fleet, width: int) -> list:
