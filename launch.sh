@@ -4,17 +4,20 @@
 #   ./launch.sh setup                   make .venv and install requirements.txt (uv where it can, else pip)
 #   ./launch.sh demo                    speech in, 48 kHz voice out, on the embedded speech; minutes on a CPU
 #   ./launch.sh test [pytest args]      ruff, shellcheck, tests
-#   ./launch.sh precompute GPUS [args]  48 kHz targets           (precompute_48k.py, one process a GPU)
-#   ./launch.sh cache      GPUS [args]  codes of an audio folder (cache_codes.py, one process a GPU)
+#   ./launch.sh precompute GPUS [args]  48 kHz targets of both splits (precompute_48k.py, one process a GPU)
+#   ./launch.sh cache      GPUS [args]  codes of both splits          (cache_codes.py, one process a GPU)
 #   ./launch.sh train      GPUS [args]  dual-head training       (train_dual_head.py, several GPUs: torchrun)
 #   ./launch.sh rvq        GPUS [args]  language model of tokens (train_rvq.py, one GPU a run)
+#   ./launch.sh workflow   GPUS [--input_dir DIR] [args]   prepare, precompute, cache, train: one job, restartable
 #   ./launch.sh status                  every job: RUNNING, FINISHED, STOPPED, DEAD(exit code) or STALE_PID
 #   ./launch.sh stop NAME               TERM to that job's process group, KILL after STOP_GRACE (60) seconds
 #   ./launch.sh resume NAME             start a stopped or dead job again, from its newest checkpoint
 #   ./launch.sh logs NAME               follow its log
 #   ./launch.sh monitor [args]          the terminal UI
 #
-# GPUS is 3, 0,1,2,3 or cpu. Jobs are named train_gpu3, cache_gpu0, train_cpu …; LOG_DIR (logs) holds NAME.log,
+# GPUS is 3, 0,1,2,3 or cpu. Recordings, targets and codes lie in corpus/, targets/ and codes/ below this folder or
+# DATA_ROOT (--data_root), unless flags name others. Jobs are named by what they do, train_phase12_gpu3,
+# cache_train_gpu0, precompute_cpu …; train_gpu3 is enough where only one is meant. LOG_DIR (logs) holds NAME.log,
 # NAME.pid (pid, kernel start time, command) and NAME.json. Jobs run in their own session: closing the terminal
 # does not end them. Extra arguments go to the script as they are.
 set -euo pipefail
@@ -41,7 +44,21 @@ find_python() {
   abort "no Python 3.11 to 3.13 found; install one, or name it: PYTHON=/path/to/python ./launch.sh setup"
 }
 
-ready() { [ -x "$VENV/bin/python" ] && cmp -s "$ROOT/requirements.txt" "$VENV/.installed"; }
+ready() { # whether the venv holds what requirements.txt names; also one that `uv pip install -r` filled
+  [ -x "$VENV/bin/python" ] || return 1
+  cmp -s "$ROOT/requirements.txt" "$VENV/.installed" && return
+  "$VENV/bin/python" - "$ROOT/requirements.txt" <<'PY' && cp "$ROOT/requirements.txt" "$VENV/.installed"
+import sys
+from importlib.metadata import PackageNotFoundError, version
+try:
+    for line in open(sys.argv[1]):
+        name, _, wanted = line.partition("#")[0].strip().partition("==")
+        if name and version(name).partition("+")[0] != wanted:
+            sys.exit(1)
+except PackageNotFoundError:
+    sys.exit(1)
+PY
+}
 
 setup() {
   if ready; then
@@ -122,7 +139,7 @@ option() { # value of --NAME in the remaining arguments, or nothing
 }
 
 preflight() { # KIND GPUS ARGS...
-  local kind=$1 gpus=$2 gpu flag value count folder folders
+  local kind=$1 gpus=$2 gpu flag value count folder
   shift 2
   [[ $gpus == cpu || $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || abort "GPUS must be 3, 0,1,2,3 or cpu, not '$gpus'"
   if [ "$gpus" != cpu ]; then
@@ -132,15 +149,10 @@ preflight() { # KIND GPUS ARGS...
       [ "$gpu" -lt "$count" ] || abort "GPU $gpu isn't there: nvidia-smi lists $count"
     done
   fi
-  for flag in --cache_dir --val_cache_dir --audio_48k_dir --val_audio_48k_dir --codes_dir --data_dir --val_data_dir --input_dir; do
-    IFS=, read -ra folders <<<"$(option "$flag" "$@")" # --data_dir takes several: A,B
-    for value in "${folders[@]}"; do
-      [ -d "$value" ] || case $flag in
-        --*48k*) abort "$flag $value does not exist; make it first: ./launch.sh precompute $gpus --input_dir … --output_dir $value" ;;
-        --*cache* | --codes*) abort "$flag $value does not exist; make it first: ./launch.sh cache $gpus --data_dir … --output_dir $value" ;;
-        *) abort "$flag $value does not exist; give the folder of your recordings" ;;
-      esac
-    done
+  for flag in --data_dir --input_dir; do
+    value=$(option "$flag" "$@")
+    [ "$kind" = train ] || [ -z "$value" ] || [ -d "$value" ] \
+      || abort "$flag $value does not exist; give the folder of your recordings"
   done
   folder=$(option --output_dir "$@")
   [ -n "$folder" ] || folder=$(option --save_dir "$@")
@@ -148,7 +160,6 @@ preflight() { # KIND GPUS ARGS...
   while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
   [ "$(df -Pk "$folder" | awk 'NR==2 {print $4}')" -gt "${MIN_FREE_KB:-1048576}" ] \
     || abort "less than 1 GiB is free in $folder; free some, or choose another --output_dir"
-  : "$kind"
 }
 
 start_job() { # NAME KIND GPUS RUN_DIR COMMAND...
@@ -158,7 +169,7 @@ start_job() { # NAME KIND GPUS RUN_DIR COMMAND...
   log=$LOG_DIR/$name.log
   exec 9>"$LOG_DIR/$name.lock"
   flock -w 30 9 || abort "another start of $name holds $LOG_DIR/$name.lock"
-  alive "$name" && abort "$name already runs (pid $PID); ./launch.sh stop $name first"
+  alive "$name" && abort "$name already runs (pid $PID): ./launch.sh stop $name first, or wait for its end with tail --pid=$PID -f /dev/null"
   # a new job begins a new log: the end of an older job's would be taken for its own
   [ -n "${KEEP_LOG:-}" ] || [ ! -s "$log" ] || mv -f "$log" "$log.old"
   printf '=== %s %s\n' "$(date '+%F %T')" "$*" >>"$log"
@@ -209,25 +220,43 @@ started $name (pid $PID), log $log
 EOF
 }
 
-job_name() { # KIND GPUS -> train_gpu3, train_gpu0_1, train_cpu
+job_name() { # WHAT GPUS -> train_phase12_gpu3, cache_gpu0_1, precompute_cpu
   if [ "$2" = cpu ]; then printf '%s_cpu' "$1"; else printf '%s_gpu%s' "$1" "${2//,/_}"; fi
 }
 
 start_train() {
-  local gpus=${1:-} config run_dir command
-  [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh train 3 --codes_dir …"
+  local gpus=${1:-} config recipe run_dir name other n command
+  [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh train 3"
   shift
   need_setup
   preflight train "$gpus" "$@"
-  # the recipe or a config names the run directory too: ask the trainer (it answers before it loads torch)
+  # flags, config and folders name recipe, data and run directory: ask the trainer (it answers without torch)
   config=$("$VENV/bin/python" "$ROOT/train_dual_head.py" "$@" --print_config json) || exit $?
-  run_dir=$(ask 'import json; print(json.loads(sys.argv[1])["output_dir"]["value"])' "$config")
+  { read -r recipe && read -r run_dir; } < <(ask 'import json
+from argparse import Namespace
+from snac48.cli import UserError
+from snac48.places import check_training
+values = {k: v["value"] for k, v in json.loads(sys.argv[1]).items()}
+try:
+    values["resume"] or check_training(Namespace(**values), True)
+except UserError as e:
+    sys.exit("launch.sh: " + str(e).replace("GPUS", sys.argv[2]))
+print(values["recipe"], values["output_dir"], sep="\n")' "$config" "$gpus") || exit 1
   command=("$VENV/bin/python" -u "$ROOT/train_dual_head.py" --device "$gpus")
   if [[ $gpus == *,* ]]; then
     export CUDA_VISIBLE_DEVICES=$gpus
     command=("$VENV/bin/torchrun" --standalone --nproc_per_node "$(tr ',' '\n' <<<"$gpus" | wc -l)" "$ROOT/train_dual_head.py")
   fi
-  start_job "$(job_name train "$gpus")" train "$gpus" "$run_dir" "${command[@]}" "$@"
+  name=$(job_name "train_$recipe" "$gpus") n=1
+  while other=$name$([ $n = 1 ] || echo "_$n"); alive "$other" && ! runs_in "$other" "$run_dir"; do
+    n=$((n + 1)) # another training of this recipe on this device, in a folder of its own
+  done
+  start_job "$other" train "$gpus" "$run_dir" "${command[@]}" "$@"
+}
+
+runs_in() { # NAME DIR: is that the job's run directory?
+  ask 'import json, os
+sys.exit(json.load(open(sys.argv[1]))["run_dir"] != os.path.abspath(sys.argv[2]))' "$LOG_DIR/$1.json" "$2"
 }
 
 start_rvq() {
@@ -242,25 +271,100 @@ start_rvq() {
     "$VENV/bin/python" -u "$ROOT/train_rvq.py" --device "$gpu" "$@"
 }
 
-start_many() { # KIND SCRIPT GPUS ARGS...: one process a GPU, all on the same folder
-  local kind=$1 script=$2 gpus=${3:-} gpu
+start_many() { # KIND SCRIPT GPUS ARGS...: one process a GPU, all on the same folders
+  local kind=$1 script=$2 gpus=${3:-} gpu what output
   [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh $kind 0,1 …, or cpu"
   shift 3
   need_setup
   preflight "$kind" "$gpus" "$@"
+  output=$(option --output_dir "$@") what=$kind
+  case /$output/ in # of one split: its name tells
+    //) ;;
+    */train/*) what=${kind}_train ;;
+    */val*/*) what=${kind}_val ;;
+    *) what=${kind}_$(basename "$output") ;;
+  esac
   for gpu in ${gpus//,/ }; do
-    start_job "$(job_name "$kind" "$gpu")" "$kind" "$gpu" "$(option --output_dir "$@")" \
-      "$VENV/bin/python" -u "$ROOT/$script" --device "$gpu" "$@"
+    start_job "$(job_name "$what" "$gpu")" "$kind" "$gpu" "$output" "$VENV/bin/python" -u "$ROOT/$script" --device "$gpu" "$@"
   done
+}
+
+# ---- workflow: one job of four stages, each of which goes on where it was ----
+
+start_workflow() {
+  local gpus=${1:-}
+  [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh workflow 0,1 --input_dir RECORDINGS, or cpu"
+  shift
+  need_setup
+  preflight workflow "$gpus" "$@"
+  start_job "$(job_name workflow "$gpus")" workflow "$gpus" "$(option --output_dir "$@")" bash "$ROOT/launch.sh" run_workflow "$gpus" "$@"
+}
+
+run_workflow() { # GPUS ARGS...: in the foreground, as the job does
+  local gpus=$1 input='' root=${DATA_ROOT:-.} gpu flag code py=$VENV/bin/python
+  local -a precompute=() cache=() train=() value
+  shift
+  while [ $# -gt 0 ]; do # each stage gets the flags it knows; what is not listed here is the trainer's
+    flag=${1%%=*} value=("$1")
+    shift
+    [[ ${value[0]} == *=* || $# -eq 0 || $1 == --* ]] || { value+=("$1"); shift; }
+    case $flag in
+      --input_dir) input=${value[1]:-${value[0]#*=}} ;;
+      --data_root) root=${value[1]:-${value[0]#*=}} ;;
+      --native_rate | --upsampler | --sidon_*) precompute+=("${value[@]}") ;;
+      --min_seconds | --rows_per_file) cache+=("${value[@]}") ;;
+      --pretrained_model) cache+=("${value[@]}") train+=("${value[@]}") ;;
+      --num_workers | --max_bad_fraction) precompute+=("${value[@]}") cache+=("${value[@]}") train+=("${value[@]}") ;;
+      *) train+=("${value[@]}") ;;
+    esac
+  done
+  export DATA_ROOT=$root
+  stage() { # N WHAT COMMAND...: one process for each of GPUS; ends the workflow where one fails
+    local n=$1 what=$2 pids=() pid
+    shift 2
+    printf '=== stage %s/4: %s\n' "$n" "$what"
+    for gpu in ${on//,/ }; do
+      "$@" ${gpu:+--device "$gpu"} & # a stop signals the whole group: every stage finishes its unit or step
+      pids+=($!)
+    done
+    code=0
+    for pid in "${pids[@]}"; do
+      wait "$pid" || code=$?
+      while kill -0 "$pid" 2>/dev/null; do wait "$pid" || code=$?; done # a signal interrupts wait
+    done
+    [ "$code" = 0 ] || { [ -z "${JOB_EXIT_FILE:-}" ] || echo "$code" >"$JOB_EXIT_FILE"; exit "$code"; }
+  }
+  trap : TERM INT
+  cd "$ROOT"
+  local on=$gpus
+  if [ -n "$input" ] && [ ! -e "$root/corpus/manifest.json" ]; then
+    printf '=== stage 1/4: prepare\n'
+    "$py" prepare_dataset.py --input_dir "$input" --output_dir "$root/corpus" || exit
+  fi
+  stage 2 "48 kHz targets" "$py" -u precompute_48k.py "${precompute[@]}"
+  stage 3 "codes" "$py" -u cache_codes.py "${cache[@]}"
+  if [[ $gpus == *,* ]]; then
+    export CUDA_VISIBLE_DEVICES=$gpus
+    on=' '
+    stage 4 "training" "$VENV/bin/torchrun" --standalone --nproc_per_node "$(tr ',' '\n' <<<"$gpus" | wc -l)" train_dual_head.py --resume auto "${train[@]}"
+  else
+    stage 4 "training" "$py" -u train_dual_head.py --resume auto "${train[@]}"
+  fi
+  [ -z "${JOB_EXIT_FILE:-}" ] || echo 0 >"$JOB_EXIT_FILE"
 }
 
 # ---- stop, resume, look ----
 
-known() {
-  local jobs
+known() { # NAME -> JOB, the job that is meant: train_gpu3 is train_phase12_gpu3 where that is the only one
+  local jobs found
   jobs=$(jobs_list | tr '\n' ' ')
   [ -n "${1:-}" ] || abort "say which job: ${jobs:-there is none in $LOG_DIR}"
-  [ -s "$LOG_DIR/$1.json" ] || abort "no job $1 in $LOG_DIR; there are: ${jobs:-none}"
+  JOB=$1
+  [ -s "$LOG_DIR/$1.json" ] && return
+  found=$(jobs_list | grep -E "^${1%%_*}_([^_]+_)?${1#*_}(_[0-9]+)?$" | tr '\n' ' ') || true
+  [ "$(wc -w <<<"$found")" -lt 2 ] || abort "$1 may be any of: $found"
+  JOB=${found% }
+  [ -n "$JOB" ] || abort "no job $1 in $LOG_DIR; there are: ${jobs:-none}"
 }
 
 jobs_list() {
@@ -273,7 +377,7 @@ jobs_list() {
 
 stop_job() {
   known "${1:-}"
-  local name=$1 waited=0 killed=
+  local name=$JOB waited=0 killed=
   alive "$name" || abort "$name does not run ($(state_of "$name")); nothing was signalled"
   echo "stopping $name (process group $PID); it finishes its step and writes a checkpoint"
   kill -TERM -- "-$PID"
@@ -291,9 +395,10 @@ stop_job() {
 
 resume_job() {
   known "${1:-}"
-  local name=$1 kind gpus run_dir cwd
+  local name=$JOB kind gpus run_dir cwd
   local -a command
   alive "$name" && abort "$name already runs (pid $PID)"
+  [ "$(state_of "$name")" != FINISHED ] || abort "$name has finished: there is nothing to resume"
   need_setup
   mapfile -d '' -t command < <(ask 'import json
 job = json.load(open(sys.argv[1]))
@@ -314,7 +419,7 @@ status() {
   local name found=0
   for name in $(jobs_list); do
     found=1
-    printf '%-18s %-10s pid %-8s %s\n' "$name" "$(state_of "$name")" "$(cut -d' ' -f1 "$LOG_DIR/$name.pid" 2>/dev/null)" \
+    printf '%-24s %-10s pid %-8s %s\n' "$name" "$(state_of "$name")" "$(cut -d' ' -f1 "$LOG_DIR/$name.pid" 2>/dev/null)" \
       "$(tail -c 4000 "$LOG_DIR/$name.log" 2>/dev/null | tr '\r' '\n' | grep -v '^ *$' | tail -n 1 | cut -c1-110)"
   done
   [ "$found" = 1 ] || echo "no jobs in $LOG_DIR"
@@ -385,12 +490,14 @@ main() {
     rvq) start_rvq "$@" ;;
     cache) start_many cache cache_codes.py "$@" ;;
     precompute) start_many precompute precompute_48k.py "$@" ;;
+    workflow) start_workflow "$@" ;;
+    run_workflow) run_workflow "$@" ;;
     status) status ;;
     stop) stop_job "$@" ;;
     resume) resume_job "$@" ;;
     logs)
       known "${1:-}"
-      exec tail -n 50 -F "$LOG_DIR/$1.log"
+      exec tail -n 50 -F "$LOG_DIR/$JOB.log"
       ;;
     monitor) need_setup && monitor "$@" ;;
     help | -h | --help) usage ;;

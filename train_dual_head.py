@@ -25,24 +25,24 @@ contract.
 import argparse
 import contextlib
 import math
-import os
 import sys
 import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from snac48 import DEFAULT_MODEL, cli, schedule
-from snac48.checkpoint import RESUMED, find_resume, require
+from snac48.checkpoint import RESUMED, find_resume, refuse_overwriting, require
 from snac48.cli import Diverged, Finished, LoaderDied, Stopped, TooManyBadFiles, UserError
 from snac48.files import write_json
+from snac48.places import RAW_RECIPES, check_training, settle
 from snac48.runlog import human_time
 
 # ---- options: every default stands here once ----
 
 OPTIONS = {  # name: (default, help); the type is the default's
     "data": {
+        "data_root": ("", "where corpus/, codes/ and targets/ lie (default: DATA_ROOT, else here)"),
         "data_dir": ("", "recordings to encode on the fly, instead of --cache_dir; several: A,B"),
         "val_data_dir": ("", "the same for validation"),
         "codes_dir": ("", "cache folder holding train/ and val/ (for --cache_dir and --val_cache_dir)"),
@@ -64,10 +64,12 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "val_limit": (-1, "only the first N validation rows (-1 = all)"),
         "num_workers": (4, "data loader processes a GPU (0 = in this process)"),
         "max_bad_fraction": (0.01, "stop when a larger share of rows or files is bad; fewer are left out"),
+        "target_kind": ("", "what 48 kHz folders without a manifest hold: sidon or recordings"),
         "include_unfaithful": (False, "train also on unfaithful rows"),
     },
     "model": {
-        "pretrained_model": (DEFAULT_MODEL, "SNAC folder, hub id or hub id@COMMIT"),
+        "pretrained_model": ("", "SNAC folder, hub id or hub id@COMMIT (default: what the cache names, else "
+                                 f"{DEFAULT_MODEL})"),
         "heads": ("both", "heads to train: both, 24k or 48k"),
         "freeze_encoder": (True, "keep the encoder (codes stay valid)"),
         "freeze_vq": (True, "keep the quantizers (codes stay valid)"),
@@ -77,7 +79,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
     },
     "run": {
         "output_dir": ("checkpoints/phase12_dual_head", "run directory"),
-        "device": ("0", "GPU number or cpu; under torchrun each process takes its LOCAL_RANK"),
+        "device": ("", "GPU number or cpu (default: a GPU where there is one); torchrun sets its own"),
         "resume": ("", "checkpoint file, run directory, or auto (newest good one of --output_dir, if any)"),
         "seed": (42, "decides sample order, crops, noise and random initialisation"),
         "log_every": (10, "steps between log lines"),
@@ -138,6 +140,7 @@ CHOICES = {
     "heads": ("both", *schedule.HEAD_NAMES),
     "scheduler": tuple(schedule.SHAPES),
     "upsampler": ("", "sidon", "sinc"),
+    "target_kind": ("", "sidon", "recordings"),
 }
 PHASE11 = {"heads": "48k", "batch_size": 32, "segment_schedule": "4.0", "batch_multiplier": "1.0",
            "epoch_ranges": "1-15", "n_ffts": "1024,2048,4096,8192", "main_lr": 1e-5,
@@ -154,7 +157,6 @@ RECIPES = {  # what differs from DEFAULTS
     "phase11-fast": PHASE11 | PHASE11_FAST | {"output_dir": "checkpoints/phase11_fast"},
     "phase12": {},
 }  # fmt: skip
-RAW_RECIPES = ("phase10", "phase11-standard", "phase11-warmup")  # "train_data" of their configs: recordings
 
 SKIPS_IN_A_ROW = 20  # non-finite or outlier steps; then the run is declared diverged
 
@@ -168,22 +170,42 @@ CONFIG_KEYS = {
 }  # fmt: skip
 
 
-def config_values(path: str, recipe: str = "") -> dict:
+def recipe_of(config: dict, path: str, cached: bool) -> str:
+    """The recipe that an older config without the key `recipe` is of, told by its keys.
+
+    cached: whether a cache was given as a flag. Raises UserError where the keys don't tell.
+    """
+    if "audio_48khz_train_dir" in config:
+        if {"curriculum", "lr_24k_final_conv"} & set(config):
+            return "phase12"
+        if cached:
+            return "phase11-fast"
+        return "phase11-warmup" if config.get("warmup_epochs") else "phase11-standard"
+    if {"freeze_encoder", "freeze_vq"} & set(config):
+        return "phase10"
+    if "train_data" not in config:  # a few values of the default recipe
+        return "phase12"
+    raise UserError(f"config {path} does not tell its recipe: give --recipe ({', '.join(sorted(RECIPES))})")
+
+
+def config_values(path: str, recipe: str = "", cached: bool = False) -> dict:
     """A JSON config as option values, "recipe" among them."""
     known = {k: k for k in DEFAULTS} | CONFIG_KEYS
     config = cli.read_config(path, known)
-    if (recipe or config.get("recipe", "phase12")) in RAW_RECIPES:
+    recipe = recipe or config.get("recipe") or recipe_of(config, path, cached)
+    values = {"recipe": recipe}
+    if recipe in RAW_RECIPES:
         known |= {"train_data": "data_dir", "val_data": "val_data_dir"}
-    values = {}
+    fixed = recipe in ("phase11-standard", "phase11-warmup") and "curriculum" not in config
+    if fixed and "segment_length" in config:  # one segment for training and validation
+        values["segment_schedule"] = str(config["segment_length"])
     for key, value in config.items():
         name = known[key]
         if name == "curriculum":
             values["epoch_ranges"] = ",".join(f"{c['epochs'][0]}-{c['epochs'][1]}" for c in value)
             values["segment_schedule"] = ",".join(str(c["length"]) for c in value)
             values["batch_multiplier"] = ",".join(str(c["batch_multiplier"]) for c in value)
-        elif name == "recipe":
-            values[name] = value
-        elif name:
+        elif name and name != "recipe":
             values[name] = cli.as_type(type(DEFAULTS[name]), value, f"config {path}: {key}")
     return values
 
@@ -212,8 +234,9 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     resume from or None). Precedence: flag, config, resumed checkpoint, recipe, default."""
     typed = vars(flag_parser().parse_args(argv))
     flags = {k: typed.pop(k) for k in ("recipe", "config", "print_config", "print_schedule")}
-    config = config_values(flags["config"], flags["recipe"]) if flags["config"] else {}
-    recipe, kept, saved = flags["recipe"] or config.pop("recipe", ""), {}, None
+    cached = bool(typed.get("codes_dir") or typed.get("cache_dir"))
+    config = config_values(flags["config"], flags["recipe"], cached) if flags["config"] else {}
+    recipe, kept, saved = flags["recipe"] or config.get("recipe", ""), {}, None
     config.pop("recipe", None)
     if recipe and recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}; known are {', '.join(sorted(RECIPES))}")
@@ -227,12 +250,9 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     recipe = recipe or "phase12"
     layers = {"default": DEFAULTS, "recipe": RECIPES[recipe], "checkpoint": kept}
     values, origin = cli.layered(layers | {"config": config, "flag": typed})
-    if values["codes_dir"]:
-        codes = Path(values["codes_dir"])
-        val = codes / ("valid" if (codes / "valid").is_dir() and not (codes / "val").exists() else "val")
-        values["cache_dir"] = values["cache_dir"] or str(codes / "train")
-        values["val_cache_dir"] = values["val_cache_dir"] or str(val)
-    args = argparse.Namespace(recipe=recipe, **values)
+    values = {"recipe": recipe, **values}
+    settle(values, origin)
+    args = argparse.Namespace(**values)
     if flags["print_config"]:
         print(cli.config_text(vars(args), origin, flags["print_config"]))
         sys.exit(0)
@@ -240,8 +260,9 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     if flags["print_schedule"]:
         print("\n".join(schedule.plan_lines(args, schedule.make_plan(args, flags["print_schedule"]))))
         sys.exit(0)
-    check_data(args)
-    check_free(args, asked="resume" in typed)
+    check_training(args)
+    if not args.resume:
+        refuse_overwriting(args.output_dir, "resume" in typed)
     return args, origin, saved
 
 
@@ -270,6 +291,8 @@ def check_values(args) -> None:
     if args.heads == "24k" and args.warmup_epochs:
         raise UserError("--warmup_epochs trains the 48 kHz head alone, which --heads 24k does not have: "
                         "--warmup_epochs 0")  # fmt: skip
+    if schedule.trains_codec(args) and args.cache_dir:
+        raise UserError("a codec that is trained itself needs recordings: --data_dir and --val_data_dir")
     if schedule.trains_codec(args) and args.heads != "24k":
         raise UserError("encoder and quantizers train with --recipe phase10 only (--heads 24k): a 48 kHz "
                         "head needs codes that stay")  # fmt: skip
@@ -282,30 +305,6 @@ def check_values(args) -> None:
     schedule.curriculum(args)  # these three raise on malformed lists
     schedule.fft_sizes(args)
     schedule.adam_betas(args)
-
-
-def check_data(args) -> None:
-    """Raises UserError where a folder that the recipe needs is not named."""
-    if args.data_dir and args.cache_dir:
-        raise UserError("--data_dir encodes recordings, --cache_dir has their codes: give one of them")
-    if schedule.trains_codec(args) and not args.data_dir:
-        raise UserError("a codec that is trained itself needs recordings: --data_dir and --val_data_dir")
-    raw = args.data_dir or (args.recipe in RAW_RECIPES and not args.cache_dir)
-    needed = ["data_dir", "val_data_dir"] if raw else ["cache_dir", "val_cache_dir"]
-    if args.heads != "24k" and not raw:
-        needed += ["audio_48k_dir", "val_audio_48k_dir"]
-    for name in needed:
-        if not getattr(args, name):
-            raise UserError(f"--{name} is missing: it names the {OPTIONS['data'][name][1].split(' (')[0]}")
-
-
-def check_free(args, asked: bool) -> None:
-    """Raises UserError where a run in --output_dir would be overwritten; asked: --resume was given."""
-    held = sorted(Path(args.output_dir).glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
-    if held and not args.resume and os.environ.get("RANK", "0") == "0":
-        what = "is damaged" if asked else "would be overwritten"
-        raise UserError(f"{args.output_dir} holds a run whose {held[-1].name} {what}: go on with it by "
-                        "--resume auto, or name another --output_dir")  # fmt: skip
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once

@@ -242,3 +242,21 @@ def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> No
     with atomic_file(path) as f:
         table = pa.table(columns).replace_schema_metadata(meta)
         pq.write_table(table, f, write_page_checksum=True)  # a flipped bit is an error, not another code
+
+
+def recorded_model(cache_dir: str | Path) -> str:
+    """Name of the model that a cache was made with. Raises UserError."""
+    import pyarrow.parquet as pq
+
+    shards = sorted(Path(cache_dir).glob("codes_batch_gpu*_*.parquet"))
+    if not shards:
+        raise UserError(
+            f"cache folder {cache_dir} holds no codes_batch_gpu*_*.parquet; run cache_codes.py first"
+        )
+    try:
+        meta = pq.read_schema(shards[0]).metadata or {}
+    except (OSError, ValueError) as e:
+        raise UserError(f"cache file {shards[0]} is corrupt ({first_line(e)})") from None
+    return Geometry.from_json(
+        meta.get(b"snac", b"").decode(errors="replace"), str(shards[0])
+    ).pretrained_model

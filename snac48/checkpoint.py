@@ -1,5 +1,6 @@
 """Checkpoints: written whole, verified before they are believed."""
 
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -84,7 +85,14 @@ RESUMED = (*OPENED, "optimizer", "scheduler", "ema", "validated_epoch", "phase",
 
 def require(saved: dict, path, keys=OPENED) -> dict:
     """`saved`, or a UserError where it lacks what a checkpoint of train_dual_head.py has."""
-    if missing := [k for k in keys if k not in saved]:
+    missing = [k for k in keys if k not in saved]
+    if "geometry" in missing and ("model" in saved or "model_state_dict" in saved):
+        raise UserError(
+            f"{path} is a checkpoint of older scripts (it holds {', '.join(list(saved)[:6])}): it can't be "
+            "resumed or decoded here; where its model is a whole SNAC, save that as pytorch_model.bin beside "
+            "its codec's config.json and give the folder as --pretrained_model"
+        )
+    if missing:
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(missing)}")
     if not isinstance(saved["args"], dict) or not isinstance(saved["global_step"], int):
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: malformed args or global_step")
@@ -127,3 +135,12 @@ def find_resume(value: str, output_dir: str, pattern: str, check) -> tuple[str, 
     if not found and value != "auto":
         raise UserError(f"--resume {value}: no usable {pattern} in that folder")
     return (str(found[0]), found[1]) if found else ("", None)
+
+
+def refuse_overwriting(folder: str, asked: bool) -> None:
+    """Raises UserError where `folder` holds a run; asked: that it should have been resumed."""
+    held = sorted(Path(folder).glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
+    if held and os.environ.get("RANK", "0") == "0":
+        what = "is damaged" if asked else "would be overwritten"
+        raise UserError(f"{folder} holds a run whose {held[-1].name} {what}: go on with it by "
+                        "--resume auto, or name another --output_dir")  # fmt: skip

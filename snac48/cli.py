@@ -251,10 +251,11 @@ def first_line(e: BaseException) -> str:
 
 
 def pick_device(name: str):
-    """`cpu`, a GPU number (`0`), or `cuda:0` -> torch.device. Raises UserError when that GPU isn't there."""
+    """`cpu`, a GPU number (`0`), `cuda:0`, or nothing (the first GPU where there is one, else the CPU) as a
+    torch.device. Raises UserError when a GPU that was asked for isn't there."""
     import torch
 
-    name = str(name).lower()
+    name = str(name or "").lower() or ("0" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
     number = name.removeprefix("cuda:") if name != "cuda" else "0"

@@ -6,6 +6,8 @@ Imports torch, numpy and snac alone: together with decoder.py this file opens a 
 import hashlib
 import json
 import math
+import urllib.error
+import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -131,6 +133,40 @@ def slice_at(start: int, coarse_len: int, hop_length: int, vq_strides) -> dict:
     return scales | samples
 
 
+HUB_TIMEOUT_S = 5.0
+
+
+def fetch(repo: str, revision: str, files: list[str], instead: str) -> Path:
+    """Folder with these files of a repository on the model hub: as downloaded before, else downloaded now.
+
+    The hub is asked once, for a few seconds, before its client begins to retry. instead: what gives a local
+    folder, for the UserError.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        urllib.request.urlopen(
+            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT_S
+        )
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as e:
+        raise UserError(
+            f"{repo} is not here and the model hub {constants.ENDPOINT} can't be reached "
+            f"({getattr(e, 'reason', e)}): copy {' and '.join(files)} of revision {revision} into a folder "
+            f"and give {instead}"
+        ) from None
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    except Exception as e:  # network and hub errors have many classes; all mean the same to the user
+        raise UserError(f"{repo} could not be fetched from the hub ({str(e).splitlines()[0]})") from e
+
+
 def load_snac(name: str, device="cpu"):
     """A frozen SNAC in eval mode from a folder (config.json, pytorch_model.bin) or the hub (pinned revision).
     name: DIR, hub id, or hub id@REVISION. Raises UserError saying what is missing."""
@@ -145,8 +181,10 @@ def load_snac(name: str, device="cpu"):
         raise UserError(f"model {name} is neither a folder nor a hub id such as {known}")
     elif not revision:
         raise UserError(f"no pinned revision is known for {repo}: say {repo}@COMMIT")
+    else:
+        name = str(fetch(repo, revision, ["config.json", "pytorch_model.bin"], "--pretrained_model DIR"))
     try:
-        model = SNAC.from_pretrained(repo, revision=revision)  # of a folder: ignored
+        model = SNAC.from_pretrained(name)
     except Exception as e:  # hub, network, config and weights each have their own exception classes
         raise UserError(f"model {name} could not be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
                         "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "

@@ -60,17 +60,22 @@ class Targets:
     """Which 48 kHz file belongs to each row: kind uint8 [rows] (index into KINDS), path, and level float32
     [rows]: what the stored wav was scaled by to fit 16 bits, undone on reading.
 
-    From the folder's manifest.jsonl (precompute_48k.py), read once and kept in `index_folder`, if given; a
-    folder without a manifest holds real 48 kHz recordings and is listed at every start. path: row -> path of
-    the source, for rows 0 to n - 1.
+    From the folder's manifest.jsonl (precompute_48k.py), read once and kept in `index_folder`, if given; of a
+    folder without a manifest `kind` says what it holds (sidon or recordings), it is listed at every start.
+    path: row -> path of the source, for rows 0 to n - 1.
     """
 
-    def __init__(self, folder: str, path, n: int, index_folder: Path | None = None):
+    def __init__(self, folder: str, path, n: int, index_folder: Path | None = None, kind: str = ""):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"48 kHz folder {folder} does not exist; make it with precompute_48k.py")
         self.allowed = link_roots(folder)
         manifest, table = self.folder / "manifest.jsonl", None
+        if not kind and not manifest.is_file():
+            raise UserError(
+                f"48 kHz folder {folder} has no manifest.jsonl: say what it holds, --target_kind sidon "
+                "(restored: its waveform is not the recording's) or --target_kind recordings"
+            )
         if index_folder and manifest.is_file():
             stat = manifest.stat()
             key = f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}"
@@ -78,7 +83,7 @@ class Targets:
         if table and table.exists():
             data = np.load(table)
         else:
-            data = self._table([path(r) for r in range(n)], manifest)
+            data = self._table([path(r) for r in range(n)], manifest, kind)
             if table:
                 with atomic_file(table) as f:
                     np.savez(f, **data)
@@ -101,12 +106,13 @@ class Targets:
                                     "precompute_48k.py again to rewrite it") from None  # fmt: skip
         return found
 
-    def _table(self, rows: list[str], manifest: Path) -> dict:
+    def _table(self, rows: list[str], manifest: Path, kind: str) -> dict:
         if manifest.is_file():
             found = self._read_manifest(manifest)
         else:
-            names, copied, present = target_names(rows), KINDS.index("copied"), set(find_audio(self.folder))
-            found = {r: (t, copied, 1.0) for r in rows for t in (r, names[r]) if t in present}
+            number = KINDS.index("sidon" if kind == "sidon" else "copied")
+            names, present = target_names(rows), set(find_audio(self.folder))
+            found = {r: (t, number, 1.0) for r in rows for t in (r, names[r]) if t in present}
         table = [found.get(r, ("", 0, 1.0)) for r in rows]
         paths = PathBlob([name for name, _, _ in table])
         kinds = np.array([kind for _, kind, _ in table], np.uint8)
@@ -144,13 +150,13 @@ class SliceDataset:
         self.set_segment_length(segment_length)
 
     def choose_rows(self, name, n: int, limit, folder: str, include_unfaithful: bool,
-                    max_bad_fraction: float, index_folder: Path | None = None) -> None:  # fmt: skip
+                    max_bad_fraction: float, index_folder: Path | None = None, kind="") -> None:  # fmt: skip
         """Set `targets`, those in `folder` if it is given, and `rows`, int64: at most `limit` of the n rows
         that have a (faithful) one; the others are counted in `left_out`. Raises UserError where more than
         max_bad_fraction have none, or where no row of `name`, the data, is left."""
         self.targets, keep = None, np.ones(n, bool)
         if folder:
-            self.targets = Targets(str(folder), self.path, n, index_folder)
+            self.targets = Targets(str(folder), self.path, n, index_folder, kind)
             kinds = self.targets.kinds
             keep, unfaithful = kinds != KINDS.index("missing"), kinds == KINDS.index("unfaithful")
             if missing := int((~keep).sum()):
@@ -220,7 +226,7 @@ class CachedCodesDataset(SliceDataset):
     end, which the model takes as silence there. Without audio_48k_dir: for a decoder of 24 kHz alone."""
 
     def __init__(self, cache_dir, audio_48k_dir, segment_length, limit=None, *, audio_24k_dir="", seed=42,
-                 fixed=False, include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
+                 fixed=False, include_unfaithful=False, max_bad_fraction=0.01, target_kind=""):  # fmt: skip
         self.index = CodeIndex(str(cache_dir))
         super().__init__(self.index.geometry, segment_length, seed, fixed, HEADS if audio_48k_dir else ())
         n = len(self.index)
@@ -232,7 +238,7 @@ class CachedCodesDataset(SliceDataset):
                             f"more than --max_bad_fraction {max_bad_fraction:g}: see "
                             f"{self.index.folder}/bad_rows.jsonl", EXIT_BAD_INPUT)  # fmt: skip
         self.choose_rows(cache_dir, n, limit, audio_48k_dir, include_unfaithful, max_bad_fraction,
-                         self.index.folder)  # fmt: skip
+                         self.index.folder, target_kind)  # fmt: skip
         self.force_24k = bool(audio_24k_dir) or self.targets is None
         originals = self.force_24k or (self.targets.kinds[self.rows] != KINDS.index("copied")).any()
         if originals and not Path(self.audio_24k_dir).is_dir():
@@ -281,7 +287,7 @@ class RawAudioDataset(SliceDataset):
 
     def __init__(self, data_dirs, segment_length, limit=None, *, geometry, context, align, audio_48k_dir="",
                  heads=tuple(HEADS), upsampler="", native_rate=48000, seed=42, fixed=False,
-                 include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
+                 include_unfaithful=False, max_bad_fraction=0.01, target_kind=""):  # fmt: skip
         super().__init__(geometry, segment_length, seed, fixed, heads)
         self.full_band = len(self.heads) > 1  # some head needs more than the 24 kHz recording
         self.context, self.align = context, align
@@ -294,7 +300,8 @@ class RawAudioDataset(SliceDataset):
         if folder and len(data_dirs) > 1:
             raise UserError("--audio_48k_dir goes with one --data_dir")
         name = ", ".join(map(str, data_dirs))
-        self.choose_rows(name, len(found), limit, folder, include_unfaithful, max_bad_fraction)
+        self.choose_rows(name, len(found), limit, folder, include_unfaithful, max_bad_fraction,
+                         kind=target_kind)  # fmt: skip
 
     def path(self, row: int) -> str:
         return self.files[row]

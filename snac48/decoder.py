@@ -288,7 +288,14 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
     """The same of an exported folder, here or on the hub."""
     from safetensors.torch import load_file
 
-    folder = Path(path) if Path(path).is_dir() else fetch(path)
+    folder = Path(path)
+    if not folder.is_dir():
+        repo, _, revision = path.partition("@")
+        if repo.count("/") != 1 or not revision:
+            raise UserError(
+                f"{path} is neither a .pt file nor a folder; a model on the hub is named id@COMMIT"
+            )
+        folder = codec.fetch(repo, revision, ["config.json", "model.safetensors"], "the folder instead")
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
                         "given by --pretrained_model; train_dual_head.py trains its heads)")  # fmt: skip
@@ -297,17 +304,3 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
         return load_file(folder / "model.safetensors"), described["model_config"], described["geometry"]
     except Exception as e:  # safetensors has its own exception classes
         raise UserError(f"{path} cannot be read: {type(e).__name__}: {str(e)[:200]}") from None
-
-
-def fetch(name: str) -> Path:
-    """Folder of an exported model on the hub; the revision must be pinned: id@COMMIT."""
-    repo, _, revision = name.partition("@")
-    if repo.count("/") != 1 or not revision:
-        raise UserError(f"{name} is neither a .pt file nor a folder; a model on the hub is named id@COMMIT")
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["config.json", "model.safetensors"]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except Exception as e:  # network and hub errors have many classes; all mean the same to the user
-        raise UserError(f"{name} could not be fetched from the hub ({str(e).splitlines()[0]})") from e

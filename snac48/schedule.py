@@ -39,7 +39,8 @@ def curriculum(args) -> list[tuple[float, int]]:
                         f"--epoch_ranges {len(ranges)}: they must be equally many")  # fmt: skip
     found = []
     for epoch in range(1, args.epochs + 1):
-        hits = [i for i, (a, b) in enumerate(ranges) if a <= epoch <= b]
+        last = max(range(len(ranges)), key=lambda i: ranges[i][1])
+        hits = [i for i, (a, b) in enumerate(ranges) if a <= epoch <= b] or [last] * (epoch > ranges[last][1])
         if len(hits) != 1:
             raise UserError(f"epoch {epoch} is in {len(hits)} of the --epoch_ranges {args.epoch_ranges}")
         found.append((segments[hits[0]], max(1, int(args.batch_size * factors[hits[0]] + 1e-9))))

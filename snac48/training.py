@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import codec, schedule
+from . import DEFAULT_MODEL, codec, schedule
+from .cache import recorded_model
 from .checkpoint import load_checkpoint, prune, require, save_checkpoint
 from .cli import StopFlag, UserError, first_line, pick_device
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
@@ -99,6 +100,8 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
+    if not args.pretrained_model:
+        args.pretrained_model = recorded_model(args.cache_dir) if args.cache_dir else DEFAULT_MODEL
     snac = codec.new_snac(args.from_scratch) if args.from_scratch else codec.load_snac(args.pretrained_model)
     geometry = codec.geometry_of(snac, args.from_scratch or args.pretrained_model)
     data, val = (open_data(args, snac, geometry, prefix) for prefix in ("", "val_"))
@@ -139,7 +142,7 @@ def open_data(args, snac, geometry: codec.Geometry, prefix: str):
     targets = "" if args.heads == "24k" else at("audio_48k_dir")
     limit = args.val_limit if fixed else args.limit
     shared = {"seed": args.seed, "fixed": fixed, "include_unfaithful": args.include_unfaithful,
-              "max_bad_fraction": args.max_bad_fraction}  # fmt: skip
+              "max_bad_fraction": args.max_bad_fraction, "target_kind": args.target_kind}  # fmt: skip
     if args.data_dir:
         return RawAudioDataset(
             at("data_dir").split(","), args.val_segment, limit, audio_48k_dir=targets, geometry=geometry,
@@ -406,6 +409,8 @@ def announce(run: Run, state: State) -> None:
             log.say(f"  left out of {which}: {n} rows, {reason}")
     for line in schedule.plan_lines(a, run.plan):
         log.say("  " + line)
+    if any(float(factor) * a.batch_size % 1 for factor in a.batch_multiplier.split(",")):
+        log.say("  batch sizes are rounded down")
     log.metric(event=event, kind="train", recipe=a.recipe, step=state.step, total_steps=run.total,
                epochs=a.epochs, rows=len(run.data), val_rows=len(run.val), git=git_sha())  # fmt: skip
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -53,7 +55,7 @@ def test_start_status_stop(launch):
     assert job["kind"] == "train" and job["command"][0] == str(launch.python)
     assert "has stopped" in launch("stop_job train_gpu0")
     out = launch("status")
-    assert "train_gpu1         RUNNING" in out and "train_gpu0         DEAD" in out  # the other job lives on
+    assert re.search("train_gpu1 +RUNNING", out) and re.search("train_gpu0 +DEAD", out)  # the other lives on
     assert "nothing was signalled" in launch("stop_job train_gpu0", code=1)
 
 
@@ -117,7 +119,8 @@ def test_preflight_and_bad_arguments(launch, tmp_path):
         ("main train", "say on which GPUS"),
         ("main train x --codes_dir .", "GPUS must be"),
         ("main train cpu --codes_dir nowhere", "./launch.sh cache cpu"),
-        ("main train cpu --audio_48k_dir=nowhere", "./launch.sh precompute cpu"),
+        ("main train cpu --audio_48k_dir=nowhere", "nowhere, targets/val are missing"),
+        ("main train cpu", "codes/train, codes/val, targets/train, targets/val are missing"),
         ("main cache cpu --data_dir nowhere", "does not exist"),
         ("main stop train_gpu9", "no job train_gpu9"),
         ("main frobnicate", "unknown command"),
@@ -128,11 +131,38 @@ def test_preflight_and_bad_arguments(launch, tmp_path):
 
 def test_the_run_directory_is_the_one_of_the_recipe_or_config(launch, tmp_path):
     config = f"--config '{ROOT}/configs/phase10_curriculum.json'"
-    for more, folder in [("--recipe phase11-fast", "phase11_fast"), (config, "phase10_curriculum")]:
-        launch(f'start_job() {{ echo "run_dir $4" >seen; }}; main train cpu {more}')
-        assert (tmp_path / "seen").read_text() == f"run_dir checkpoints/{folder}\n"
+    for folder in ("codes/train", "codes/val", "targets/train", "targets/val", "corpus/train/audio"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "corpus/valid/audio").mkdir(parents=True)
+    for more, name, folder in [("--recipe phase11-fast", "phase11-fast", "phase11_fast"),
+                               (config, "phase10", "phase10_curriculum")]:  # fmt: skip
+        launch(f'start_job() {{ echo "$1 $4" >seen; }}; main train cpu {more}')
+        assert (tmp_path / "seen").read_text() == f"train_{name}_cpu checkpoints/{folder}\n"
     assert "config nothing cannot be read" in launch("main train cpu --config nothing", code=1)
-    assert "--data_dir b does not exist" in launch("mkdir a; main train cpu --data_dir a,b", code=1)
+    assert "a,b is missing" in launch("mkdir a; main train cpu --recipe phase10 --data_dir a,b", code=1)
+
+
+def test_names_say_what_a_job_does_and_short_ones_find_it(launch, tmp_path):
+    seen = "start_job() { echo $1; }; need_setup() { :; }; mkdir -p a/train/audio;"
+    for command, name in [("cache cpu", "cache_cpu"), ("cache cpu --output_dir codes/val", "cache_val_cpu"),
+                          ("precompute cpu --input_dir a --output_dir t/train/audio", "precompute_train_cpu"),
+                          ("workflow cpu", "workflow_cpu")]:  # fmt: skip
+        assert launch(f"{seen} main {command}").strip() == name
+    for name in ("train_phase12_gpu3", "train_phase10_gpu3", "cache_train_gpu0"):
+        launch(sleeper(launch, name))
+    assert "may be any of: train_phase10_gpu3 train_phase12_gpu3" in launch("main stop train_gpu3", code=1)
+    assert "cache_train_gpu0 has stopped" in launch("main stop cache_gpu0")
+    launch("main stop train_phase10_gpu3; main stop train_phase12_gpu3")
+
+
+def test_a_venv_that_uv_filled_counts_as_set_up(launch, tmp_path):
+    (tmp_path / "venv/.installed").unlink()
+    (tmp_path / "venv/pyvenv.cfg").write_text(Path(sys.prefix, "pyvenv.cfg").read_text())
+    (tmp_path / "venv/lib").symlink_to(Path(sys.prefix, "lib"))
+    launch("need_setup")
+    assert (tmp_path / "venv/.installed").read_bytes() == (ROOT / "requirements.txt").read_bytes()
+    (tmp_path / "venv/.installed").write_text("torch==0.1\n")
+    launch("ROOT=$PWD; echo torch==0.1 >requirements.txt; rm venv/.installed; need_setup", code=1)
 
 
 def test_a_hangup_of_the_terminal_leaves_the_job_alive(launch):

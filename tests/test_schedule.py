@@ -39,9 +39,10 @@ def test_rates_follow_one_cycle_over_the_whole_main_phase_and_keep_their_ratio()
             reference.step()
 
 
-def test_an_epoch_outside_the_ranges_is_an_error():
-    with pytest.raises(UserError, match="epoch 16 is in 0"):
-        curriculum(options(epochs=16))
+def test_an_epoch_outside_the_ranges_is_an_error_but_the_last_range_goes_on():
+    assert curriculum(options(epochs=17))[14:] == [curriculum(options())[-1]] * 3
+    with pytest.raises(UserError, match="epoch 3 is in 0"):
+        curriculum(options(epoch_ranges="1-2,4-4,5-6,7-15"))
     with pytest.raises(UserError, match="equally many"):
         curriculum(options(batch_multiplier="1.0"))
 

@@ -124,9 +124,9 @@ def test_values_that_contradict_each_other_are_refused():
         (["--recipe", "phase10", "--warmup_epochs", "1"], "heads 24k does not have"),
         (["--no-freeze_encoder"], "phase10 only"),
         (["--recipe", "phase10", "--from_scratch", "x.json"], "--no-freeze_encoder"),
-        (["--recipe", "phase10"], "--data_dir is missing"),
+        (["--recipe", "phase10"], "corpus/train/audio"),
         (["--recipe", "phase10", "--no-freeze_vq", "--cache_dir", "a", "--val_cache_dir", "b"], "recordings"),
-        (["--recipe", "phase11-fast"], "--cache_dir is missing"),
+        (["--recipe", "phase11-fast"], "codes/train, codes/val, targets/train"),
         (["--data_dir", "a", "--cache_dir", "b"], "one of them"),
     ]:
         with pytest.raises(UserError, match=words):
@@ -148,7 +148,7 @@ def test_mistakes_get_one_sentence(cache_dir, targets_dir, snac_dir, tmp_path):
         (["--cache_dir", tmp_path / "void"], "holds no codes_batch"),
         (["--cache_dir", tmp_path / "nowhere"], "does not exist"),
         (["--audio_48k_dir", tmp_path / "nowhere"], "48 kHz folder"),
-        (["--audio_48k_dir", tmp_path / "void"], "no audio file"),
+        (["--audio_48k_dir", tmp_path / "void"], "--target_kind"),
         (["--resume", tmp_path / "none.pt"], "does not exist"),
         (["--resume", last, "--batch_size", 3], "another schedule"),
         (["--resume", last, "--pretrained_model", other], "another model"),

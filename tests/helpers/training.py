@@ -43,7 +43,7 @@ def raw(folder) -> list:
 
 def cached(cache, folder) -> list:
     return ["--cache_dir", cache, "--val_cache_dir", cache, "--audio_48k_dir", folder,
-            "--val_audio_48k_dir", folder]  # fmt: skip
+            "--val_audio_48k_dir", folder, "--target_kind", "recordings"]  # fmt: skip
 
 
 class Training:

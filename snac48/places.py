@@ -1,0 +1,128 @@
+"""Where things lie when no flag says so: conventional folders below a data root, ours and older ones."""
+
+import os
+from pathlib import Path
+
+from .cli import UserError
+
+# Names of the two splits; what we make ourselves is called as LAYOUTS says, the others are found, too.
+ALIASES = {"train": ("train",), "val": ("val", "valid", "validation", "dev")}
+LAYOUTS = {  # kind: folders below the data root, the first as our programs make it
+    "recordings": ("corpus/{}/audio", "combine/{}/audio"),
+    "targets": ("targets/{}", "combine_48khz/{}/audio"),
+    "codes": ("codes/{}", "codes_phase11/{}"),
+}
+MADE_BY = {
+    "recordings": "python prepare_dataset.py --input_dir RECORDINGS",
+    "targets": "./launch.sh precompute GPUS",
+    "codes": "./launch.sh cache GPUS",
+}
+
+
+def data_root(flag: str = "") -> Path:
+    """--data_root, else $DATA_ROOT, else the current folder."""
+    return Path(flag or os.environ.get("DATA_ROOT", ""))
+
+
+def found(root: Path, kind: str, split: str) -> Path | None:
+    """The folder of recordings, targets or codes of a split (train or val) that is there, or None."""
+    for layout in LAYOUTS[kind]:
+        for name in ALIASES[split]:
+            if (root / layout.format(name)).is_dir():
+                return root / layout.format(name)
+    return None
+
+
+def made(root: Path, kind: str, split: str) -> Path:
+    """Where our programs put it: what is there, else the conventional place."""
+    name = "valid" if kind == "recordings" and split == "val" else split  # as prepare_dataset.py always did
+    return found(root, kind, split) or root / LAYOUTS[kind][0].format(name)
+
+
+def split_of(folder: Path, split: str) -> Path:
+    """The subfolder of a split, under whichever of its names it is there."""
+    names = [folder / name for name in ALIASES[split]]
+    return next((path for path in names if path.is_dir()), names[0])
+
+
+def both_splits(root: Path, kind: str, output: str) -> list[tuple[Path, Path]]:
+    """[(folder of `kind`, place of `output`)] of the splits that are there. UserError without train."""
+    there = [(found(root, kind, split), split) for split in ALIASES]
+    if there[0][0] is None:
+        raise UserError(missing(root, [(kind, "train", "")]))
+    return [(folder, made(root, output, split)) for folder, split in there if folder]
+
+
+def missing(root: Path, wanted: list[tuple[str, str, str]]) -> str:
+    """One sentence on missing folders, (kind, split, name that a flag gave), and how to make them."""
+    names = ", ".join(name or str(made(root, kind, split)) for kind, split, name in wanted)
+    verb = "is" if len(wanted) == 1 else "are"
+    kinds = dict.fromkeys(kind for kind, _, _ in wanted)
+    if found(root, "recordings", "train") is None:
+        kinds = {"recordings": None, **kinds}
+    return (
+        f"{names} {verb} missing (looked below {root.resolve()}; --data_root or DATA_ROOT names another "
+        f"place); make it by: {'; '.join(MADE_BY[kind] for kind in kinds)}"
+    )
+
+
+# ---- the folders of a training ----
+
+RAW_RECIPES = ("phase10", "phase11-standard", "phase11-warmup")  # read recordings, not codes, by default
+STRENGTH = ("default", "recipe", "checkpoint", "config", "flag")
+
+
+def reads_recordings(values: dict) -> bool:
+    """Whether these options mean recordings where neither these nor a cache is named."""
+    return values["recipe"] in RAW_RECIPES or bool(values["from_scratch"])
+
+
+def settle(values: dict, origin: dict) -> None:
+    """Fill in the folders that neither flag nor config names, in place: of recordings, or of codes, and of
+    48 kHz targets.
+
+    Of two that exclude each other (--data_dir and
+    --cache_dir, --codes_dir and --cache_dir) that from the stronger source wins. What isn't found stays "".
+    """
+    strong = lambda name: STRENGTH.index(origin[name]) if values[name] else -1
+    cached = max(strong("codes_dir"), strong("cache_dir"))
+    if cached > strong("data_dir") >= 0:  # a cache given as a flag: the config's recordings are its originals
+        for prefix in ("", "val_"):
+            values[f"{prefix}audio_24k_dir"] = values[f"{prefix}audio_24k_dir"] or values[f"{prefix}data_dir"]
+            values[f"{prefix}data_dir"] = ""
+    elif strong("data_dir") > cached >= 0:
+        values |= {"codes_dir": "", "cache_dir": "", "val_cache_dir": ""}
+    if values["codes_dir"] and strong("codes_dir") > strong("cache_dir"):
+        values |= {"cache_dir": "", "val_cache_dir": ""}
+    root, kinds = data_root(values["data_root"]), []
+    raw = values["data_dir"] or (
+        reads_recordings(values) and not (values["cache_dir"] or values["codes_dir"])
+    )
+    kinds = [("recordings", "data_dir")] if raw else [("codes", "cache_dir")]
+    if values["heads"] != "24k" and not values["data_dir"]:
+        kinds.append(("targets", "audio_48k_dir"))
+    for kind, name in kinds:
+        for split, key in (("train", name), ("val", f"val_{name}")):
+            if kind == "codes" and values["codes_dir"]:
+                values[key] = values[key] or str(split_of(Path(values["codes_dir"]), split))
+            place = found(root, kind, split)
+            if not values[key] and place:
+                values[key], origin[key] = str(place), "found"
+
+
+def check_training(args, there: bool = False) -> None:
+    """Raises UserError on all that a training still lacks, at once; there: named folders must exist."""
+    if args.data_dir and args.cache_dir:
+        raise UserError("--data_dir encodes recordings, --cache_dir has their codes: give one of them")
+    raw = args.data_dir or (reads_recordings(vars(args)) and not args.cache_dir)
+    needs = {"data_dir": "recordings"} if raw else {"cache_dir": "codes"}
+    if args.heads != "24k" and (not raw or args.audio_48k_dir):
+        needs["audio_48k_dir"] = "targets"
+    lacking = []
+    for name, kind in needs.items():
+        for split, prefix in (("train", ""), ("val", "val_")):
+            value = getattr(args, prefix + name)
+            if not value or (there and not all(Path(folder).is_dir() for folder in value.split(","))):
+                lacking.append((kind, split, value))
+    if lacking:
+        raise UserError(missing(data_root(args.data_root), lacking))
