@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-# ---- exit codes (README lists them) ----
+# ---- exit codes: docs/jobs.md lists them ----
 
 EXIT_OK = 0
 EXIT_ERROR = 1  # wrong input or environment: one sentence on stderr says what to do
