@@ -425,6 +425,23 @@ status() {
   [ "$found" = 1 ] || echo "no jobs in $LOG_DIR"
 }
 
+monitor() { # the window; where it dies without a word (kill -9), the terminal gets back what it was
+  local saved child code=0
+  saved=$(stty -g 2>/dev/null) || saved=
+  "$VENV/bin/python" "$ROOT/monitor.py" --log_dir "$LOG_DIR" "$@" <&0 &
+  child=$!
+  trap 'kill -TERM "$child" 2>/dev/null' TERM HUP INT
+  until wait "$child" || ! kill -0 "$child" 2>/dev/null; do :; done # a signal to us interrupts the wait
+  wait "$child" || code=$?
+  case $code in
+    0 | 1 | 2 | 129 | 130 | 143) ;;
+    *) # out of the alternate screen, mouse and paste reports off, cursor on, colours as before
+      [ -z "$saved" ] || { stty "$saved"; printf '\033[<u\033[?1000;1003;1006;1015;1004;2004;2048;1049l\033[?7;25h\033[0m'; }
+      ;;
+  esac
+  return "$code"
+}
+
 # ---- demo ----
 
 demo() {
@@ -483,7 +500,7 @@ main() {
       known "${1:-}"
       exec tail -n 50 -F "$LOG_DIR/$JOB.log"
       ;;
-    monitor) need_setup && exec "$VENV/bin/python" "$ROOT/monitor.py" --log_dir "$LOG_DIR" "$@" ;;
+    monitor) need_setup && monitor "$@" ;;
     help | -h | --help) usage ;;
     *)
       usage >&2

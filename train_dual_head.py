@@ -544,11 +544,13 @@ class Progress:
 
     def clear(self) -> None:
         self.sums, self.items, self.seconds, self.since = Counter(), Counter(), 0.0, time.time()
+        self.steps = 0
 
 
 def log_step(run: Run, state: State, epoch: schedule.Epoch, progress: Progress, result: StepResult) -> None:
     """A line for a skipped step; the means since the last line every --log_every steps. Raises Diverged."""
     progress.bar.update()
+    progress.steps += 1
     samples = result.size * run.data.coarse_len * run.geometry.coarse_samples
     progress.seconds += samples / run.geometry.sampling_rate
     if result.done:
@@ -560,11 +562,14 @@ def log_step(run: Run, state: State, epoch: schedule.Epoch, progress: Progress, 
         run.log.metric(event="skip", step=state.step, reason=why, skipped=state.skipped)
         if state.in_a_row >= SKIPS_IN_A_ROW:
             raise Diverged
-    if state.step % run.args.log_every and state.step < epoch.first_step + epoch.steps:
+    first = state.step == state.first_step + 1  # a start shows at once where it is
+    if state.step % run.args.log_every and state.step < epoch.first_step + epoch.steps and not first:
         return
+    spent = max(time.time() - progress.since, 1e-9)
+    state.paces.append(spent / (progress.steps * epoch.segment * epoch.batch))
     sums = run.reduce_sum([float(v) for v in progress.sums.values()]) if progress.sums else []
     means = {k: v / progress.items[k] for k, v in zip(progress.sums, sums)}
-    report(run, state, epoch, means, result.norm, progress.seconds / max(time.time() - progress.since, 1e-9))
+    report(run, state, epoch, means, result.norm, progress.seconds / spent)
     progress.bar.set_postfix({k: f"{v:.3f}" for k, v in means.items() if k.startswith("loss")})
     progress.clear()
 

@@ -9,8 +9,10 @@ import json
 import math
 import os
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median_low
 
 import torch
 import torch.distributed as dist
@@ -206,6 +208,7 @@ class State:
     baseline: dict = field(default_factory=dict)  # baseline_metrics.json
     first_step: int = 0  # where this process began
     saved_at: float = field(default_factory=time.time)  # the last checkpoint by the clock
+    paces: deque = field(default_factory=lambda: deque(maxlen=20))  # seconds a second of audio, latest lines
     bad_files: dict[str, str] = field(default_factory=dict)  # name: reason
     left_out: dict[str, str] = field(default_factory=dict)  # likewise
     unfaithful: set[str] = field(default_factory=set)
@@ -465,11 +468,10 @@ def report_codes(run: Run, state: State, epoch: Epoch | None) -> None:
 def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed: float) -> None:
     """The line of a step, in the log and in metrics.jsonl; one more metric goes into the latter."""
     a, rates = run.args, schedule.rates_at(run.args, run.plan, state.step - 1)
-    pace = (time.time() - run.began) / max(state.step - state.first_step, 1)
-    # steps of later epochs are as long as their segments: scale the pace by audio still to come
+    # steps of later epochs are as long as their segments: count the audio still to come
     todo = sum((e.first_step + e.steps - max(e.first_step, state.step)) * e.segment * e.batch
                for e in run.plan if e.first_step + e.steps > state.step)  # fmt: skip
-    eta, rate = pace * todo / (epoch.segment * epoch.batch), rates.get("head_48k", rates.get("head_24k"))
+    eta, rate = median_low(state.paces) * todo, rates.get("head_48k", rates.get("head_24k"))
     names = {"loss": "loss", "24k": "loss_24k", "48k": "loss_48k"}
     shown = {k: means[name] for k, name in names.items() if name in means} | {
         "lr": rate,
