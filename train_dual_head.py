@@ -50,8 +50,8 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "audio_48k_dir": ("", "48 kHz targets of the training codes: precompute_48k.py's output, or real "
                               "recordings"),
         "val_audio_48k_dir": ("", "48 kHz targets of the validation codes"),
-        "audio_24k_dir": ("", "where the 24 kHz target is read, any rate (default: the 48 kHz file where that "
-                              "is the unrestored recording, else the cache's data_dir)"),
+        "audio_24k_dir": ("", "where the 24 kHz target is read, any rate (default: the 48 kHz file where "
+                              "that is the unrestored recording, else the cache's data_dir)"),
         "val_audio_24k_dir": ("", "the same for validation"),
         "upsampler": ("", "with --data_dir and without --audio_48k_dir, 48 kHz targets of recordings below "
                           "--native_rate: sidon (restored at every step: precompute_48k.py does it once) or "
@@ -392,7 +392,7 @@ def check_stop(run: Run, state: State) -> None:
 
 
 def total_weights(args, phase: str) -> dict[str, float]:
-    """The total loss, {loss: weight}: logged and minimised; in warmup train_step takes the new heads' part."""
+    """The total loss, {loss: weight}: logged and minimised; in warmup train_step takes the new heads'."""
     heads = schedule.chosen_heads(args.heads)
     if len(heads) == 1:
         found = {f"loss_{heads[0]}": 1.0}
