@@ -29,7 +29,8 @@ def print_once(fleet: Fleet) -> None:
     for line in overview(fleet, Ui(), width, 10**6, everything=True):
         print("".join(t for t, _ in line).rstrip())
     gpus = [f"{g['index']} {percent(g['util_percent'])} {human_size(g['mem_used'])}" for g in fleet.gpus]
-    machine = f"CPU {percent(fleet.cpu_percent)} · RAM {'/'.join(map(human_size, fleet.ram))} · disk free "
+    m = fleet.machine
+    machine = f"CPU {percent(m.cpu_percent)} · RAM {'/'.join(map(human_size, m.ram))} · disk free "
     print(f"{machine}{human_size(fleet.disk_free())} · GPU {', '.join(gpus) or 'N/A'}")
 
 
@@ -40,20 +41,22 @@ def main() -> int:
     root = Path(__file__).resolve().parent  # launch.sh writes into its logs from wherever it is called
     logs = "logs" if Path("logs").is_dir() or not (root / "logs").is_dir() else root / "logs"
     log_dir = os.environ.get("LOG_DIR") or logs
-    p.add_argument("--log_dir", default=log_dir, help="where launch.sh keeps NAME.{log,pid,json}")
     p.add_argument("--once", action="store_true", help="print the overview as text and leave")
     p.add_argument("--json", action="store_true", help="print everything as one JSON object and leave")
     p.add_argument("--readonly", action="store_true", help="forbid start, stop and resume")
-    p.add_argument("--launcher", default=root / "launch.sh", type=Path, help="starts, stops, resumes")
-    p.add_argument("--refresh_s", type=float, default=1.0, help="seconds between two looks at the files")
     p.add_argument("--quiet", action="store_true", help="no bell when an alarm appears")
-    p.add_argument("--stall_s", type=float, default=Limits.stall_s, help="alarm: seconds without a new line")
-    p.add_argument("--diverge", type=float, default=Limits.diverge, help="alarm: loss over its lowest")
-    p.add_argument(
-        "--disk_gb", type=float, default=Limits.disk_gb, help="alarm: GB free where checkpoints go"
-    )
+    for flag, default, text in (
+        ("--log_dir", log_dir, "where launch.sh keeps NAME.{log,pid,json}"),
+        ("--launcher", root / "launch.sh", "starts, stops, resumes"),
+        ("--refresh_s", 1.0, "seconds between two looks at the files"),
+        ("--stall_s", Limits.stall_s, "alarm: seconds without a new line"),
+        ("--diverge", Limits.diverge, "alarm: loss over its lowest"),
+        ("--disk_gb", Limits.disk_gb, "alarm: GB free where checkpoints go"),
+    ):
+        kind = float if isinstance(default, float) else Path
+        p.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
     a = p.parse_args()
-    fleet = Fleet(a.log_dir, a.files, Limits(a.stall_s, a.diverge, a.disk_gb))
+    fleet = Fleet(a.log_dir, a.files, Limits(stall_s=a.stall_s, diverge=a.diverge, disk_gb=a.disk_gb))
     start = time.monotonic()
     fleet.poll()
     if not (a.once or a.json):
@@ -63,14 +66,15 @@ def main() -> int:
             from snac48.tui.app import Monitor
         except ImportError as e:
             raise UserError(f"{e}; pip install textual, or use --once") from None
-        Monitor(fleet, Ui(readonly=a.readonly), a.launcher.resolve(), a.refresh_s, not a.quiet).run()
-        return 0
+        app = Monitor(fleet, Ui(readonly=a.readonly), a.launcher.resolve(), a.refresh_s, not a.quiet)
+        app.run()
+        return app.return_code or 0
     for run in fleet.runs.values():
         while run.load_older(events_only=True):
             pass
         run.judge(fleet.mono(), fleet.limits)
     time.sleep(max(0.0, 0.05 - (time.monotonic() - start)))  # CPU use is between two looks
-    fleet.measure()
+    fleet.machine.sample(fleet.mono(), fleet.gpus)
     if a.json:
         json.dump(fleet.report(), sys.stdout, indent=2, allow_nan=False)
         print()

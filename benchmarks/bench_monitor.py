@@ -150,13 +150,22 @@ def export(fleet: Fleet, folder: Path, sizes=((80, 24), (120, 40))) -> list[Path
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--gb", type=float, default=1.0, help="size of the big log")
-    p.add_argument("--seconds", type=float, default=30, help="length of the live measurement")
+    p.add_argument(
+        "--seconds",
+        type=float,
+        default=30,
+        help="length of the live measurement, or of the look before the pictures",
+    )
     p.add_argument("--pictures", type=Path, metavar="DIR", help="write pictures of every view and leave")
     p.add_argument("--log_dir", type=Path, default=ROOT / "logs", help="of the runs in the pictures")
     a = p.parse_args()
     if a.pictures:
-        fleet = Fleet(a.log_dir)
+        fleet, end = Fleet(a.log_dir), time.monotonic() + a.seconds
+        fleet.look_closer = True
         fleet.poll()
+        while time.monotonic() < end:  # the System view draws what it has seen
+            time.sleep(1)
+            fleet.poll()
         while fleet.load_older(60):
             pass
         print(*export(fleet, a.pictures), sep="\n")

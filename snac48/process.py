@@ -5,12 +5,12 @@ Imports nothing: launch.sh asks it several times a second.
 """
 
 
-def process_stat(pid: int, proc="/proc") -> tuple[str, int, int] | None:
-    """(state letter, session id, kernel start time in clock ticks); None when there is no such process."""
+def process_stat(pid: int, proc="/proc") -> tuple[str, int, int, int] | None:
+    """(state letter, parent, session id, kernel start time in clock ticks); None where there is none."""
     try:
         with open(f"{proc}/{pid}/stat", errors="replace") as f:
             fields = f.read().rpartition(")")[2].split()
-        return fields[0], int(fields[3]), int(fields[19])
+        return fields[0], int(fields[1]), int(fields[3]), int(fields[19])
     except (OSError, ValueError, IndexError):
         return None
 
@@ -18,14 +18,17 @@ def process_stat(pid: int, proc="/proc") -> tuple[str, int, int] | None:
 def start_time(pid: int, proc="/proc") -> int | None:
     """Kernel start time of a live process in clock ticks; None for a dead one or a zombie."""
     stat = process_stat(pid, proc)
-    return None if stat is None or stat[0] in "ZXx" else stat[2]
+    return None if stat is None or stat[0] in "ZXx" else stat[3]
+
+
+def alive(pid: int, start, proc="/proc") -> str:
+    """RUNNING, DEAD, or STALE_PID: the number lives on in another process, which is none of ours."""
+    began = start_time(pid, proc)
+    return "DEAD" if began is None else "RUNNING" if str(began) == str(start) else "STALE_PID"
 
 
 def job_state(pid_file, proc="/proc") -> tuple[str | None, int | None]:
-    """(state, pid) from launch.sh's file `PID START COMMAND…`: RUNNING, DEAD, STALE_PID; None without a file.
-
-    STALE_PID: the number lives on in another process, which is none of ours.
-    """
+    """(state as `alive` tells it, pid) from launch.sh's file `PID START COMMAND…`; None without a file."""
     try:
         with open(pid_file, errors="replace") as f:
             words = f.read().split()
@@ -33,8 +36,4 @@ def job_state(pid_file, proc="/proc") -> tuple[str | None, int | None]:
         return None, None
     if not words or not words[0].isdigit():
         return "DEAD", None
-    pid = int(words[0])
-    began = start_time(pid, proc)
-    if began is None:
-        return "DEAD", pid
-    return ("RUNNING" if words[1:2] == [str(began)] else "STALE_PID"), pid
+    return alive(int(words[0]), (words[1:2] or [""])[0], proc), int(words[0])

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from .files import finite_json, sweep_leftovers
+from .process import start_time
 
 # ---- provenance ----
 
@@ -37,7 +39,8 @@ def versions() -> dict:
 
 
 class RunLog:
-    """`metrics.jsonl` (one flushed object a line) and `training.log` (one human line) in a run directory. The
+    """`metrics.jsonl` (one flushed object a line) and `training.log` (one human line) in a run directory, and
+    `processes.jsonl`, a line for every process that writes there: by it a reader knows whether one lives. The
     human line also goes to stdout, which the launcher sends to logs/NAME.log. Rank > 0: `quiet=True`."""
 
     def __init__(self, output_dir: str | Path, log_name: str = "training.log", quiet: bool = False):
@@ -50,6 +53,10 @@ class RunLog:
         sweep_leftovers(self.dir)
         self.metrics = append_to(self.dir / "metrics.jsonl")
         self.log = append_to(self.dir / log_name)
+        pid = os.getpid()
+        me = {"t": time.time(), "host": socket.gethostname(), "pid": pid, "start": start_time(pid)}
+        with append_to(self.dir / "processes.jsonl") as f:
+            write_all(f, json.dumps(me | {"argv": sys.argv}) + "\n")
 
     def say(self, text: str) -> None:
         if self.quiet:

@@ -102,7 +102,7 @@ def test_a_zombie_is_dead(launch):
         time.sleep(0.05)
     launch.logs.mkdir()
     (launch.logs / "x.json").write_text("{}")
-    (launch.logs / "x.pid").write_text(f"{child.pid} {process_stat(child.pid)[2]} python\n")
+    (launch.logs / "x.pid").write_text(f"{child.pid} {process_stat(child.pid)[3]} python\n")
     assert "DEAD" in launch("status") and "nothing was signalled" in launch("stop_job x", code=1)
     child.wait()
 

@@ -66,11 +66,28 @@ def test_keys(steady):
         await pilot.press("end", "up", "space", "2", "s", "l", "plus", "plus", "left", "f")
         assert ui.selected == "train_gpu2" and ui.marked == {"train_gpu2"} and ui.view == "run"
         assert (ui.smooth, ui.log, ui.zoom, ui.panel) == (3, True, 2, 1) and ui.back > 0
-        await pilot.press("minus", "0", "3", "m")
-        assert (ui.zoom, ui.back, ui.view, ui.metric) == (0, 0, "overlay", 1)
+        await pilot.press("minus", "0", "3")
+        assert (ui.zoom, ui.back, ui.view) == (0, 0, "overlay")
         assert "train_gpu2" in "\n".join(screen(app)) and "train_gpu1" not in "\n".join(screen(app)[3:])
         await pilot.press("question_mark", "down", "pagedown")
         assert "Help" in screen(app)[0]
+
+    window(steady, script)
+
+
+def test_a_metric_chosen_by_typing(steady):
+    async def script(app, pilot):
+        await pilot.press("m", *"vl4", "enter")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        assert app.ui.metric == "val loss_48k" and screen(app)[2].startswith("val loss_48k")
+        await pilot.press("m", *"los", "down", "enter")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        assert app.ui.metric == "loss_48k"
+        await pilot.press("m", *"xyz", "enter")  # nothing is called so
+        assert len(app.screen_stack) == 2
+        await pilot.press("escape")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        assert app.ui.metric == "loss_48k"
 
     window(steady, script)
 

@@ -49,3 +49,31 @@ def test_log_axis_leaves_out_zero():
     xs, ys = range(4), [0.0, 0.01, 1.0, 100.0]
     lines = plain(plot([(series(xs, ys), "", False, "")], 40, 9, (0, 3), log=True))
     assert "100│" in lines[0] and "0.01│" in lines[7] and "1│" in lines[4]
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("size", [(60, 12), (48, 7), (110, 30)])
+def test_the_star_lies_on_its_point(size, log):
+    for n in range(40):
+        xs, ys = [0, 37, 61, 200], [2.0, 1.0 + n / 50, 1.5, 1.0]
+        bare = plain(plot([(series(xs, ys), "", False, "")], *size, (0, 200), log))
+        for x, y in zip(xs, ys):
+            starred = plain(plot([(series(xs, ys), "", False, "")], *size, (0, 200), log, best=(x, y)))
+            (at,) = [(r, c) for r, line in enumerate(starred) for c, char in enumerate(line) if char == "★"]
+            drawn = [r for r, line in enumerate(bare[:-1]) if ord(line[at[1]]) > 0x2800]
+            assert at[0] in drawn, (n, x, y)
+            if y == max(ys):
+                assert at[0] == 0
+            if y == min(ys):
+                assert at[0] == len(bare) - 2
+
+
+def test_the_star_stands_where_a_lone_point_would():
+    s = series([0, 50, 100], [0.0, 0.43, 1.0])
+    for y in (0.1, 0.43, 0.5, 0.87):
+        dot = plain(plot([(s, "", False, ""), (series([50], [y]), "", False, "")], 60, 9, (0, 100)))
+        base = plain(plot([(s, "", False, "")], 60, 9, (0, 100)))
+        star = plain(plot([(s, "", False, "")], 60, 9, (0, 100), best=(50, y)))
+        (row,) = [r for r, line in enumerate(star) if "★" in line]
+        changed = [r for r in range(8) if dot[r] != base[r]] or [row]
+        assert changed == [row]

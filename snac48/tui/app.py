@@ -1,7 +1,9 @@
 """The window: a Textual app. It repaints only the stretch of each line that changed: little goes over SSH."""
 
+import asyncio
 import os
 import shlex
+import signal
 import subprocess
 import threading
 import time
@@ -17,11 +19,11 @@ from textual.message import Message
 from textual.screen import ModalScreen
 from textual.strip import Strip
 from textual.widget import Widget
-from textual.widgets import Input, Static
+from textual.widgets import Input, OptionList, Static
 
 from .runs import Fleet
-from .ui import KEYS, Ui, act
-from .views import draw
+from .ui import KEYS, Ui, act, matching
+from .views import draw, metrics_of, overlaid
 
 
 class Polled(Message):
@@ -91,10 +93,62 @@ class Ask(ModalScreen):
         self.dismiss(yes and self.edit is None)
 
 
+class Pick(ModalScreen):
+    """A list to choose from by typing some letters, by arrows or by mouse."""
+
+    CSS = """Pick { align: center middle; }
+    #box { width: 50; max-width: 95%; height: auto; border: heavy ansi_yellow; padding: 0 1; }
+    #box Static { height: auto; } Input { border: none; height: 1; padding: 0; }
+    OptionList { border: none; height: auto; max-height: 16; padding: 0; }"""
+    BINDINGS = (
+        Binding("up", "move('up')", priority=True), Binding("down", "move('down')", priority=True),
+        Binding("escape", "leave"),
+    )  # fmt: skip
+
+    def __init__(self, title: str, names: list[str], now: str):
+        super().__init__()
+        self.names, self.found, self.heading, self.now = names, names, title, now
+
+    def compose(self):
+        with Vertical(id="box"):
+            yield Static(self.heading, markup=False)
+            yield Input(placeholder="type some of its letters")
+            yield OptionList(*self.names, markup=False)
+            yield Static("↑↓ Enter chooses · Esc leaves")
+
+    def on_mount(self) -> None:
+        self.query_one(Input).focus()
+        self.query_one(OptionList).highlighted = self.names.index(self.now) if self.now in self.names else 0
+
+    def on_input_changed(self, event) -> None:
+        self.found = matching(event.value, self.names) if event.value else self.names
+        options = self.query_one(OptionList)
+        options.clear_options()
+        options.add_options(self.found)
+        options.highlighted = 0 if self.found else None
+
+    def on_input_submitted(self) -> None:
+        at = self.query_one(OptionList).highlighted
+        if at is not None:
+            self.dismiss(self.found[at])
+
+    def on_option_list_option_selected(self, event) -> None:
+        self.dismiss(self.found[event.option_index])
+
+    def action_move(self, way: str) -> None:
+        getattr(self.query_one(OptionList), f"action_cursor_{way}")()
+
+    def action_leave(self) -> None:
+        self.dismiss(None)
+
+
 class Monitor(App):
     CSS = "Pane { width: 100%; height: 100%; }"
     ENABLE_COMMAND_PALETTE = False
-    BINDINGS = tuple(Binding(k, f"do('{action}')", text, show=False) for k, action, text in KEYS)
+    BINDINGS = tuple(
+        Binding(k, f"do('{action}')", text, show=False, priority=k == "ctrl+c")
+        for keys, action, text in KEYS for k in keys.split(",")
+    )  # fmt: skip
 
     def __init__(self, fleet: Fleet, ui: Ui, launcher: Path, refresh_s: float = 1.0, bell: bool = True):
         super().__init__(ansi_color=True)  # the terminal's own 16 colours, none under NO_COLOR
@@ -105,6 +159,13 @@ class Monitor(App):
 
     def compose(self):
         yield self.pane
+
+    def on_load(self) -> None:
+        """Before the terminal is changed: whoever ends us, it shall be as it was."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                loop = asyncio.get_running_loop()
+                loop.add_signal_handler(number, lambda n=number: self.exit(return_code=128 + n))
 
     def on_mount(self) -> None:
         self.pane.focus()
@@ -118,6 +179,7 @@ class Monitor(App):
         while not self.stopping.is_set():
             start = time.monotonic()
             try:
+                self.fleet.look_closer = self.ui.view == "system"
                 self.fleet.poll()
                 self.post_message(Polled())
                 while self.fleet.load_older(0.05) and time.monotonic() - start < self.refresh_s:
@@ -145,6 +207,9 @@ class Monitor(App):
         if action == "quit":
             self.exit()
             return
+        if action == "metric" and not arg:
+            self.pick_metric()
+            return
         with self.fleet.lock:
             command = act(self.fleet, self.ui, action, arg)
         self.paint()
@@ -154,6 +219,13 @@ class Monitor(App):
             self.push_screen(ask, lambda text: text and self.confirm(shlex.split(text)))
         elif command:
             self.confirm(command)
+
+    def pick_metric(self) -> None:
+        with self.fleet.lock:
+            names = metrics_of(overlaid(self.fleet, self.ui))
+        if names:
+            title, now = f"Metric of the overlay ({len(names)})", self.ui.metric or names[0]
+            self.push_screen(Pick(title, names, now), lambda name: name and self.action_do("metric", name))
 
     def confirm(self, command: list[str]) -> None:
         def answer(yes) -> None:

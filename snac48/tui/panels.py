@@ -75,7 +75,7 @@ def panel(run: Run, ui, width: int, height: int, spec: tuple) -> list:
             if not sign:
                 at = s.best(key)
                 head.append((f" best {short(at[key])}@{short(at['epoch'])}", "bold yellow"))
-                best = best or (at["step"], at[key])
+                best = best or (at["step"], c.ys[c.xs.index(at["step"])])
     edges = [v["step"] for v in s.vals] + [x for c in s.series.values() if c.xs for x in (c.xs[0], c.xs[-1])]
     span = visible(ui, min(edges, default=0), max(edges, default=1))
     smooth = 0 if title == "lr" else SMOOTH[ui.smooth]

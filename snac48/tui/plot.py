@@ -64,12 +64,24 @@ def raster(layers: list, width: int, height: int, y0: float, y1: float, log: boo
     return rows
 
 
-def plot(
-    curves: list, width: int, height: int, span=(0, 1), log=False, smooth=0.0, marks=(), bad=(), best=None
-) -> list:
+def boundaries(marks, rows: list[list], axis: list, x0: float, x1: float) -> None:
+    """Draw vertical lines at [(x, label)] into `rows`, and their labels into `axis` where there is room."""
+    w = len(axis)
+    for x, label in marks:
+        if x0 < x < x1:
+            c = min(int((x - x0) / (x1 - x0) * w), w - 1)
+            for row in rows:
+                row[c] = ("┊", "dim") if row[c][0] == " " else row[c]
+            if all(a == " " for a in axis[max(0, c - 1) : c + len(label) + 1]) and c + len(label) < w:
+                axis[c : c + len(label)] = label
+
+
+def plot(curves, width, height, span=(0, 1), log=False, smooth=0.0, marks=(), bad=(), best=None,
+         limits=None, ends=()) -> list:  # fmt: skip
     """`height` lines of `width`: canvas and x axis. curves: [(Series, style, dotted, letter at its end)].
 
     span: x range. marks: [(x, label)] vertical lines. bad: x of non-finite values. best: (x, y).
+    limits: y range, else that of the values. ends: words below the x axis' ends, else its numbers.
     """
     (x0, x1), (w, h) = span, (max(2, width - 8), max(1, height - 1))
     x1 = max(x1, x0 + 1)
@@ -85,7 +97,7 @@ def plot(
     if not values:
         why = "no positive value for a log axis" if log and any(c[0].xs for c in curves) else "no points yet"
         return [[(f"{'':8}{why}"[:width] if i == h // 2 else "", "dim")] for i in range(h + 1)]
-    y0, y1 = min(values), max(values)
+    y0, y1 = limits or (min(values), max(values))
     if y0 == y1:
         y0, y1 = (y0 / 1.1, y1 * 1.1) if log else (y0 - (abs(y0) * 0.1 or 1), y1 + (abs(y1) * 0.1 or 1))
     rows = raster(layers, w, h, y0, y1, log)
@@ -93,19 +105,14 @@ def plot(
     def put(x, y, sign, style):
         if x0 <= x <= x1 and (y > 0 or not log):
             share = math.log10(y / y0) / math.log10(y1 / y0) if log else (y - y0) / (y1 - y0)
-            row = rows[min(max(h - 1 - int(share * h), 0), h - 1)]
+            dot = min(max(round(share * (4 * h - 1)), 0), 4 * h - 1)  # as `raster` places it
+            row = rows[(4 * h - 1 - dot) // 4]
             row[min(int((x - x0) / (x1 - x0) * w), w - 1)] = (sign, style)
 
     axis = [" "] * w
-    for text, end in ((short(x0), 0), (short(x1), w)):
+    for text, end in zip(ends or (short(x0), short(x1)), (0, w)):
         axis[max(0, end - len(text)) : max(0, end - len(text)) + len(text)] = text[:w]
-    for x, label in marks:
-        if x0 < x < x1:
-            c = min(int((x - x0) / (x1 - x0) * w), w - 1)
-            for row in rows:
-                row[c] = ("┊", "dim") if row[c][0] == " " else row[c]
-            if all(a == " " for a in axis[max(0, c - 1) : c + len(label) + 1]) and c + len(label) < w:
-                axis[c : c + len(label)] = label
+    boundaries(marks, rows, axis, x0, x1)
     for x in bad:
         put(x, y0, "×", "bold red")
     for s, style, dotted, letter in curves:

@@ -11,6 +11,7 @@ from .text import clean
 
 CURVES = 64  # per run
 POINTS = 1 << 18  # per curve; beyond, groups of 8 keep their lowest and highest
+LASTING = ("epochs", "total_steps", "recipe", "kind")  # true of a whole run
 REASONS = {0: "finished", 3: "stopped", 4: "diverged", 5: "bad input"}  # by exit code, where none is given
 
 
@@ -40,6 +41,9 @@ class RunState:
 
     def __init__(self):
         self.raw: dict = {}  # the latest value of every key, as it came
+        self.line: dict = {}  # the latest step line alone: what is only in `raw` is older
+        self.by_epoch = False  # x counts epochs: there are no step lines
+        self.block: dict = {}  # the summary of an epoch whose further lines follow
         self.series: dict[str, Series] = {}
         self.vals: list[dict] = []
         self.marks: list[tuple] = []  # (step, phase, segment_length) where these changed
@@ -56,13 +60,15 @@ class RunState:
     def feed(self, r: dict) -> None:
         self.records += 1
         event, step = r.get("event"), counted(r.get("step"))
-        if event in ("start", "resume"):
-            self.end = None
-            for q in (self.window, self.recent, self.pace):
-                q.clear()
-            self.raw |= {k: r[k] for k in ("epochs", "total_steps", "recipe", "kind") if r.get(k) is not None}
+        if event is None or (event == "bar" and "epoch" not in self.raw):
+            self.raw.update(r if None not in r.values() else {k: v for k, v in r.items() if v is not None})
             if step is not None:
-                self.rewind(step + (event == "resume"))
+                if self.by_epoch:  # steps after all: they are another x axis
+                    self.by_epoch, self.step, self.series, self.marks = False, None, {}, []
+                self.line = r
+                self.point(step, r)
+        elif event in ("start", "resume"):
+            self.begin(r, step)
         elif event == "end":
             reason = r.get("reason") or REASONS.get(r.get("code"), f"exit code {r.get('code')}")
             self.end = r | {"reason": clean(reason)}
@@ -70,24 +76,54 @@ class RunState:
             self.skips, self.skip_reason = self.skips + 1, clean(r.get("reason"))
             self.recent.append("skip")
         elif event == "val":
-            x = next((x for x in (step, self.step, counted(r.get("epoch"))) if x is not None), 0)
-            self.vals = [v for v in self.vals if v["step"] < x]  # validated again after a resume
-            r = {"loss": r.get("val_loss"), **r}  # rvq's name for it
-            values = {k: n for k, v in r.items() if k not in NOT_CURVES and (n := number(v)) is not None}
-            # losses that were the lowest so far, as the trainer counts (a decoder that is fed more than
-            # codes is never the best); None: it doesn't say
-            best = r["best"] if isinstance(r.get("best"), list) else None
-            self.vals.append({**values, "step": x, "epoch": counted(r.get("epoch")), "best": best})
+            self.validation(r, step)
         elif event == "usage":  # of the codebooks, over an epoch
             self.draw(step or 0, r)
-        elif event == "epoch":  # `[Train]` summary of older logs: a point only where there are no step lines
-            if self.step is None or "by_epoch" in self.raw:
-                self.raw |= {**r, "by_epoch": True}
-                self.point(counted(r.get("epoch")) or 0, r)
-        elif event is None:
-            self.raw.update(r if None not in r.values() else {k: v for k, v in r.items() if v is not None})
-            if step is not None:
-                self.point(step, r)
+        elif event == "epoch":
+            self.summary(r)
+        elif event == "more":
+            self.more(r)
+
+    def begin(self, r: dict, step: int | None) -> None:
+        """A start or resume at `step`: nothing that came later is true any more."""
+        self.end, self.line = None, {}
+        for q in (self.window, self.recent, self.pace):
+            q.clear()
+        self.raw = {k: v for k, v in self.raw.items() if k in LASTING}
+        self.raw |= {k: r[k] for k in (*LASTING, "phase") if r.get(k) is not None}
+        if step is not None:
+            self.rewind(step + (r["event"] == "resume"))
+            self.step = step
+
+    def validation(self, r: dict, step: int | None) -> None:
+        if number(r.get("train_loss")) is not None:  # of the epoch, on the same line
+            self.summary({k: r[k] for k in ("epoch", "epochs", "lr") if k in r} | {"loss": r["train_loss"]})
+        x = next((x for x in (step, self.step, counted(r.get("epoch"))) if x is not None), 0)
+        self.vals = [v for v in self.vals if v["step"] < x]  # validated again after a resume
+        r = {"loss": r.get("val_loss"), **r}  # rvq's name for it
+        values = {k: n for k, v in r.items() if k not in NOT_CURVES and (n := number(v)) is not None}
+        # losses that were the lowest so far, as the trainer counts (a decoder that is fed more than
+        # codes is never the best); None: it doesn't say
+        best = r["best"] if isinstance(r.get("best"), list) else None
+        self.block = {**values, "step": x, "epoch": counted(r.get("epoch")), "best": best}
+        self.vals.append(self.block)
+
+    def summary(self, r: dict) -> None:
+        """`[Train]` of older logs: a point only where there are no step lines."""
+        self.block = {}
+        if self.step is None or self.by_epoch:
+            self.by_epoch = True
+            self.raw |= r
+            self.block = self.line = r
+            self.point(counted(r.get("epoch")) or 0, r)
+
+    def more(self, r: dict) -> None:
+        """Further numbers of the summary before, of a validation or of an epoch."""
+        values = {k: v for k, v in r.items() if k != "event"}
+        self.block |= values
+        if self.block is self.line:
+            self.raw |= values
+            self.draw(self.step, values)
 
     @property
     def latest(self) -> dict:
@@ -96,6 +132,12 @@ class RunState:
         if self.raw.get("phase") is not None:
             found["phase"] = clean(self.raw["phase"])[:24]
         return found
+
+    @property
+    def older(self) -> dict:
+        """{key: step} of the latest values that the newest step line doesn't have."""
+        found = {k: self.series.get(k) for k in self.latest if k not in self.line}
+        return {k: s.xs[-1] for k, s in found.items() if s and s.xs and s.xs[-1] != self.step}
 
     def point(self, step: int, r: dict) -> None:
         if self.step is not None and step < self.step:
@@ -147,8 +189,9 @@ class RunState:
 
     @property
     def judged(self) -> str:
-        """What validations are compared by: the 48 kHz head, else `loss` (24 kHz alone, rvq)."""
-        return "loss_48k" if any("loss_48k" in v for v in self.vals) else "loss"
+        """What validations are compared by: the 48 kHz head, else `loss`, else the 24 kHz head."""
+        known = {k for v in self.vals for k in v}
+        return next((k for k in ("loss_48k", "loss", "loss_24k") if k in known), "loss")
 
     def best(self, key: str = "") -> dict | None:
         """The validation of the lowest `key`, of those that the trainer counts where it says so."""
@@ -164,3 +207,8 @@ class RunState:
         """Median seconds between step lines; a clock set back is left out."""
         gaps = sorted(b - a for (a, _), (b, _) in pairwise(self.pace) if b > a)
         return gaps[len(gaps) // 2] if gaps else None
+
+    def usual_pace(self) -> float | None:
+        """Median seconds of a step between the latest step lines."""
+        paces = sorted((b - a) / (n - m) for (a, m), (b, n) in pairwise(self.pace) if b > a and n > m)
+        return paces[len(paces) // 2] if paces else None

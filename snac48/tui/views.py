@@ -12,11 +12,19 @@ from .parse import ERROR, NOT_CURVES
 from .plot import plot
 from .runs import HISTORY_BYTES, Fleet, Run
 from .state import Series
+from .system import SPAN_S, TENTHS
 from .tail import Pager
 from .text import clean, duration, fit, gauge, human_size, percent, short
 from .ui import FOOTER, KEYS, VIEWS, Ui, chosen, sign
 
-STYLES = {"RUNNING": "green", "FINISHED": "cyan", "DEAD": "bold red", "STALE_PID": "bold red", None: "dim"}
+STYLES = {
+    "RUNNING": "green",
+    "PAUSED": "yellow",
+    "FINISHED": "cyan",
+    "DEAD": "bold red",
+    "STALE_PID": "bold red",
+    None: "dim",
+}
 LOUD = "bold red reverse"
 
 
@@ -46,6 +54,11 @@ def done(run: Run) -> str:
     return f"{100 * step / total:.0f}%" if total and step is not None else "–"
 
 
+def newest(run: Run, key: str) -> float | None:
+    """The value of the newest step line: one of an older step would stand beside values of another age."""
+    return None if key in run.state.older else run.state.latest.get(key)
+
+
 COLUMNS = (  # of the overview: title, width, importance (0 = always), text(fleet, run, its row of --json)
     ("run", 0, 0, lambda f, r, j: r.name),
     ("state", 9, 0, lambda f, r, j: r.state_word),
@@ -59,7 +72,7 @@ COLUMNS = (  # of the overview: title, width, importance (0 = always), text(flee
     ("val", 6, 6, lambda f, r, j: short((r.state.vals or [{}])[-1].get(r.state.judged))),
     ("best@ep", 10, 2, lambda f, r, j: best_text(r)),
     ("lr", 7, 7, lambda f, r, j: short(j["lr"])),
-    ("audio s/s", 9, 6, lambda f, r, j: short(r.state.latest.get("audio_s_per_s"))),
+    ("audio s/s", 9, 6, lambda f, r, j: short(newest(r, "audio_s_per_s"))),
     ("ETA", 8, 1, lambda f, r, j: duration(j["eta_s"])),
     ("GPU", 12, 5, lambda f, r, j: gpu_text(f, r)),
 )
@@ -123,13 +136,16 @@ def details(fleet: Fleet, run: Run, width: int) -> list:
     )
     names = {"loss": "loss", "loss_24k": "24k", "loss_48k": "48k", "ppl": "ppl", "bits_per_s": "bits/s"}
     names |= {"lr": "lr", "audio_s_per_s": "audio s/s", "skipped": "skipped"}
-    second = " · ".join(f"{text} {short(latest[k])}" for k, text in names.items() if k in latest)
+    older = {k: f" (step {step})" for k, step in s.older.items()}
+    second = " · ".join(
+        f"{text} {short(latest[k])}{older.get(k, '')}" for k, text in names.items() if k in latest
+    )
     third = [f"GPU {gpu_text(fleet, run)}"] + [f"{s.skips} steps skipped"] * bool(s.skips)
     if best:
-        at = f"at epoch {short(best['epoch'])} step {best['step']}"
+        at = f"at epoch {short(best['epoch'])}" + f" step {best['step']}" * (width >= 100)
         third.insert(0, f"best val {names[s.judged]} {short(best[s.judged])} {at}")
     if heads := [f"{names[k]} {short(val[k])}" for k in ("loss_24k", "loss_48k") if k in val]:
-        third.insert(0, f"val {' '.join(heads)}")
+        third.insert(0, f"val@{short(val['epoch'])} {' '.join(heads)}")
     state = [(run.state_word, STYLES[j["state"]]), (f" pid {short(j['pid'])}", "")]
     texts = (first, second or clean(run.last_line or "no line yet"), " · ".join(third))
     return [[(head, "bold"), *state, (" " + "─" * width, "dim")], *([(text, "")] for text in texts)]
@@ -158,15 +174,24 @@ def run_view(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
     return lines + grid(run, ui, width, height, len(lines), specs)
 
 
-def overlay(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
-    runs = [r for r in fleet.listed() if r.name in ui.marked] or fleet.listed()
+def metrics_of(runs: list[Run]) -> list[str]:
+    """What the overlay can draw: curves, and `val NAME` of validations; losses first."""
     known = {k for r in runs for k, c in r.state.series.items() if c.xs}
     known |= {f"val {k}" for r in runs for v in r.state.vals for k in v if k not in NOT_CURVES}
     order = ["loss_48k", "loss_24k", "loss", "val loss_48k", "val loss_24k"]
-    metrics = [m for m in order if m in known] + sorted(known - set(order))
+    return [m for m in order if m in known] + sorted(known - set(order))
+
+
+def overlaid(fleet: Fleet, ui: Ui) -> list[Run]:
+    return [r for r in fleet.listed() if r.name in ui.marked] or fleet.listed()
+
+
+def overlay(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
+    runs = overlaid(fleet, ui)
+    metrics = metrics_of(runs)
     if not metrics:
         return [[("Nothing to draw yet: no run has numbers. Choose runs with space in the overview.", "")]]
-    metric = metrics[ui.metric % len(metrics)]
+    metric = ui.metric if ui.metric in metrics else metrics[0]
     curves, legend = [], []
     for run in runs:
         name, val = metric.removeprefix("val "), metric.startswith("val ")
@@ -180,7 +205,8 @@ def overlay(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
     shown = legend[: max(1, height // 3)]
     if len(legend) > len(shown):
         shown[-1] = [(f"  … {len(legend) - len(shown) + 1} more; choose with space in the overview", "dim")]
-    note = f"  {ui.metric % len(metrics) + 1} of {len(metrics)} metrics, m next"
+    note = f"  {metrics.index(metric) + 1} of {len(metrics)} metrics, m: choose"
+    ui.zones.append((0, 0, width, "metric", None))
     more = "  log y" * ui.log + f"  smooth {SMOOTH[ui.smooth]:.0%}" * (ui.smooth > 0)
     title = [(metric, "bold"), (note, "dim"), (more + f"  zoom {2**ui.zoom}x" * (ui.zoom > 0), "cyan")]
     first, last = min((c[0].xs[0] for c in curves), default=0), max((c[0].xs[-1] for c in curves), default=1)
@@ -213,39 +239,112 @@ def log_view(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
 
 
 def system(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
-    (used, total), b, cpu = fleet.ram, max(6, min(24, width // 6)), fleet.cpu_percent
+    """Curves of the last minutes above; GPUs, processes and disks below, scrolled where they don't fit."""
+    below = [*gpu_lines(fleet, width), *process_lines(fleet, width), *disk_lines(fleet, width)]
+    above = max(height - len(below) - 1, min(10, height // 2))
+    lines = histories(fleet, width, above) if above >= 5 else []
+    lines += [[]] * (height > above + len(below))
+    room = height - len(lines)
+    ui.panel = max(0, min(ui.panel, len(below) - room))
+    shown = below[ui.panel : ui.panel + room]
+    if hidden := len(below) - ui.panel - room if len(below) > ui.panel + room else 0:
+        shown[-1] = [(f"… {hidden + 1} more lines, ↓", "dim")]
+    return [*lines, *shown]
 
-    def bar(name: str, share: float | None, text: str) -> list:
-        shown = percent(None if share is None else 100 * share)
-        return [(name, "bold"), *gauge(share, b), (f" {shown:>5} {text}", "")]
 
-    load = f"of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    lines = [bar("CPU  ", None if cpu is None else cpu / 100, load)]
-    lines.append(bar("RAM  ", used / total if total else None, f"{human_size(used)} of {human_size(total)}"))
-    disks = {r.disk.total: (r.run_dir or r.folder, r.disk) for r in reversed(fleet.listed()) if r.disk}
-    for folder, disk in disks.values():
-        text = f"{human_size(disk.free)} free of {human_size(disk.total)}  {folder}"
-        lines.append(bar("Disk ", disk.used / max(1, disk.used + disk.free), text))
-    lines.append([])
-    if not fleet.gpus:
-        lines.append([("GPU  ", "bold"), (f"N/A ({fleet.sampler.error or 'none found'})", "yellow")])
+def histories(fleet: Fleet, width: int, height: int) -> list:
+    """CPU, memory, GPUs and disks, two by two (below one another where narrow)."""
+    m, h = fleet.machine, fleet.machine.history
+    (used, total), rates = m.ram, m.rates or (None, None)
+    gpu = " ".join(f"{g['index']}: {percent(g['util_percent'])}" for g in fleet.gpus)
+    gpus = [(f"gpu{g['index']}", COLOURS[i % 7], str(g["index"])[-1]) for i, g in enumerate(fleet.gpus)]
+    gpu_memory = f" · GPUs {percent(h['gpu memory'].ys[-1])}" if "gpu memory" in h else ""
+    top = max([1.0, *(y for k in ("read", "write") if k in h for y in h[k].ys[-SPAN_S:])])
+    specs = [  # title, what it says now, curves, y range
+        ("CPU", f"{percent(m.cpu_percent)} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+         [("cpu", "cyan", "")], (0, 100)),
+        ("GPU", gpu or f"N/A ({fleet.sampler.error or 'none found'})", gpus, (0, 100)),
+        ("Memory", f"{human_size(used)} of {human_size(total)}{gpu_memory}",
+         [("ram", "cyan", ""), ("gpu memory", "magenta", "g")], (0, 100)),
+        ("Disks", f"read {human_size(rates[0])}/s, write {human_size(rates[1])}/s",
+         [("read", "cyan", "r"), ("write", "yellow", "w")], (0, top)),
+    ]  # fmt: skip
+    across = 2 if width >= 70 else 1
+    down = max(1, min(len(specs) // across, height // 5))
+    w, lines = width // across - (across > 1), []
+    for d in range(down):
+        rows = height // down + (d < height % down)
+        blocks = [history(h, m.now, w, rows, *spec) for spec in specs[d * across : (d + 1) * across]]
+        lines += [[part for b in blocks for part in (*fit(b[y], w), (" ", ""))] for y in range(rows)]
+    return lines
+
+
+def history(curves: dict, now: int, width: int, height: int, title, text, keys, limits) -> list:
+    """One of them. The axis moves on by whole columns: what is drawn stays as it is in between."""
+    span = SPAN_S * TENTHS
+    column = max(1, span // (2 * max(2, width - 8)))
+    end = -(-now // column) * column
+    found = [(curves[k], style, False, letter) for k, style, letter in keys if k in curves]
+    ends = (f"{SPAN_S // 60} min ago", "now")
+    drawn = plot(found, width, height - 1, (end - span, end), limits=limits, ends=ends)
+    unit = " MB/s" if title == "Disks" else " %"
+    head = [(title, "bold"), (unit, "dim"), (f"  {text}", "")]
+    return [head, *(drawn if found else [[]] * (height - 1))]  # where there is nothing, the title says why
+
+
+def gpu_lines(fleet: Fleet, width: int) -> list:
+    lines, b = [], max(4, min(12, width // 12))
     for g in fleet.gpus:
         util, used, total = g["util_percent"], g["mem_used"], g["mem_total"]
         power = "N/A" if g["power_w"] is None else f"{g['power_w']:.0f} W"
         temp = "N/A" if g["temp_c"] is None else f"{g['temp_c']:.0f} °C"
-        line = [(f"GPU {g['index']} ", "bold"), *gauge(None if util is None else util / 100, b // 2)]
-        line += [(f" {percent(util):>4}  mem ", "")]
-        line += gauge(used / total if used is not None and total else None, b // 2)
-        line += [
-            (f" {human_size(used)}/{human_size(total)}  {power}  {temp}  ", ""),
-            (g["name"] or "N/A", "dim"),
-        ]
-        lines.append(line)
-        for p in g["processes"]:
-            owner = (p["run"] or "not one of these runs", "green" if p["run"] else "dim")
-            lines.append([(f"      pid {p['pid']:<8} {human_size(p['mem']):>6}  ", ""), owner])
+        line = [(f"GPU {g['index']} ", "bold"), *gauge(None if util is None else util / 100, b)]
+        line += [(f" {percent(util):>4}  mem ", ""), *gauge(used / total if used and total else None, b)]
+        line += [(f" {human_size(used)}/{human_size(total)}  {power}  {temp}  ", "")]
+        others = [p for p in g["processes"] if not p["run"]]
+        names = {p["run"] for p in g["processes"] if p["run"]}
+        line += [(" ".join(sorted(names)), "green")] + [(" ", "")] * bool(names)
+        if others:
+            line.append((f"{len(others)} other: {human_size(sum(p['mem'] or 0 for p in others))} ", "yellow"))
+        lines.append([*line, (g["name"] or "N/A", "dim")])
     if fleet.gpus and fleet.sampler.error:
         lines.append([(f"NVML: {fleet.sampler.error}", "yellow")])
+    return [*lines, []] if lines else []
+
+
+def process_lines(fleet: Fleet, width: int) -> list:
+    """A line for each live run: its processes together, loader workers folded in."""
+    live = [r for r in fleet.listed() if r.status == "RUNNING"]
+    if not live:
+        return [[("No run of these is alive.", "dim")], []]
+    columns = (("procs", 5), ("CPU", 6), ("memory", 7), ("GPU", 12), ("read/s", 7), ("write/s", 7),
+               ("threads", 7), ("pid", 8))  # fmt: skip
+    head = "".join(f" {title:>{w}}" for title, w in columns)
+    lines = [[(f"{'run':<20}{head}", "bold underline")]]
+    for r in live:
+        u = fleet.usage.get(r.name)
+        values = [u.count, percent(u.cpu_percent), human_size(u.memory)] if u else ["–"] * 3
+        values.append(gpu_text(fleet, r))
+        values += [human_size(u.read), human_size(u.write), u.threads] if u else ["–"] * 3
+        cells = "".join(f" {x:>{w}}" for x, (_, w) in zip([*values, r.pid], columns))
+        lines.append([(f"{r.name:<20.20}", STYLES[r.shown_state]), (cells, "")])
+    return [*lines, []]
+
+
+def disk_lines(fleet: Fleet, width: int) -> list:
+    lines, b = [], max(4, min(12, width // 12))
+    for mount, disk, names in fleet.disks:
+        share = disk.used / max(1, disk.used + disk.free)
+        text = f" {percent(100 * share):>4}  {human_size(disk.free)} free of {human_size(disk.total)}  "
+        lines.append(
+            [
+                ("Disk  ", "bold"),
+                *gauge(share, b),
+                (text, ""),
+                (f"{mount}  ", "bold"),
+                (" ".join(names), "dim"),
+            ]
+        )
     return lines
 
 
@@ -256,6 +355,7 @@ def help_view(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
         "ALARMS",
         "DEAD       process gone without an end; the reason beside it",
         "STALE_PID  the PID now belongs to another process",
+        "PAUSED     SIGSTOP holds it (no alarm); kill -CONT goes on",
         "NaN        a loss that is not finite in the last 50 lines",
         "SKIP       steps the trainer skipped in the last 50",
         f"DIVERGING  median of 20 losses over {limits.diverge:g}x its lowest",
@@ -302,8 +402,9 @@ def draw(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
         alarm = [(count, LOUD), (f" {run.name}: {text}", "bold red")]
         zones.append((1, 0, width, "select", run.name))
     else:
-        running = sum(r.status == "RUNNING" for r in fleet.runs.values())
-        alarm = [(" no alarms ", "green"), (f" {running} running", "")]
+        states = [r.shown_state for r in fleet.runs.values()]
+        paused = f", {states.count('PAUSED')} paused" * ("PAUSED" in states)
+        alarm = [(" no alarms ", "green"), (f" {states.count('RUNNING')} running{paused}", "")]
     footer, x = [], 0
     for action in FOOTER[ui.view].split():
         if not (ui.readonly and action in ("start", "stop", "resume")):

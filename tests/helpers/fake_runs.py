@@ -232,6 +232,26 @@ def one_head_records(head: str, upto: int = 1480) -> list[dict]:
     return out
 
 
+def older_log(epochs: int = 5, batches: int = 40, best: int = 4) -> str:
+    """The log of an older training of both heads: banners, tqdm bars, blocks of several lines."""
+    text, lowest = "PHASE 1: WARMUP\n" + "=" * 60 + "\n", math.inf
+    for e in range(1, epochs + 1):
+        text += "PHASE 2: MAIN TRAINING\n" if e == 2 else ""
+        for what, n in (("Train", batches), ("Val", 8)):
+            for i in range(0, n + 1, 2):
+                loss = 2 / e - i / 1000
+                at, left = (f"{x // 240:02d}:{x // 4 % 60:02d}" for x in (i, n - i))
+                text += f"\rEpoch {e}/{epochs} [{what}]: {100 * i // n}%|##   | {i}/{n} [{at}<{left}, "
+                text += f"4.00it/s, loss={loss:.4f}, 24k=0.6, 48k={loss:.4f}, lr=5e-05]"
+            bump = (what == "Train") + 0.1 * abs(e - best)
+            text += f"\nEpoch {e} [{what}]:\n  24kHz: Loss={0.85 + bump:.4f} (L1=0.0200, STFT=0.7000)\n"
+            text += f"  48kHz: Loss={0.95 + bump:.4f} (L1=0.0300, STFT=0.8000)\n"
+            if what == "Val" and 0.95 + bump < lowest:
+                lowest = 0.95 + bump
+                text += "  → New best 48kHz model!\n"
+    return text
+
+
 def fleet_of_every_kind(root: Path) -> FakeProc:
     """Eight runs: fine, dead of OOM, finished, NaN, caching, precomputing, RVQ, and a log of old."""
     proc = FakeProc(root / "proc")

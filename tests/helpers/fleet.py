@@ -1,17 +1,20 @@
 """Fleets of fake runs, polled, and what they look like as text."""
 
 import json
+import math
 import os
 import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
+
 from helpers import fake_runs as fake
-from snac48.tui import runs
+from snac48.tui import runs, system
 from snac48.tui.parse import parse_line
 from snac48.tui.runs import Fleet, Limits, Run
-from snac48.tui.state import RunState
+from snac48.tui.state import RunState, Series
 from snac48.tui.ui import Ui
 from snac48.tui.views import draw
 
@@ -62,9 +65,11 @@ def steady_fleet(tmp_path, monkeypatch) -> Fleet:
     time.tzset()
     proc = fake.fleet_of_every_kind(Path("."))
     proc.add(999, session=103)
-    monkeypatch.setattr(runs, "memory", lambda: (12 * 10**9, 64 * 10**9))
-    ticks = iter(range(10**9))
-    monkeypatch.setattr(runs, "cpu_ticks", lambda: (1000 * (i := next(ticks)), 625 * i))
+    monkeypatch.setattr(system, "memory", lambda: (12 * 10**9, 64 * 10**9))
+    monkeypatch.setattr(system, "traffic", lambda: None)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda: 37.5)
+    monkeypatch.setattr(runs, "partitions", list)
+    monkeypatch.setattr(runs, "mount_of", lambda p: "/mnt/data")
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "getloadavg", lambda: (3.2, 0, 0))
     usage = SimpleNamespace(used=6 * 10**11, free=4 * 10**11, total=10**12)
@@ -75,4 +80,20 @@ def steady_fleet(tmp_path, monkeypatch) -> Fleet:
     while fleet.load_older(1):
         pass
     fleet.poll()
+    past(fleet)
     return fleet
+
+
+def past(fleet: Fleet) -> None:
+    """Five minutes of the machine, and the processes of its runs."""
+    wave = lambda low, high, length: Series(
+        [(10 * s, low + (high - low) * (0.5 + 0.5 * math.sin(s / length))) for s in range(300)]
+    )
+    m = fleet.machine
+    m.history = {"cpu": wave(25, 60, 9), "ram": wave(17, 19, 40), "gpu memory": wave(40, 52, 60)}
+    m.history |= {f"gpu{i}": wave(70, 80 + 5 * i, 5 + i) for i in range(4)}
+    m.history |= {"read": wave(0, 800, 3), "write": wave(0, 90, 20)}
+    m.rates = (640e6, 12e6)
+    live = [r for r in fleet.listed() if r.status == "RUNNING"]
+    fleet.usage = {r.name: system.Usage(r.pid, 1 + 3 * i, 95.0 + i, 10**9 * (i + 1), 20 + i, 1e6 * i, 3e5)
+                   for i, r in enumerate(live)}  # fmt: skip
