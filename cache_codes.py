@@ -42,7 +42,7 @@ from snac48.cli import (
     read_flags,
     stop_at_once,
 )
-from snac48.places import LAYOUTS, asked, data_root, found, split_named
+from snac48.places import asked, data_root, imports
 
 
 def parse_args(argv=None):
@@ -69,13 +69,11 @@ def parse_args(argv=None):
         p.error(f"--rows_per_file must be at least 1, not {args.rows_per_file}")
     flags = "--data_dir and --output_dir"
     if args.old:
-        split, root = split_named(Path(args.old)), data_root(args.data_root)
-        args.data_dir = args.data_dir or (split and found(root, "recordings", split))
-        args.output_dir = args.output_dir or (split and root / LAYOUTS["codes"][0].format(split))
-        if not (args.data_dir and args.output_dir):
-            raise UserError(f"--import {args.old} needs {flags}: its name tells no split that is here")
-    args.folders = asked(args.data_dir, args.output_dir, flags, args.data_root, "codes")
-    for data_dir, _ in args.folders:
+        root = data_root(args.data_root)
+        args.folders = imports(Path(args.old), args.data_dir, args.output_dir, root)
+    else:
+        args.folders = asked(args.data_dir, args.output_dir, flags, args.data_root, "codes")
+    for data_dir, *_ in args.folders:
         if not data_dir.is_dir():
             raise UserError(f"audio folder {data_dir} does not exist")
     return args
@@ -116,7 +114,8 @@ def read_one(root: str, rel: str, rate: int):
 
 def read(pool, files: list[str], args, rate: int, stop: StopFlag):
     """Yield read_one(...) of each file in order, a bounded number ahead. Raises Stopped."""
-    jobs = ((rel, (args.data_dir, rel, rate)) for rel in files)
+    root = os.path.abspath(args.data_dir)
+    jobs = ((rel, (root, rel, rate)) for rel in files)
     last = files[0]
     try:
         for rel, clip in in_order(pool, read_one, jobs, 4 * args.num_workers):
@@ -212,8 +211,9 @@ def encode_all(model, geometry: Geometry, work: SharedWork, progress: Progress, 
             progress.left(sum(len(work.units[u]) for u in units))
             if units:
                 time.sleep(WAIT_S)  # should their owner die, their unit is ours
-        if stop:
-            raise Stopped
+    if stop:
+        raise Stopped
+    progress.say()
 
 
 def encode_claimed(unit: int, model, geometry, work: SharedWork, progress: Progress, args, pool, stop) -> int:
@@ -273,7 +273,7 @@ def summarize(rows: int, seconds: float, skipped: list, log: RunLog, args, geome
 
 def import_cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
     """Write what is right of an older cache in our schema: whole, or not at all."""
-    old, out = Path(args.old), Path(args.output_dir)
+    old, out = args.old, Path(args.output_dir)
     if not any(old.glob(SHARDS)):
         raise UserError(f"--import {old} holds no {SHARDS}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -360,7 +360,7 @@ def settings_of(geometry: Geometry, args) -> dict:
 
 def main(args) -> int:
     device, stop = pick_device(args.device), StopFlag()
-    for _, output_dir in args.folders:
+    for _, output_dir, *_ in args.folders:
         if args.old and output_dir.is_dir() and any(output_dir.iterdir()):
             raise UserError(f"{output_dir} is not empty: choose another --output_dir for the import")
         check_ours(output_dir)
@@ -369,13 +369,14 @@ def main(args) -> int:
     if (size := geometry.codebook_size) > 32767:
         raise UserError(f"codebook of {size} entries does not fit the cache's int16 columns")
     fold_weight_norm(model)
-    for data_dir, output_dir in args.folders:
+    job = import_cache if args.old else cache
+    for data_dir, output_dir, *old in args.folders:
         place = {
             "data_dir": str(data_dir),
             "output_dir": str(output_dir),
             "worker": f"gpu{device.index or 0}",
         }
-        job = import_cache if args.old else cache
+        place |= {"old": old[0]} if old else {}
         code = job(model, geometry, device, argparse.Namespace(**vars(args) | place), stop)
         if code:
             return code

@@ -435,7 +435,12 @@ def precompute(args, stop: StopFlag) -> int:
         for row in (r for r in map(json.loads, manifest.splitlines()) if r["path"] in job.files):
             measures = f"envelope_corr {row['envelope_corr']:.3f}  gain {row['gain']:.3g}"
             log.say(f"{row['kind']}  lag {row['lag_samples']:+.1f} samples  {measures}  {row['target']}")
-    log.say("summary: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
+    counted = lambda counts: f" ({', '.join(f'{k} {n}' for k, n in counts.items())})" if counts else ""
+    log.say(
+        f"summary: files {summary['files']}{counted(summary['kinds'])}, skipped {summary['skipped']}"
+        f"{counted(summary['reasons'])}, unfaithful {summary['unfaithful']}, scaled to fit "
+        f"{summary['scaled_to_fit']}, {summary['seconds'] / 3600:.3f} h"
+    )
     code = EXIT_BAD_INPUT if summary["skipped"] > args.max_bad_fraction * summary["files"] else 0
     log.metric(event="end", code=code, **progress.marks, **summary)
     if code:

@@ -343,8 +343,14 @@ def check_ours(folder: Path) -> None:
     """Raises UserError for a folder with a cache of the older schema: ours would be written into it."""
     import pyarrow.parquet as pq
 
-    shard = next(iter(sorted(folder.glob(SHARDS))), None)
-    if shard and b"snac" not in (pq.read_schema(shard).metadata or {}):
+    shard = next(folder.glob(SHARDS), None)
+    if not shard or (folder / "work").exists():
+        return
+    try:
+        meta = pq.read_schema(shard).metadata or {}
+    except (OSError, ValueError) as e:
+        raise UserError(f"cache file {shard} is corrupt ({first_line(e)}): delete it") from None
+    if b"snac" not in meta:
         todo = f"import it (cache_codes.py --import {folder}), or choose another --output_dir"
         raise UserError(f"{folder} holds a cache that does not say which model made it: {todo}")
 

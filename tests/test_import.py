@@ -84,6 +84,22 @@ def test_an_import_is_the_cache_made_anew(recordings, snac, snac_dir, anew, tmp_
     assert {p.name for p in tmp_path.iterdir()} == {"old", "c"}  # nothing temporary stays
 
 
+def test_both_splits_of_an_older_folder(recordings, snac, snac_dir, tmp_path, monkeypatch):
+    """Conventional places: what lies in codes_phase11 goes to codes, from the recordings in corpus."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    (tmp_path / "codes_phase11").mkdir()
+    for split, part in (("train", "s0"), ("valid", "s1")):
+        (tmp_path / "corpus" / split).mkdir(parents=True)
+        (tmp_path / "corpus" / split / "audio").symlink_to(recordings / part)
+        old_cache(tmp_path / "codes_phase11" / split.replace("valid", "val"), recordings / part, snac)
+    model = ("--pretrained_model", snac_dir, "--num_workers", 0)
+    assert "--import codes_phase11/train" in refused(cache_codes, *model)  # they would be mixed
+    assert call(cache_codes, "--import", "codes_phase11", *model) == 0
+    assert [len(parquet_rows(tmp_path / "codes" / split)) for split in ("train", "val")] == [10, 10]
+    assert "one split" in refused(cache_codes, "--import", "codes_phase11", "--data_dir", "corpus", *model)
+
+
 def test_wrong_rows_are_named_and_encoded_afterwards(recordings, snac, snac_dir, anew, tmp_path, capsys):
     rels = sorted(p.relative_to(recordings).as_posix() for p in recordings.rglob("*.wav"))
     unpadded, foreign = set(rels[3::9]), set(rels[5::10])
