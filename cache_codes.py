@@ -19,6 +19,7 @@ line a file left out, with the reason) and work/ (claims). Columns: file_path (r
 import argparse
 import collections
 import contextlib
+import errno
 import math
 import os
 import random
@@ -274,7 +275,7 @@ def summarize(rows: int, seconds: float, skipped: list, log: RunLog, args, geome
 def import_cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
     """Write what is right of an older cache in our schema: whole, or not at all."""
     old, out = args.old, Path(args.output_dir)
-    if not any(old.glob(SHARDS)):
+    if not (shards := sorted(old.glob(SHARDS))):
         raise UserError(f"--import {old} holds no {SHARDS}")
     out.parent.mkdir(parents=True, exist_ok=True)
     sweep_leftovers(out.parent)
@@ -283,9 +284,10 @@ def import_cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int
         log = RunLog(tmp, "cache.log")
         log.say(f"cache: {device}; importing {old} -> {out}, recordings in {args.data_dir}")
         files = find_audio(args.data_dir)
-        rows = OldCache(old, files, geometry, align_samples(model), tmp / "codes.i16")
+        shards = watched(shards, "reading", log, stop)
+        rows = OldCache(shards, files, geometry, align_samples(model), tmp / "codes.i16")
         check_rows(rows, model, log, args, stop)
-        work = write_rows(rows, files, geometry, tmp, args)
+        work = write_rows(rows, files, geometry, tmp, log, args, stop)
         (tmp / "codes.i16").unlink()
         skipped = [
             {"file_path": rel, "reason": why, "bad": True} for rel, why in sorted(rows.refused.items())
@@ -298,12 +300,26 @@ def import_cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int
                 f"{left} files of {args.data_dir} are not in it: the same command without --import adds them"
             )
         os.rename(tmp, out)
+    except OSError as e:
+        if e.errno != errno.ENOTEMPTY:
+            raise
+        raise UserError(f"{out} was made by another process meanwhile") from None
     except Stopped:
         print(f"stopped by {stop.signal}: nothing was imported")
         return EXIT_STOPPED
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return 0
+
+
+def watched(items: list, what: str, log: RunLog, stop: StopFlag):
+    """The items, with a line every few seconds. Raises Stopped."""
+    progress = Progress(log, what, {0: len(items)})
+    for item in items:
+        if stop:
+            raise Stopped
+        yield item
+        progress.add(0.0)
 
 
 def check_rows(rows: OldCache, model, log: RunLog, args, stop: StopFlag) -> None:
@@ -336,11 +352,13 @@ def check_rows(rows: OldCache, model, log: RunLog, args, stop: StopFlag) -> None
         raise UserError(f"--import {args.old} has no row that could be used; of {n} rows: {why}")
 
 
-def write_rows(rows: OldCache, files: list[str], geometry: Geometry, out: Path, args) -> SharedWork:
+def write_rows(
+    rows: OldCache, files: list[str], geometry: Geometry, out: Path, log, args, stop
+) -> SharedWork:
     """The parquet files, and the plan by which this program goes on with what is missing."""
     size = args.rows_per_file or share(len(files), 1000)
     work = SharedWork(out, sorted(rows.rows), size, settings_of(geometry, args), print)
-    for unit, names in enumerate(work.units):
+    for unit, names in enumerate(watched(work.units, "writing", log, stop)):
         shard, found = f"codes_batch_{args.worker}_{unit}.parquet", {rel: rows.row(rel) for rel in names}
         write_shard(out / shard, found, geometry, args.data_dir)
         seconds = sum(length for length, _ in found.values()) / geometry.sampling_rate
@@ -389,15 +407,15 @@ def cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
     files = files[: args.limit] if args.limit >= 0 else files
     work = SharedWork(args.output_dir, files, args.rows_per_file, settings_of(geometry, args), print)
     log = RunLog(args.output_dir, "cache.log")
-    worker = args.worker if device.type == "cuda" else "cpu"
-    progress = Progress(log, "cache", {u: len(unit) for u, unit in enumerate(work.units)}, worker=worker)
+    marks = {"phase": "cache", "worker": args.worker if device.type == "cuda" else "cpu"}
+    progress = Progress(log, "cache", {u: len(unit) for u, unit in enumerate(work.units)}, **marks)
     codec = f"{geometry.sampling_rate} Hz, hop {geometry.hop_length}, strides {geometry.vq_strides}"
     todo = f"{progress.total} files in {len(work.units)} units, {len(work.unfinished())} to do"
     log.say(f"cache: {device}; {args.data_dir} -> {args.output_dir}: {todo}; {codec}")
     if args.segment_length is not None:
         log.say("--segment_length is not needed: whole files are encoded, their codes serve every length")
-    end = lambda reason: log.metric(event="end", reason=reason, kind="cache", worker=worker)
-    log.metric(event="start", kind="cache", total_steps=progress.total, phase="cache", worker=worker)
+    end = lambda reason: log.metric(event="end", reason=reason, kind="cache", **marks)
+    log.metric(event="start", kind="cache", total_steps=progress.total, **marks)
     try:
         encode_all(model, geometry, work, progress, args, stop)
         finish(work, log, args, geometry)

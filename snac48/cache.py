@@ -296,14 +296,15 @@ class OldCache:
     """A cache of the older schema: its rows with the right lengths, by path below the recordings.
 
     Codes wait in a file of int16 (a cache of 3.4 million rows outgrows the memory) until they are written in
-    the order in which a cache made anew would hold them. refused: {path: reason}.
+    the order in which a cache made anew would hold them. shards: its parquet files; listing: the recordings;
+    refused: {path: reason}.
     """
 
-    def __init__(self, folder: Path, listing: list[str], geometry: Geometry, align: int, spool: Path):
+    def __init__(self, shards, listing: list[str], geometry: Geometry, align: int, spool: Path):
         self.geometry, self.rows, self.refused = geometry, {}, {}  # path -> (samples, first code, coarse)
         listing, prefix, end = set(listing), None, 0
         with open(spool, "wb") as f:
-            for shard in sorted(folder.glob(SHARDS)):
+            for shard in shards:
                 for name, length, codes, why in older_rows(shard, geometry, align):
                     parts = Path(name or "").parts
                     if prefix is None:  # what stands there before the path below the recordings

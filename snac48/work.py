@@ -219,7 +219,7 @@ class Progress:
         self.last = time.monotonic()
         self.log.say(self.text())
         values = {k: v for k, v in self.values().items() if v is not None}
-        self.log.metric(step=self.done, total_steps=self.total, phase=self.kind, **values, **self.marks)
+        self.log.metric(step=self.done, total_steps=self.total, **values, **self.marks)
 
 
 def start_process() -> None:
