@@ -339,7 +339,8 @@ def check_rows(rows: OldCache, model, log: RunLog, args, stop: StopFlag) -> None
             clips = read(pool, part, again, model.sampling_rate, stop)
             fresh, _ = encode_unit(model, clips, again, stop, progress)
             differ |= {rel: why for rel in part if (why := rows.compare(rel, fresh.get(rel)))}
-    log.say(f"{len(chosen) - len(differ)} of {len(chosen)} rows agree with {args.pretrained_model}")
+    if chosen:
+        log.say(f"{len(chosen) - len(differ)} of {len(chosen)} rows agree with {args.pretrained_model}")
     if not everything and (wrong := [rel for rel, why in differ.items() if "recording can't" not in why]):
         names = ", ".join(f"{rel} ({differ[rel]})" for rel in wrong[:3])
         todo = "--import_sample -1 checks every row and keeps the right ones"
