@@ -45,7 +45,7 @@ class CodeIndex:
         key = hashlib.sha256(json.dumps(["v1", stats]).encode()).hexdigest()[:16]
         self.folder = self.cache_dir / f"index-{key}"
         if not (self.folder / "index.json").exists():
-            self._build(shards)
+            self._build(sorted(shards, key=unit_of))
         self._open()
 
     def _open(self):
@@ -131,6 +131,13 @@ class CodeIndex:
         if not len(lengths):
             raise UserError(f"cache {self.cache_dir} has no usable row: {bad}")
         write_json(tmp / "index.json", {"snac": asdict(geometry), "data_dir": data_dir, "bad": bad})
+
+
+def unit_of(shard: Path) -> tuple[int, str]:
+    """The number of a shard, then its name: unit 10 comes after unit 9, whoever encoded it, so that rows lie
+    in the order of the recordings."""
+    number = shard.stem.rpartition("_")[2]
+    return (int(number) if number.isdecimal() else 0, shard.name)
 
 
 def scales_of(block, geometry: Geometry) -> list:
