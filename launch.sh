@@ -292,23 +292,26 @@ start_many() { # KIND SCRIPT GPUS ARGS...: one process a GPU, all on the same fo
 # ---- workflow: one job of four stages, each of which goes on where it was ----
 
 start_workflow() {
-  local gpus=${1:-} recipe run_dir
+  local gpus=${1:-} recipe run_dir input root
+  local -a prepare precompute cache train
   [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh workflow 0,1 --input_dir RECORDINGS, or cpu"
   shift
   need_setup
   preflight workflow "$gpus" "$@"
+  split_flags "$@"
+  [ -n "$input" ] || [ -d "$root/corpus" ] || [ -d "$root/combine" ] || abort "there is no corpus/ in $root: give --input_dir RECORDINGS"
+  "$VENV/bin/python" "$ROOT/train_dual_head.py" "${train[@]}" --print_config >/dev/null || exit # days before its stage
   recipe=$(option --recipe "$@") run_dir=$(option --output_dir "$@")
   [ -z "$recipe" ] || recipe=checkpoints/${recipe//-/_} # as the recipe names it
   start_job "$(job_name workflow "$gpus")" workflow "$gpus" "${run_dir:-${recipe:-checkpoints/phase12_dual_head}}" \
     bash "$ROOT/launch.sh" run_workflow "$gpus" "$@"
 }
 
-run_workflow() { # GPUS ARGS...: in the foreground, as the job does
-  local gpus=$1 input='' root=${DATA_ROOT:-.} gpu flag py=$VENV/bin/python exit_file=${JOB_EXIT_FILE:-}
-  local -a prepare=() precompute=() cache=() train=() value
-  unset JOB_EXIT_FILE # the stages' codes are not the workflow's
-  shift
-  while [ $# -gt 0 ]; do # each stage gets the flags it knows; what is not listed here is the trainer's
+split_flags() { # ARGS... -> input root prepare precompute cache train; what is not listed here is the trainer's
+  local flag
+  local -a value
+  input='' root=${DATA_ROOT:-.} prepare=() precompute=() cache=() train=()
+  while [ $# -gt 0 ]; do
     flag=${1%%=*} value=("$1")
     shift
     [[ ${value[0]} == *=* || $# -eq 0 || $1 == --* ]] || { value+=("$1"); shift; }
@@ -324,6 +327,14 @@ run_workflow() { # GPUS ARGS...: in the foreground, as the job does
     esac
   done
   export DATA_ROOT=$root
+}
+
+run_workflow() { # GPUS ARGS...: in the foreground, as the job does
+  local gpus=$1 gpu py=$VENV/bin/python exit_file=${JOB_EXIT_FILE:-} input root
+  local -a prepare precompute cache train
+  unset JOB_EXIT_FILE # the stages' codes are not the workflow's
+  shift
+  split_flags "$@"
   stage() { # N WHAT DEVICES COMMAND...: one process a device (-: one that knows its own); ends where one fails
     local n=$1 what=$2 devices=$3 pids=() pid code before failed=0
     shift 3
@@ -349,7 +360,9 @@ run_workflow() { # GPUS ARGS...: in the foreground, as the job does
     exit "$1"
   }
   trap : TERM INT
-  if [ -n "$input" ] && [ ! -e "$root/corpus/manifest.json" ]; then
+  if [ -e "$root/corpus/manifest.json" ]; then
+    printf '=== stage 1/4: %s holds a split, which stays as it is\n' "$root/corpus"
+  elif [ -n "$input" ]; then
     printf '=== stage 1/4: prepare\n'
     "$py" "$ROOT/prepare_dataset.py" --input_dir "$input" --output_dir "$root/corpus" "${prepare[@]}" || workflow_ends $?
   fi
@@ -372,7 +385,7 @@ known() { # NAME -> JOB, the job that is meant: train_gpu3 is train_phase12_gpu3
   [ -n "${1:-}" ] || abort "say which job: ${jobs:-there is none in $LOG_DIR}"
   JOB=$1
   [ -s "$LOG_DIR/$1.json" ] && return
-  found=$(jobs_list | grep -E "^${1%%_*}_([^_]+_)?${1#*_}(_[0-9]+)?$" | tr '\n' ' ') || true
+  found=$(jobs_list | grep -E "^(${1%%_*}_([^_]+_)?${1#*_}(_[0-9]+)?|$1.*)$" | tr '\n' ' ') || true
   [ "$(wc -w <<<"$found")" -lt 2 ] || abort "$1 may be any of: $found"
   JOB=${found% }
   [ -n "$JOB" ] || abort "no job $1 in $LOG_DIR; there are: ${jobs:-none}"

@@ -244,6 +244,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         check = lambda content, path: require(content, path, RESUMED)
         where = places["output_dir"], "checkpoint_*.pt"
         typed["resume"], saved = find_resume(typed["resume"], *where, check)
+        if not saved:
+            cli.warn(f"no checkpoint in {places['output_dir']}: starting at step 0")
     if saved:  # a resumed run keeps its values unless a flag says otherwise
         recipe, kept = values_of(saved, typed["resume"], recipe)
     recipe = recipe or "phase12"

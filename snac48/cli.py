@@ -3,10 +3,13 @@
 Imports torch only inside the function that needs it, so that --help and a misspelt flag answer at once.
 """
 
+import atexit
 import contextlib
 import difflib
 import errno
+import functools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -246,6 +249,13 @@ def ignore_stop_signals(*_) -> None:
     """For workers: `launch.sh stop` signals the whole process group, but the main process decides."""
     for sig in STOP_SIGNALS:
         signal.signal(sig, signal.SIG_IGN)
+
+
+@functools.cache
+def kill_workers_at_exit() -> None:
+    """Once a process: at exit multiprocessing sends a SIGTERM to workers that still live, and waits for ever
+    where these ignore it (of a loader that an error left open)."""
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
 
 
 def first_line(e: BaseException) -> str:

@@ -29,7 +29,7 @@ from .audio import (
     target_names,
 )
 from .cache import CodeIndex
-from .cli import EXIT_BAD_INPUT, LoaderDied, UserError, ignore_stop_signals
+from .cli import EXIT_BAD_INPUT, LoaderDied, UserError, ignore_stop_signals, kill_workers_at_exit
 from .codec import Geometry, encode, slice_at
 from .decoder import HEADS
 from .files import atomic_file
@@ -391,6 +391,7 @@ def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: 
 
 def loader(data, index_lists, num_workers: int, pin_memory: bool):
     """The batches that `index_lists` name. Raises LoaderDied."""
+    kill_workers_at_exit()
     try:
         yield from torch.utils.data.DataLoader(
             data, batch_sampler=index_lists, collate_fn=collate, num_workers=num_workers,

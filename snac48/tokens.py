@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cli import UserError, ignore_stop_signals, numbers
+from .cli import UserError, ignore_stop_signals, kill_workers_at_exit, numbers
 from .files import atomic_file
 
 DTYPES = {0: "<u1", 1: "<u2", 2: "<u4"}
@@ -377,6 +377,7 @@ def make_loader(windows: Windows, pin: bool, args):
     """
     from torch.utils.data import DataLoader
 
+    kill_workers_at_exit()
     how = {"num_workers": args.num_workers, "worker_init_fn": ignore_stop_signals, "pin_memory": pin}
     if args.num_workers:
         how |= {"prefetch_factor": args.prefetch, "persistent_workers": args.persistent_workers}

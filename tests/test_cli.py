@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from snac48.cli import (
     UserError,
@@ -92,3 +95,15 @@ def test_help_shows_the_defaults_that_its_texts_leave_out(capsys):
         read_flags(parser, ["--help"])
     said = " ".join(capsys.readouterr().out.partition("options:")[2].split())
     assert "--seed SEED text (default: 0) --half text --in IN text --device" in said and said.count("(") == 2
+
+
+def test_a_program_ends_though_an_open_loader_has_workers_that_ignore_signals(tmp_path):
+    code = """
+import torch
+from snac48.cli import ignore_stop_signals, kill_workers_at_exit
+kill_workers_at_exit()
+loader = torch.utils.data.DataLoader(range(100), num_workers=2, worker_init_fn=ignore_stop_signals)
+feed = iter(loader)
+next(feed)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -146,7 +146,7 @@ def test_names_say_what_a_job_does_and_short_ones_find_it(launch, tmp_path):
     seen = "start_job() { echo $1; }; need_setup() { :; }; mkdir -p a/train/audio;"
     for command, name in [("cache cpu", "cache_cpu"), ("cache cpu --output_dir codes/val", "cache_val_cpu"),
                           ("precompute cpu --input_dir a --output_dir t/train/audio", "precompute_train_cpu"),
-                          ("workflow cpu", "workflow_cpu")]:  # fmt: skip
+                          ("workflow cpu --input_dir a", "workflow_cpu")]:  # fmt: skip
         assert launch(f"{seen} main {command}").strip() == name
     for name in ("train_phase12_gpu3", "train_phase10_gpu3", "cache_train_gpu0"):
         launch(sleeper(launch, name))

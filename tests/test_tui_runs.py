@@ -428,3 +428,17 @@ def test_time_left_counts_down_at_the_median_pace(tmp_path):
     clock[0] += 7
     fleet.poll()
     assert run.row()["eta_s"] == 2.0 * 2900 - 7  # a training says itself
+
+
+def test_a_job_without_metrics_is_told_by_the_exit_code_it_left(tmp_path):
+    """A cache of both splits has no run directory of its own."""
+    for code, state, word in (("0", "FINISHED", "FINISHED"), ("3", "DEAD", "STOPPED"), ("1", "DEAD", "DEAD")):
+        (tmp_path / "cache_cpu.json").write_text('{"name": "cache_cpu", "kind": "cache", "run_dir": null}')
+        (tmp_path / "cache_cpu.pid").write_text("999999999 1 python cache_codes.py\n")
+        (tmp_path / "cache_cpu.log").write_text("cache 4/4 files\n")
+        (tmp_path / "cache_cpu.exit").write_text(f"{code}\n")
+        fleet = Fleet(tmp_path)
+        fleet.poll()
+        (run,) = fleet.runs.values()
+        assert (run.shown_state, run.state_word) == (state, word)
+        assert any("DEAD" in text for _, text in run.alarms) == (code == "1")

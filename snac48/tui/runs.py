@@ -61,7 +61,7 @@ class Run:
         self.status: str | None = None
         self.pid: int | None = None
         self.paused, self.began = False, None  # SIGSTOP; start of its process by the clock
-        self.error = self.last_line = None
+        self.error = self.last_line = self.left = None
         self.grown: float | None = None  # monotonic time of the last growth
         self.stepped: float | None = None  # … of the last step line
         self.seen = 0.0  # … of the last look
@@ -101,11 +101,20 @@ class Run:
         if isinstance(run_dir, str) and run_dir and Path(run_dir) != self.run_dir:
             self.run_dir, self.state, self.metrics, self.past = Path(run_dir), RunState(), None, None
 
+    def exit_code(self) -> dict | None:
+        """NAME.exit as an end event, for a job without metrics; None for an error: its log says more."""
+        try:
+            code = (self.folder / f"{self.name}.exit").read_text().strip()
+        except OSError:
+            return None
+        return {"0": {"reason": "finished", "code": 0}, "3": {"reason": "stopped", "code": 3}}.get(code)
+
     def find_process(self, proc) -> None:
         """By launch.sh's PID file, and by the run directory: not every run was started by launch.sh."""
         self.status = self.pid = None
         if self.folder:
             self.status, self.pid = job_state(self.folder / f"{self.name}.pid", proc)
+            self.left = self.exit_code()
             self.status = self.status or ("DEAD" if self.info else None)
         if self.run_dir and self.status != "RUNNING" and not self.shares:
             status, pid, began = last_process(self.run_dir / "processes.jsonl", proc)
@@ -179,8 +188,9 @@ class Run:
 
     @property
     def end(self) -> dict | None:
-        """The end event of this attempt (not of an earlier one in the same directory)."""
-        end = self.state.end
+        """The end event of this attempt (not of an earlier one in the same directory); where no metrics hold
+        one, the exit code that the job left."""
+        end = self.state.end or self.left
         t, started = number((end or {}).get("t")), number(self.info.get("started", self.began))
         return None if end is None or (t is not None and started is not None and t < started) else end
 
