@@ -6,7 +6,8 @@ train_rvq.py trains and samples it, doctor.py probes it. Tokens are frames [B, T
 
 import copy
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -321,6 +322,11 @@ class StepGuard:
         return why
 
 
+def mean(sums: list[float]) -> list[float]:
+    """State.line or .of_epoch -> [loss, ce of each codebook], [] where no step was taken."""
+    return [s / sums[0] for s in sums[1:]]
+
+
 @dataclass
 class State:
     """The resume contract: what isn't in state_dict() isn't resumed."""
@@ -333,13 +339,36 @@ class State:
     closed: int = 0  # epochs validated, sampled and archived
     best: float | None = None
     val_loss: float | None = None
-    train_loss: float | None = None
+    train_loss: float | None = None  # of the last step
+    # sums over the steps taken since the last log line, and of this epoch: 1, loss, ce of each codebook
+    line: list[float] = field(default_factory=list)
+    of_epoch: list[float] = field(default_factory=list)
+    began: float = field(default_factory=time.time)  # less the time spent before a resume
+    epoch_began: float = field(default_factory=time.time)
+
+    def count(self, ce: list[float]) -> None:
+        """Take the step that was just done into the means."""
+        one = [1.0, self.train_loss, *ce]
+        both = ([a + b for a, b in zip(sums or [0.0] * len(one), one)] for sums in (self.line, self.of_epoch))
+        self.line, self.of_epoch = both
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        """Those before it are closed; `step` steps are done."""
+        self.step, self.closed, self.of_epoch, self.line, self.epoch_began = (
+            step,
+            epoch - 1,
+            [],
+            [],
+            time.time(),
+        )
 
     def state_dict(self) -> dict:
         weights = {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict()}
         guard = {"running": self.guard.running, "skipped": self.guard.skipped}
         counts = {"global_step": self.step, "closed": self.closed}
         losses = {"best": self.best, "val_loss": self.val_loss, "train_loss": self.train_loss}
+        losses |= {"line": self.line, "of_epoch": self.of_epoch}
+        counts["spent"] = [time.time() - began for began in (self.began, self.epoch_began)]
         return weights | {"optimizer": self.optimizer.state_dict(), "guard": guard} | counts | losses
 
     def load_state_dict(self, saved: dict) -> None:
@@ -354,6 +383,8 @@ class State:
         self.guard.running, self.guard.skipped = saved["guard"]["running"], saved["guard"]["skipped"]
         self.step, self.closed, self.best = saved["global_step"], saved["closed"], saved["best"]
         self.val_loss, self.train_loss = saved["val_loss"], saved["train_loss"]
+        self.line, self.of_epoch = saved.get("line", []), saved.get("of_epoch", [])  # older ones have none
+        self.began, self.epoch_began = (time.time() - s for s in saved.get("spent", (0, 0)))
 
 
 def new_state(model: TokenLM, args) -> State:
