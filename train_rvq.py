@@ -187,12 +187,8 @@ def architecture(args, vocab: list[int]) -> dict:
 def generate_parser() -> argparse.ArgumentParser:
     p = new_parser("train_rvq.py generate", "Sample tokens (EMA weights).")
     p.add_argument("--checkpoint", required=True, help="of a training (required)")
-    p.add_argument(
-        "--output", required=True, help="out.npq, out.parquet (SNAC) or out.wav (decoded) (required)"
-    )
-    p.add_argument(
-        "--prompt", help=".npq file, or .parquet of a cache (its row --prompt-row) (default: none)"
-    )
+    p.add_argument("--output", required=True, help="NAME.npq, .parquet (SNAC) or .wav (decoded) (required)")
+    p.add_argument("--prompt", help=".npq, or .parquet of a cache (its row --prompt-row) (default: none)")
     p.add_argument("--prompt-row", type=int, default=0, help="of a .parquet (default: 0)")
     p.add_argument("--prompt-frames", type=int, default=0, help="first frames used; 0 = all (default: 0)")
     p.add_argument("--device", default="", help=OPTIONS["--device"][1])
@@ -304,8 +300,8 @@ def start(given: dict) -> tuple[Run, State]:
         state.begin_epoch(epoch, (epoch - 1) * steps)
         pairs = zip(("windows", "held out", "batch", "accum", "ctx", "step", "seed"), saved["plan"], plan)
         what = ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
-        log.say(f"warning: {what}: weights, EMA, optimizer and best are kept, the windows are new; "
-                f"continuing at the start of epoch {epoch}")  # fmt: skip
+        what += ": weights, EMA, optimizer and best are kept, the windows are new"
+        log.say(f"warning: {what}; continuing at the start of epoch {epoch}")
         if epoch > args.epochs:
             raise UserError(f"the checkpoint has finished its {epoch - 1} epochs: give more by --epochs")
     stop, total = cli.StopFlag(), steps * args.epochs  # from here on a signal is answered with a checkpoint
@@ -537,9 +533,16 @@ def archive(run: Run, state: State, epoch: int, kind: str) -> None:
 
 def close_epoch(run: Run, state: State, epoch: int) -> None:
     """What follows an epoch's last step; repeated whole when a stop or a kill came in between."""
-    args = run.args
-    validates = epoch % args.val_every == 0 or epoch == args.epochs
-    log_epoch(run, state, epoch, validate_and_keep(run, state, epoch) if validates else None)
+    args, values, words = run.args, {}, ""
+    if epoch % args.val_every == 0 or epoch == args.epochs:
+        values, words = validate_and_keep(run, state, epoch)
+    loss = (mean(state.of_epoch) or [math.nan])[0]  # nan: every step of the epoch was skipped
+    spent, epoch_spent = state.spent()
+    values |= {"epoch_s": round(epoch_spent, 1), "elapsed_s": round(spent, 1)}
+    event = "val" if words else "epoch"
+    run.log.metric(event=event, step=state.step, epoch=epoch, train_loss=loss, **values)
+    clocks = f"took {human_time(epoch_spent)}, in all {human_time(spent)}"
+    run.log.say(f"epoch {epoch}/{args.epochs} train {loss:.4f}{words}; {clocks}")
     if args.eval_audio_every and epoch % args.eval_audio_every == 0:
         listen(run, state, epoch)
     if args.archive_every and epoch % args.archive_every == 0:
@@ -548,9 +551,8 @@ def close_epoch(run: Run, state: State, epoch: int) -> None:
     save(run, state, "latest")
 
 
-def validate_and_keep(run: Run, state: State, epoch: int) -> tuple[list[float], bool]:
-    """Plain cross-entropy of the held-out windows for each codebook (EMA weights), and whether their mean is
-    the best so far, which is kept."""
+def validate_and_keep(run: Run, state: State, epoch: int) -> tuple[dict, str]:
+    """Plain cross-entropy of the held-out windows (EMA weights), for metrics.jsonl and in words; keeps the best."""
     args, model = run.args, state.ema or state.model
     ce = plain_ce(model, run.val_set, args.batch, run.device, args.amp, lambda: check_stop(run))
     loss = state.val_loss = sum(ce) / len(ce)
@@ -559,27 +561,11 @@ def validate_and_keep(run: Run, state: State, epoch: int) -> tuple[list[float], 
         state.best = loss
         save(run, state, "best")
         archive(run, state, epoch, "best")
-    return ce, better
-
-
-def log_epoch(run: Run, state: State, epoch: int, validation: tuple[list[float], bool] | None) -> None:
-    """One line: mean training loss, what validate_and_keep gave, wall-clock of the epoch and of the run."""
-    loss = (mean(state.of_epoch) or [math.nan])[0]  # no step of the epoch was taken
-    epoch_s, run_s = (time.time() - began for began in (state.epoch_began, state.began))
-    values = {"step": state.step, "epoch": epoch, "train_loss": loss}
-    clocks = {"epoch_s": round(epoch_s, 1), "elapsed_s": round(run_s, 1)}
-    words = f"epoch {epoch}/{run.args.epochs} train {loss:.4f}"
-    if validation:
-        ce, better = validation
-        numbers = summary(ce, run.train_set.corpus.fps)
-        values |= {"val_loss": state.val_loss, "best_val_loss": state.best, **numbers}
-        words += (
-            f" val {state.val_loss:.4f} ppl {numbers['ppl']:.1f} bits/frame {numbers['bits_per_frame']:.2f}"
-        )
-        words += f" bits/s {numbers['bits_per_s']:.1f} ce {' '.join(f'{c:.3f}' for c in ce)}"
-        words += " best" if better else ""
-    run.log.metric(event="val" if validation else "epoch", **values, **clocks)
-    run.log.say(f"{words}; took {human_time(epoch_s)}, in all {human_time(run_s)}")
+    numbers = summary(ce, run.train_set.corpus.fps)
+    return {"val_loss": loss, "best_val_loss": state.best, **numbers}, (
+        f" val {loss:.4f} ppl {numbers['ppl']:.1f} bits/frame {numbers['bits_per_frame']:.2f} bits/s "
+        f"{numbers['bits_per_s']:.1f} ce {' '.join(f'{c:.3f}' for c in ce)}{' best' if better else ''}"
+    )
 
 
 def listen(run: Run, state: State, epoch: int) -> None:

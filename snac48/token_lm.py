@@ -343,32 +343,29 @@ class State:
     # sums over the steps taken since the last log line, and of this epoch: 1, loss, ce of each codebook
     line: list[float] = field(default_factory=list)
     of_epoch: list[float] = field(default_factory=list)
-    began: float = field(default_factory=time.time)  # less the time spent before a resume
-    epoch_began: float = field(default_factory=time.time)
+    # of the run and of the epoch (s), set back by what was spent on them before a resume
+    began: list[float] = field(default_factory=lambda: [time.time()] * 2)
 
     def count(self, ce: list[float]) -> None:
-        """Take the step that was just done into the means."""
+        """Take the step that was just done into the sums."""
         one = [1.0, self.train_loss, *ce]
         both = ([a + b for a, b in zip(sums or [0.0] * len(one), one)] for sums in (self.line, self.of_epoch))
         self.line, self.of_epoch = both
 
     def begin_epoch(self, epoch: int, step: int) -> None:
-        """Those before it are closed; `step` steps are done."""
-        self.step, self.closed, self.of_epoch, self.line, self.epoch_began = (
-            step,
-            epoch - 1,
-            [],
-            [],
-            time.time(),
-        )
+        self.step, self.closed, self.began[1] = step, epoch - 1, time.time()
+        self.line, self.of_epoch = [], []
+
+    def spent(self) -> list[float]:
+        """Wall-clock of the run and of the epoch in seconds, those before a resume included."""
+        return [time.time() - began for began in self.began]
 
     def state_dict(self) -> dict:
         weights = {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict()}
         guard = {"running": self.guard.running, "skipped": self.guard.skipped}
-        counts = {"global_step": self.step, "closed": self.closed}
+        counts = {"global_step": self.step, "closed": self.closed, "spent": self.spent()}
         losses = {"best": self.best, "val_loss": self.val_loss, "train_loss": self.train_loss}
         losses |= {"line": self.line, "of_epoch": self.of_epoch}
-        counts["spent"] = [time.time() - began for began in (self.began, self.epoch_began)]
         return weights | {"optimizer": self.optimizer.state_dict(), "guard": guard} | counts | losses
 
     def load_state_dict(self, saved: dict) -> None:
@@ -384,7 +381,7 @@ class State:
         self.step, self.closed, self.best = saved["global_step"], saved["closed"], saved["best"]
         self.val_loss, self.train_loss = saved["val_loss"], saved["train_loss"]
         self.line, self.of_epoch = saved.get("line", []), saved.get("of_epoch", [])  # older ones have none
-        self.began, self.epoch_began = (time.time() - s for s in saved.get("spent", (0, 0)))
+        self.began = [time.time() - spent for spent in saved.get("spent", (0, 0))]
 
 
 def new_state(model: TokenLM, args) -> State:
