@@ -1,9 +1,14 @@
 """Encode an audio folder once: FULL SNAC codes of every file, in parquet, for training at any segment length.
 
+    python cache_codes.py                          # corpus/{train,valid}/audio -> codes/{train,val}
     python cache_codes.py --data_dir corpus/train/audio --output_dir codes/train --device 0
     python cache_codes.py --data_dir corpus/train/audio --output_dir codes/train --device 1  # beside it
     python cache_codes.py --data_dir assets/speech --output_dir codes/demo --device cpu \\
         --pretrained_model assets/codec --min_seconds 0.5                          # tiny, on a CPU
+    python cache_codes.py --import /mnt/data/codes_phase11/train --data_dir corpus/train/audio  # an old cache
+
+--import checks a random sample of an older cache's rows by encoding them again, and writes those of the right
+lengths in our schema; the same command without it then encodes the files that were missing or refused.
 
 Any number of processes on any machines that see the folder share the work; a restart skips what is done.
 Writes codes_batch_gpu{G}_{N}.parquet, metadata.json (rows, seconds, skipped by reason), skipped.jsonl (one
@@ -14,8 +19,11 @@ line a file left out, with the reason) and work/ (claims). Columns: file_path (r
 import argparse
 import collections
 import contextlib
+import errno
 import math
-import sys
+import os
+import random
+import shutil
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -35,25 +43,40 @@ from snac48.cli import (
     read_flags,
     stop_at_once,
 )
+from snac48.places import asked, data_root, imports
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--data_dir", required=True, help="audio folder, read recursively")
-    add("--output_dir", required=True, help="cache folder; may be shared by several processes")
+    add("--data_dir", default="", help="audio folder, read recursively; default: both splits")
+    add("--output_dir", default="", help="cache folder, may be shared by several processes; default: both")
+    add("--data_root", default="", metavar="DIR", help="where corpus/ and codes/ lie; default: DATA_ROOT, .")
     add("--pretrained_model", default=DEFAULT_MODEL, help="SNAC folder, hub id, or hub id@COMMIT")
-    add("--device", default="0", help="GPU number or cpu")
+    add("--device", default="", help="GPU number or cpu; default: a GPU where there is one")
     add("--batch_size", type=int, default=32, help="clips of one length encoded together, at most")
-    add("--rows_per_file", type=int, default=1000, help="audio files a parquet file (and a claim)")
+    rows = "audio files a parquet file (and a claim); default: a 64th of all, 1000 at most"
+    add("--rows_per_file", type=int, default=None, help=rows)
     add("--min_seconds", type=float, default=1.0, help="shorter files are skipped, and listed")
     add("--limit", type=int, default=-1, help="only the first N files of the sorted listing (-1 = all)")
     add("--num_workers", type=int, default=4, help="decoding processes (0 = in this process)")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more files than this are bad")
-    lowest = {"batch_size": 1, "rows_per_file": 1, "min_seconds": 0, "num_workers": 0, "max_bad_fraction": 0}
+    add("--import", dest="old", metavar="OLD", help="a cache of the older schema, instead of encoding")
+    add("--import_sample", type=int, default=64, help="rows of it to encode again; -1 = all, keep the right")
+    add("--segment_length", type=float, help="not needed: whole files are encoded, for every length")
+    lowest = {"batch_size": 1, "min_seconds": 0, "num_workers": 0, "max_bad_fraction": 0}
     args = read_flags(p, argv, **lowest)
-    if not Path(args.data_dir).is_dir():
-        raise UserError(f"audio folder {args.data_dir} does not exist")
+    if args.rows_per_file is not None and args.rows_per_file < 1:
+        p.error(f"--rows_per_file must be at least 1, not {args.rows_per_file}")
+    flags = "--data_dir and --output_dir"
+    if args.old:
+        root = data_root(args.data_root)
+        args.folders = imports(Path(args.old), args.data_dir, args.output_dir, root)
+    else:
+        args.folders = asked(args.data_dir, args.output_dir, flags, args.data_root, "codes")
+    for data_dir, *_ in args.folders:
+        if not data_dir.is_dir():
+            raise UserError(f"audio folder {data_dir} does not exist")
     return args
 
 
@@ -65,13 +88,14 @@ import numpy as np
 import torch
 
 from snac48.audio import AudioError, find_audio, read_audio, resample, resolve_inside
-from snac48.cache import write_shard
+from snac48.cache import SHARDS, OldCache, check_ours, write_shard
 from snac48.codec import Geometry, align_samples, encode, fold_weight_norm, geometry_of, load_snac
-from snac48.files import write_json, write_jsonl
-from snac48.runlog import RunLog, human_time
-from snac48.work import SharedWork, in_order, processes
+from snac48.files import sweep_leftovers, temporary, write_json, write_jsonl
+from snac48.runlog import RunLog
+from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes, share
 
 MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
+MANY_BAD = 10  # more than so many stop a job early, fewer at its end with all of their names
 MAX_WAITING_SECONDS = 30 * 60  # of audio that waits for companions of its length
 
 # ---- reading ----
@@ -91,7 +115,8 @@ def read_one(root: str, rel: str, rate: int):
 
 def read(pool, files: list[str], args, rate: int, stop: StopFlag):
     """Yield read_one(...) of each file in order, a bounded number ahead. Raises Stopped."""
-    jobs = ((rel, (args.data_dir, rel, rate)) for rel in files)
+    root = os.path.abspath(args.data_dir)
+    jobs = ((rel, (root, rel, rate)) for rel in files)
     last = files[0]
     try:
         for rel, clip in in_order(pool, read_one, jobs, 4 * args.num_workers):
@@ -150,7 +175,7 @@ def encode_batch(model, length: int, batch: list) -> dict:
     return {rel: (len(samples), [c[i] for c in codes]) for i, (rel, samples) in enumerate(batch)}
 
 
-def encode_unit(model, clips, args, stop: StopFlag):
+def encode_unit(model, clips, args, stop: StopFlag, progress: Progress):
     """({path: (samples, codes)}, [{file_path, reason, bad}] of those left out). Raises Stopped."""
     rows, skipped, rate = {}, [], model.sampling_rate
     clips = long_enough(clips, args.min_seconds, rate, skipped)
@@ -158,82 +183,81 @@ def encode_unit(model, clips, args, stop: StopFlag):
         if stop:
             raise Stopped
         rows |= encode_batch(model, length, batch)
+        for _, samples in batch:
+            progress.add(len(samples) / rate)
+    for _ in skipped:
+        progress.add(None)
     return rows, skipped
 
 
 # ---- the job ----
 
 
-class Progress:
-    """What this process has done, said and recorded after each unit."""
-
-    def __init__(self, log: RunLog, work: SharedWork, worker: str):
-        self.log, self.worker, self.sizes = log, worker, [len(files) for files in work.units]
-        self.began, self.files, self.seconds, self.bad = time.time(), 0, 0.0, 0
-        self.terminal = sys.stdout.isatty()
-
-    def add(self, unit: int, seconds: float, skipped: list) -> None:
-        self.files += self.sizes[unit]
-        self.seconds += seconds
-        self.bad += sum(s["bad"] for s in skipped)
-        total, left, spent = sum(self.sizes), sum(self.sizes[unit + 1 :]), time.time() - self.began
-        rate, eta = self.seconds / spent, left * spent / self.files
-        values = {"step": total - left, "total_steps": total, "phase": "cache", "audio_s_per_s": rate}
-        self.log.metric(**values, eta_s=eta, skipped=len(skipped), worker=self.worker)
-        speed = f"{rate:.0f} audio-s/s, {len(skipped)} skipped here, eta {human_time(eta)}"
-        line = f"cache {total - left}/{total} files, {speed}"
-        print(f"\r{line}", end="", flush=True) if self.terminal else self.log.say(line)
-
-    def close(self) -> None:
-        if self.terminal and self.files:
-            print()  # the rewritten line stays
-
-
 def encode_all(model, geometry: Geometry, work: SharedWork, progress: Progress, args, stop: StopFlag) -> None:
-    """Claim units and write their parquet files. Raises Stopped and TooManyBadFiles."""
-    out, allowed = Path(args.output_dir), args.max_bad_fraction * sum(progress.sizes)
-    with contextlib.closing(progress), contextlib.closing(work), contextlib.ExitStack() as stack:
+    """Until every unit has its parquet file, by us or by others: those that live processes hold are waited
+    for. Raises Stopped and TooManyBadFiles."""
+    allowed, bad, units = args.max_bad_fraction * progress.total, 0, list(range(len(work.units)))
+    with contextlib.closing(work), contextlib.ExitStack() as stack:
         if pool := processes(args.num_workers, "forkserver"):
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        for unit, files in enumerate(work.units):
-            if stop:
-                raise Stopped
-            if not work.claim(unit):
-                continue
-            try:
-                clips = read(pool, files, args, geometry.sampling_rate, stop)
-                rows, skipped = encode_unit(model, clips, args, stop)
-            except Stopped:
-                work.release(unit)
-                raise
-            if not work.still_ours(unit):
-                text = "was taken over while this process slept; its rows are dropped here"
-                progress.log.say(f"unit {unit} {text}")
-                continue
-            for stale in out.glob(f"codes_batch_gpu*_{unit}.parquet"):
-                stale.unlink()  # of an owner that died before it could commit
-            shard = f"codes_batch_{progress.worker}_{unit}.parquet" if rows else None
-            if rows:
-                write_shard(out / shard, rows, geometry, args.data_dir)
-            seconds = sum(length for length, _ in rows.values()) / geometry.sampling_rate
-            work.commit(unit, {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped})
-            progress.add(unit, seconds, skipped)
-            if progress.bad > allowed:
-                raise TooManyBadFiles(progress.bad)
-        if stop:
-            raise Stopped
+        while units:
+            for unit in units:
+                if stop:
+                    raise Stopped
+                if work.claim(unit):
+                    bad += encode_claimed(unit, model, geometry, work, progress, args, pool, stop)
+                if bad > max(allowed, MANY_BAD):
+                    raise TooManyBadFiles(bad)
+            units = work.unfinished(units)
+            progress.left(sum(len(work.units[u]) for u in units))
+            if units:
+                time.sleep(WAIT_S)  # should their owner die, their unit is ours
+    if stop:
+        raise Stopped
+    progress.say()
+
+
+def encode_claimed(unit: int, model, geometry, work: SharedWork, progress: Progress, args, pool, stop) -> int:
+    """Write and commit a unit of ours; returns how many of its files are bad. Raises Stopped."""
+    out, worker = Path(args.output_dir), args.worker
+    progress.at(unit)
+    try:
+        clips = read(pool, work.units[unit], args, geometry.sampling_rate, stop)
+        rows, skipped = encode_unit(model, clips, args, stop, progress)
+    except Stopped:
+        work.release(unit)
+        raise
+    if not work.still_ours(unit):
+        progress.log.say(f"unit {unit} was taken over while this process slept; its rows are dropped here")
+        return 0
+    for stale in out.glob(f"codes_batch_gpu*_{unit}.parquet"):
+        stale.unlink()  # of an owner that died before it could commit
+    shard = f"codes_batch_{worker}_{unit}.parquet" if rows else None
+    if rows:
+        write_shard(out / shard, rows, geometry, args.data_dir)
+    seconds = sum(length for length, _ in rows.values()) / geometry.sampling_rate
+    work.commit(unit, {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped})
+    return sum(s["bad"] for s in skipped)
 
 
 def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
-    """Merge the units' results into metadata.json and skipped.jsonl once every unit is done, by whomever.
-    Raises TooManyBadFiles, of all processes and earlier starts of this command; UserError for no rows."""
-    if left := work.unfinished():
-        log.say(f"{left} units are still with other processes; the last one writes metadata.json")
-        return
+    """Merge the results of all units, by whomever, into metadata.json and skipped.jsonl. Raises
+    TooManyBadFiles, of all processes and earlier starts of this command; UserError for no rows."""
     results = work.results()
     skipped = sorted((s for r in results for s in r["skipped"]), key=lambda s: s["file_path"])
-    reasons = collections.Counter(s["reason"] for s in skipped)
     rows, seconds = (sum(r[key] for r in results) for key in ("rows", "seconds"))
+    summarize(rows, seconds, skipped, log, args, geometry)
+    if rows == 0:
+        where = f"{args.output_dir}/skipped.jsonl"
+        raise UserError(f"no file of {args.data_dir} could be cached: see {where} for the reasons")
+    bad = sum(s["bad"] for s in skipped)
+    if bad > args.max_bad_fraction * sum(map(len, work.units)):
+        raise TooManyBadFiles(bad)
+
+
+def summarize(rows: int, seconds: float, skipped: list, log: RunLog, args, geometry: Geometry) -> None:
+    """metadata.json and skipped.jsonl, and the same in words."""
+    reasons = collections.Counter(s["reason"] for s in skipped)
     metadata = {"snac": asdict(geometry), "data_dir": str(Path(args.data_dir).resolve())}
     metadata |= {"files": rows + len(skipped), "rows": rows, "seconds": round(seconds, 3)}
     metadata |= {"skipped": len(skipped), "skipped_by_reason": dict(reasons.most_common())}
@@ -243,48 +267,173 @@ def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
     log.say(f"done: {counted}")
     for why, n in reasons.most_common(10):
         log.say(f"  skipped {n}: {why}")
-    if rows == 0:
-        where = f"{args.output_dir}/skipped.jsonl"
-        raise UserError(f"no file of {args.data_dir} could be cached: see {where} for the reasons")
-    bad = sum(s["bad"] for s in skipped)
-    if bad > args.max_bad_fraction * sum(map(len, work.units)):
-        raise TooManyBadFiles(bad)
+
+
+# ---- caches of the older schema ----
+
+
+def import_cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
+    """Write what is right of an older cache in our schema: whole, or not at all."""
+    old, out = args.old, Path(args.output_dir)
+    if not (shards := sorted(old.glob(SHARDS))):
+        raise UserError(f"--import {old} holds no {SHARDS}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sweep_leftovers(out.parent)
+    tmp = temporary(out)
+    try:
+        log = RunLog(tmp, "cache.log")
+        log.say(f"cache: {device}; importing {old} -> {out}, recordings in {args.data_dir}")
+        files = find_audio(args.data_dir)
+        shards = watched(shards, "reading", log, stop)
+        rows = OldCache(shards, files, geometry, align_samples(model), tmp / "codes.i16")
+        check_rows(rows, model, log, args, stop)
+        work = write_rows(rows, files, geometry, tmp, log, args, stop)
+        (tmp / "codes.i16").unlink()
+        skipped = [
+            {"file_path": rel, "reason": why, "bad": True} for rel, why in sorted(rows.refused.items())
+        ]
+        seconds = sum(length for length, _, _ in rows.rows.values()) / geometry.sampling_rate
+        place = argparse.Namespace(**vars(args) | {"output_dir": str(tmp)})
+        summarize(len(rows.rows), seconds, skipped, log, place, geometry)
+        if left := len(set(files).difference(*work.units)):
+            log.say(
+                f"{left} files of {args.data_dir} are not in it: the same command without --import adds them"
+            )
+        os.rename(tmp, out)
+    except OSError as e:
+        if e.errno != errno.ENOTEMPTY:
+            raise
+        raise UserError(f"{out} was made by another process meanwhile") from None
+    except Stopped:
+        print(f"stopped by {stop.signal}: nothing was imported")
+        return EXIT_STOPPED
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return 0
+
+
+def watched(items: list, what: str, log: RunLog, stop: StopFlag):
+    """The items, with a line every few seconds. Raises Stopped."""
+    progress = Progress(log, what, {0: len(items)})
+    for item in items:
+        if stop:
+            raise Stopped
+        yield item
+        progress.add(0.0)
+
+
+def check_rows(rows: OldCache, model, log: RunLog, args, stop: StopFlag) -> None:
+    """Encode a sample of the rows, or all, once more and refuse those that differ. Raises UserError where a
+    sample has one of another model: then nobody knows about the others."""
+    chosen = sorted(rows.rows)
+    everything = not 0 <= args.import_sample < len(chosen)
+    if not everything:
+        chosen = sorted(random.Random(0).sample(chosen, args.import_sample))
+    progress, differ = Progress(log, "import", {0: len(chosen)}), {}
+    again = argparse.Namespace(**vars(args) | {"min_seconds": 0.0})
+    with contextlib.ExitStack() as stack:
+        if pool := processes(args.num_workers, "forkserver"):
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        for i in range(0, len(chosen), 1000):
+            part = chosen[i : i + 1000]
+            clips = read(pool, part, again, model.sampling_rate, stop)
+            fresh, _ = encode_unit(model, clips, again, stop, progress)
+            differ |= {rel: why for rel in part if (why := rows.compare(rel, fresh.get(rel)))}
+    if chosen:
+        log.say(f"{len(chosen) - len(differ)} of {len(chosen)} rows agree with {args.pretrained_model}")
+    if not everything and (wrong := [rel for rel, why in differ.items() if "recording can't" not in why]):
+        names = ", ".join(f"{rel} ({differ[rel]})" for rel in wrong[:3])
+        todo = "--import_sample -1 checks every row and keeps the right ones"
+        raise UserError(f"{len(wrong)} of {len(chosen)} sampled rows are not this model's: {names}; {todo}")
+    for rel, why in differ.items():
+        rows.refused[rel] = why
+        del rows.rows[rel]
+    if not rows.rows:
+        why, n = collections.Counter(rows.refused.values()).most_common(1)[0]
+        raise UserError(f"--import {args.old} has no row that could be used; of {n} rows: {why}")
+
+
+def write_rows(
+    rows: OldCache, files: list[str], geometry: Geometry, out: Path, log, args, stop
+) -> SharedWork:
+    """The parquet files, and the plan by which this program goes on with what is missing."""
+    size = args.rows_per_file or share(len(files), 1000)
+    work = SharedWork(out, sorted(rows.rows), size, settings_of(geometry, args), print)
+    for unit, names in enumerate(watched(work.units, "writing", log, stop)):
+        shard, found = f"codes_batch_{args.worker}_{unit}.parquet", {rel: rows.row(rel) for rel in names}
+        write_shard(out / shard, found, geometry, args.data_dir)
+        seconds = sum(length for length, _ in found.values()) / geometry.sampling_rate
+        work.commit(unit, {"shard": shard, "rows": len(found), "seconds": seconds, "skipped": []})
+    work.close()
+    return work
+
+
+def settings_of(geometry: Geometry, args) -> dict:
+    """What all processes on one cache must agree on."""
+    settings = {"data_dir": str(Path(args.data_dir).resolve()), "weights_sha256": geometry.weights_sha256}
+    return settings | {"min_seconds": args.min_seconds}
+
+
+# ---- encoding a folder ----
 
 
 def main(args) -> int:
-    files = find_audio(args.data_dir)
-    files = files[: args.limit] if args.limit >= 0 else files
     device, stop = pick_device(args.device), StopFlag()
+    for _, output_dir, *_ in args.folders:
+        if args.old and output_dir.is_dir() and any(output_dir.iterdir()):
+            raise UserError(f"{output_dir} is not empty: choose another --output_dir for the import")
+        check_ours(output_dir)
     model = load_snac(args.pretrained_model, device)
     geometry = geometry_of(model, args.pretrained_model)
     if (size := geometry.codebook_size) > 32767:
         raise UserError(f"codebook of {size} entries does not fit the cache's int16 columns")
     fold_weight_norm(model)
-    settings = {"data_dir": str(Path(args.data_dir).resolve()), "weights_sha256": geometry.weights_sha256}
-    settings["min_seconds"] = args.min_seconds
-    work = SharedWork(args.output_dir, files, args.rows_per_file, settings, print)
-    log, worker = RunLog(args.output_dir, "cache.log"), f"gpu{device.index or 0}"
-    progress = Progress(log, work, worker)
-    total = sum(progress.sizes)
+    job = import_cache if args.old else cache
+    for data_dir, output_dir, *old in args.folders:
+        place = {
+            "data_dir": str(data_dir),
+            "output_dir": str(output_dir),
+            "worker": f"gpu{device.index or 0}",
+        }
+        place |= {"old": old[0]} if old else {}
+        code = job(model, geometry, device, argparse.Namespace(**vars(args) | place), stop)
+        if code:
+            return code
+    return 0
+
+
+def cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
+    """Encode one folder into one cache; returns the exit code."""
+    files = find_audio(args.data_dir)
+    files = files[: args.limit] if args.limit >= 0 else files
+    work = SharedWork(args.output_dir, files, args.rows_per_file, settings_of(geometry, args), print)
+    log = RunLog(args.output_dir, "cache.log")
+    marks = {"phase": "cache", "worker": args.worker if device.type == "cuda" else "cpu"}
+    progress = Progress(log, "cache", {u: len(unit) for u, unit in enumerate(work.units)}, **marks)
     codec = f"{geometry.sampling_rate} Hz, hop {geometry.hop_length}, strides {geometry.vq_strides}"
-    todo = f"{total} files in {len(work.units)} units, {work.unfinished()} to do"
-    log.say(f"cache: {todo}; {device}, {codec}")
-    log.metric(event="start", kind="cache", total_steps=total, phase="cache", worker=worker)
+    todo = f"{progress.total} files in {len(work.units)} units, {len(work.unfinished())} to do"
+    log.say(f"cache: {device}; {args.data_dir} -> {args.output_dir}: {todo}; {codec}")
+    if args.segment_length is not None:
+        log.say("--segment_length is not needed: whole files are encoded, their codes serve every length")
+    end = lambda reason: log.metric(event="end", reason=reason, kind="cache", **marks)
+    log.metric(event="start", kind="cache", total_steps=progress.total, **marks)
     try:
         encode_all(model, geometry, work, progress, args, stop)
         finish(work, log, args, geometry)
     except TooManyBadFiles as e:
-        log.metric(event="end", reason="bad input", kind="cache", worker=worker)
-        share = f"{e} bad files of {total} are more than --max_bad_fraction {args.max_bad_fraction:g}"
+        end("bad input")
+        share = (
+            f"{e} bad files of {progress.total} are more than --max_bad_fraction {args.max_bad_fraction:g}"
+        )
         bad = [s for r in work.results() for s in r["skipped"] if s["bad"]]
         names = ", ".join(f"{s['file_path']} ({s['reason']})" for s in bad[:3])
         todo = "mend them, or run again with a higher --max_bad_fraction"
         raise UserError(f"{share}: {names}; {todo}", EXIT_BAD_INPUT) from None
     except Stopped:
-        log.metric(event="end", reason="stopped", kind="cache", worker=worker)
+        end("stopped")
         log.say(f"stopped by {stop.signal}: finished units are kept, the same command continues")
         return EXIT_STOPPED
-    log.metric(event="end", reason="finished", kind="cache", worker=worker)
+    end("finished")
     return 0
 
 

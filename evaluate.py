@@ -6,19 +6,19 @@ heads.
 
 Checkpoints of any recipes stand beside each other: phase10 and 12 meet at 24 kHz, 11 and 12 at 48 kHz.
 
-Writes --output (JSON), the same as a Markdown table beside it (.md), spectrograms (.png), and
-NNN_{original,base_snac,base_snac_sinc48,ours_24k,ours_48k}.wav into --samples_dir. Every system is
-rounded to 16 bits before it is measured: that is what people will listen to.
+Writes --output (JSON), the same as a Markdown table beside it (.md), spectrograms of the three clips with
+most energy (.png), and NNN_{original,base_snac,base_snac_sinc48,ours_24k,ours_48k}.wav into --samples_dir.
+Every system is rounded to 16 bits before it is measured: that is what people will listen to.
 
 Metrics (mean over clips; lower is better except si_sdr): l1 (waveform), stft (multi-resolution magnitude +
 log-magnitude, as in training), mel (log-mel L1, 80 bands), si_sdr (dB, 24 kHz systems), lsd (0-24 kHz) and
 lsd_12_24k (12-24 kHz) as AP-BWE defines them (48 kHz systems), visqol (with --visqol: MOS-LQO of ViSQOL's
-audio mode, 48 kHz systems, higher is better), rtf (decoding time / audio time).
+audio mode, 48 kHz systems, higher is better), rtf (real-time factor: processing time / audio time).
 """
 
 import argparse
 import collections
-import math
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +31,14 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--checkpoint", nargs="+", required=True, help="checkpoints or exported folders")
     add("--data_dirs", nargs="+", required=True, help="folders of held-out recordings, 44.1 kHz or more")
-    add("--pretrained_model", default="", help="base SNAC (default: as recorded in the checkpoint)")
+    add("--pretrained_model", default="", help="base SNAC (default: where the training found it)")
     add("--segment_length", type=float, default=2.0, help="seconds a clip; shorter files are used whole")
     add("--num_samples", type=int, default=5000, help="clips at most, drawn with --seed (-1 = all)")
     add("--min_rate", type=int, default=44100, help="files below it have no 12-24 kHz band: left out")
-    add("--seed", type=int, default=42)
-    add("--device", default="0", help="GPU number or cpu")
-    add("--output", default="evaluation_results.json")
-    add("--samples_dir", default="comparison_samples")
+    add("--seed", type=int, default=42, help="of the choice of clips, their place in the file, the noise")
+    add("--device", default="", help="GPU number or cpu (default: a GPU where there is one, else the CPU)")
+    add("--output", default="evaluation_results.json", help="the numbers; table and picture lie beside them")
+    add("--samples_dir", default="comparison_samples", help="where the wavs go")
     add("--max_samples_saved", type=int, default=20, help="clips written as wav (-1 = all)")
     add("--visqol", action="store_true", help="also ViSQOL (pip install visqol-python; about 1 s a clip)")
     return read_flags(p, argv, segment_length=0, min_rate=0, seed=0)
@@ -58,6 +58,7 @@ from snac48.files import write_json
 from snac48.losses import lsd, mel_filters, spectrum, stft_loss
 
 N_FFTS = (1024, 2048, 4096)
+DRAWN = 3  # clips in the picture
 
 
 @dataclass
@@ -213,25 +214,35 @@ def markdown(results: dict) -> str:
     return f"{head}\n\n" + "\n".join(lines) + "\n"
 
 
-def draw(path: Path, name: str, signals: dict[str, Signal]) -> None:
-    """Spectrograms of one clip, a row a system: log magnitude over 0-24 kHz."""
+def draw(path: Path, shown: list[tuple[str, dict[str, Signal]]]) -> None:
+    """Spectrograms of (name of a clip, its signals): a column a clip, a row a system, 0-24 kHz. A sine of
+    amplitude 1 has 0 dB."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (10, 2.1 * len(signals))
-    fig, axes = plt.subplots(len(signals), 1, figsize=size, sharex=True, constrained_layout=True)
-    for ax, (system, signal) in zip(np.atleast_1d(axes), signals.items()):
-        x, rate = signal.audio, signal.rate
-        s = spectrum(x[None], 1024 * rate // 24000, 256 * rate // 24000)[0].abs().clamp(min=1e-5)
-        extent = (0, len(x) / rate, 0, rate / 2000)
-        style = {"origin": "lower", "aspect": "auto", "cmap": "magma", "vmin": -60, "vmax": 35}
-        ax.imshow(20 * s.log10().numpy(), extent=extent, **style)
-        ax.set_ylim(0, 24)
-        ax.axhline(12, color="white", lw=0.5, ls=":")
-        ax.set_ylabel(f"{system}\nkHz", fontsize=8)
-    np.atleast_1d(axes)[-1].set_xlabel(f"seconds of {name}")
+    systems = list(shown[0][1])
+    grid, size = (len(systems), len(shown)), (5 * len(shown) + 1.5, 2.2 * len(systems) + 1)
+    shared = {"sharex": "col", "sharey": True, "squeeze": False}
+    fig, axes = plt.subplots(*grid, figsize=size, layout="constrained", **shared)
+    fig.suptitle("Held-out speech, as recorded and by each system (most energy first)")
+    for column, (name, signals) in zip(axes.T, shown):
+        for ax, signal in zip(column, signals.values()):
+            x, rate, n_fft = signal.audio, signal.rate, 1024 * signal.rate // 24000
+            level = 20 * (spectrum(x[None], n_fft, n_fft // 4)[0].abs() * 4 / n_fft).clamp(min=1e-6).log10()
+            style = {"extent": (0, len(x) / rate, 0, rate / 2000), "cmap": "magma", "vmin": -100, "vmax": -20}
+            image = ax.imshow(level.numpy(), origin="lower", aspect="auto", **style)
+            ax.axhline(12, color="white", lw=0.8, ls=":")
+            ax.set(ylim=(0, 24), yticks=range(0, 25, 6), facecolor="0.92")
+            if rate == 24000:
+                words = "nothing above 12 kHz:\na 24 kHz system"
+                ax.text(0.5, 0.75, words, transform=ax.transAxes, ha="center", va="center")
+        column[0].set_title(name[-45:])
+        column[-1].set_xlabel("seconds")
+    for ax, system in zip(axes[:, 0], systems):
+        ax.set_ylabel(f"{textwrap.fill(system, 24)}\nkHz")
+    fig.colorbar(image, ax=axes, label="dB re full scale", pad=0.01, aspect=50)
     fig.savefig(path, dpi=90)
     plt.close(fig)
 
@@ -240,25 +251,28 @@ def wav_name(system: str) -> str:
     return system.replace(":", "_").replace("/", "_")
 
 
-def save_results(args, results: dict, shown: str, signals: dict[str, Signal]) -> None:
-    """JSON, Markdown and the picture of the clip `shown`; the table also to stdout."""
+def save_results(args, results: dict, shown: list[tuple[str, dict[str, Signal]]]) -> None:
+    """JSON, Markdown and the picture of the clips `shown`; the table also to stdout."""
     out, table = Path(args.output), markdown(results)
     md, png = out.with_suffix(".md"), out.with_suffix(".png")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, results)
     md.write_text(table, encoding="utf-8")
-    draw(png, shown, signals)
+    draw(png, shown)
     print(f"\n{table}\nnumbers: {out}\ntable: {md}\nspectrograms: {png}")
-    print(f"wavs: {Path(args.samples_dir)}/NNN_{{{','.join(map(wav_name, signals))}}}.wav")
+    if args.max_samples_saved:
+        made = ", ".join(map(wav_name, shown[0][1]))
+        print(f"listen: aplay {args.samples_dir}/000_*.wav, or any player; every clip as {made}")
 
 
 def main(args) -> int:
     stop, samples = StopFlag(), Path(args.samples_dir)
     device, visqol = pick_device(args.device), load_visqol() if args.visqol else None
     base, ours = open_systems(args, device)
+    warn(f"{', '.join(args.checkpoint)} on {device}")
     samples.mkdir(parents=True, exist_ok=True)
     rows, count, seconds = collections.defaultdict(list), 0, 0.0  # {system: [metrics of a clip]}
-    loudest, shown = -math.inf, None
+    loudest = []  # (energy, name, signals) of the clips to draw: those with speech in them, not a pause
     for name, clip in clips(args, base.geometry):
         if stop:
             warn(f"stopped by {stop.signal}; nothing was written")
@@ -277,9 +291,8 @@ def main(args) -> int:
             for system, s in signals.items():
                 wav = samples / f"{count:03d}_{wav_name(system)}.wav"
                 sf.write(wav, s.audio.numpy(), s.rate, subtype="PCM_16")
-        high = float(spectrum(signals["original"].audio[None], 2048, 512)[0, 512:].abs().mean())
-        if high > loudest:  # the clip with most energy above 12 kHz shows the difference best
-            loudest, shown = high, (name, signals)
+        loudest.append((float(signals["original"].audio.square().sum()), name, signals))
+        loudest = sorted(loudest, key=lambda clip: clip[0], reverse=True)[:DRAWN]
         count += 1
         seconds += length
         if count % 50 == 0:
@@ -289,7 +302,7 @@ def main(args) -> int:
     results = {"clips": count, "seconds": round(seconds, 3), "checkpoint": ", ".join(args.checkpoint)}
     mean = lambda found: {k: float(np.mean([r[k] for r in found])) for k in found[0]}
     results["systems"] = {system: mean(found) for system, found in rows.items()}
-    save_results(args, results, *shown)
+    save_results(args, results, [(name, signals) for _, name, signals in loudest])
     return 0
 
 

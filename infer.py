@@ -20,13 +20,25 @@ and noise is a function of position, so the samples are those of one pass.
 import argparse
 import contextlib
 import functools
+import logging
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from snac48.cli import EXIT_BAD_INPUT, EXIT_STOPPED, StopFlag, UserError, guarded, main_guard, read_flags
+from snac48.cli import (
+    EXIT_BAD_INPUT,
+    EXIT_STOPPED,
+    StopFlag,
+    UserError,
+    guarded,
+    main_guard,
+    pick_device,
+    read_flags,
+    warn,
+)
 
 
 def parse_args(argv=None):
@@ -35,9 +47,9 @@ def parse_args(argv=None):
     add("--checkpoint", required=True, help="checkpoint, exported folder, or hub id@COMMIT")
     add("--input", help="audio file, folder, cache of cache_codes.py, or one .parquet of it")
     add("--output", help="wav file for one input file, else a folder; - = raw 16-bit PCM to stdout")
-    add("--sample_rate", choices=("24000", "48000", "both"), default="48000")
-    add("--device", default="0", help="GPU number or cpu")
-    add("--pretrained_model", default="", help="where the encoder is (default: as recorded)")
+    add("--sample_rate", choices=("24000", "48000", "both"), default="48000", help="which heads speak")
+    add("--device", default="", help="GPU number or cpu (default: a GPU where there is one, else the CPU)")
+    add("--pretrained_model", default="", help="where the encoder is (default: where the training found it)")
     add("--chunk_seconds", type=float, default=20.0, help="decoded at once; any value, same samples")
     add("--stream", action="store_true", help="small chunks (0.5 s), written as soon as they exist")
     add("--noise_seed", type=int, default=0, help="seed of the decoder's noise")
@@ -70,7 +82,7 @@ from snac48.files import atomic_file, write_json
 def export(checkpoint: str, folder: str, half: bool = False) -> None:
     """Write model.safetensors (weights of quantizer, trunk and heads) and config.json for load_dual_head; of
     a codec that phase10 has trained, SNAC's own pytorch_model.bin and config.json, for --pretrained_model."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state, config, geometry = read_checkpoint(checkpoint)
     out = Path(folder)
@@ -82,7 +94,8 @@ def export(checkpoint: str, folder: str, half: bool = False) -> None:
         write_json(out / "config.json", config)
         print(f"wrote a SNAC codec into {folder}; open it with --pretrained_model {folder}")
         return
-    save_file({k: v.contiguous().clone() for k, v in state.items()}, out / "model.safetensors")
+    with atomic_file(out / "model.safetensors") as f:  # safetensors' own save_file lets nobody else read it
+        f.write(save({k: v.contiguous().clone() for k, v in state.items()}))
     write_json(out / "config.json", {"model_config": config, "geometry": geometry})
     print(f"wrote {folder}/model.safetensors and {folder}/config.json; open with load_dual_head({folder!r})")
 
@@ -142,7 +155,9 @@ def export_onnx(tts: DualHead, path: str) -> None:
     names = {"input_names": graph.inputs, "output_names": graph.outputs}
     shapes, example = (None, ({0: free, 1: free},) * len(graph.per_coarse)), graph.random_codes(2, 5)
     options = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes}
-    program = torch.onnx.export(graph, (silent, *example), **options, **names)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision isn't installed
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch about torch
+        program = torch.onnx.export(graph, (silent, *example), **options, **names)
     with atomic_file(path) as f:
         f.write(program.model_proto.SerializeToString())
     session, differences = onnxruntime.InferenceSession(path), []
@@ -250,13 +265,13 @@ def speak(tts: DualHead, args, stop: StopFlag) -> int:
     bad, count, seconds, began, taken = 0, 0, 0.0, time.time(), {}
     for u in utterances(tts, args.input):
         if stop:
-            print(f"stopped by {stop.signal} after {count} files", file=sys.stderr)
+            warn(f"stopped by {stop.signal} after {count} files")
             return EXIT_STOPPED
         if u.error and one_file:
             raise UserError(f"{args.input}: {u.error}")
         if u.error:
             bad += 1
-            print(f"bad file {u.path}: {u.error}", file=sys.stderr)
+            warn(f"bad file {u.path}: {u.error}")
             continue
         paths = {}
         if args.output != "-":
@@ -272,9 +287,9 @@ def speak(tts: DualHead, args, stop: StopFlag) -> int:
         if paths:
             print(f"{u.path} -> {', '.join(map(str, paths.values()))} ({spoken:.2f} s)", flush=True)
     spent = time.time() - began
-    speed = f"{seconds:.1f} s of audio in {spent:.1f} s ({seconds / max(spent, 1e-9):.1f}x real time)"
+    rtf = f" (rtf {spent / seconds:.3f})" if seconds else ""
     left_out = f"; {bad} bad files left out" if bad else ""
-    print(f"{count} files, {speed}{left_out}", file=sys.stderr)
+    warn(f"{count} files, {seconds:.1f} s of audio in {spent:.1f} s{rtf}{left_out}")
     return EXIT_BAD_INPUT if bad else 0
 
 
@@ -283,10 +298,12 @@ def main(args) -> int:
         export(args.checkpoint, args.export, args.half)
         return 0
     stop = StopFlag()
-    tts = load_dual_head(args.checkpoint, "cpu" if args.export_onnx else args.device, args.pretrained_model)
+    device = pick_device("cpu" if args.export_onnx else args.device)
+    tts = load_dual_head(args.checkpoint, device, args.pretrained_model)
     if args.export_onnx:
         export_onnx(tts, args.export_onnx)
         return 0
+    warn(f"{args.checkpoint} on {device}")  # to stderr: stdout may carry samples
     return speak(tts, args, stop)
 
 

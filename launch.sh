@@ -292,17 +292,21 @@ start_many() { # KIND SCRIPT GPUS ARGS...: one process a GPU, all on the same fo
 # ---- workflow: one job of four stages, each of which goes on where it was ----
 
 start_workflow() {
-  local gpus=${1:-}
+  local gpus=${1:-} recipe run_dir
   [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh workflow 0,1 --input_dir RECORDINGS, or cpu"
   shift
   need_setup
   preflight workflow "$gpus" "$@"
-  start_job "$(job_name workflow "$gpus")" workflow "$gpus" "$(option --output_dir "$@")" bash "$ROOT/launch.sh" run_workflow "$gpus" "$@"
+  recipe=$(option --recipe "$@") run_dir=$(option --output_dir "$@")
+  [ -z "$recipe" ] || recipe=checkpoints/${recipe//-/_} # as the recipe names it
+  start_job "$(job_name workflow "$gpus")" workflow "$gpus" "${run_dir:-${recipe:-checkpoints/phase12_dual_head}}" \
+    bash "$ROOT/launch.sh" run_workflow "$gpus" "$@"
 }
 
 run_workflow() { # GPUS ARGS...: in the foreground, as the job does
-  local gpus=$1 input='' root=${DATA_ROOT:-.} gpu flag code py=$VENV/bin/python
-  local -a precompute=() cache=() train=() value
+  local gpus=$1 input='' root=${DATA_ROOT:-.} gpu flag py=$VENV/bin/python exit_file=${JOB_EXIT_FILE:-}
+  local -a prepare=() precompute=() cache=() train=() value
+  unset JOB_EXIT_FILE # the stages' codes are not the workflow's
   shift
   while [ $# -gt 0 ]; do # each stage gets the flags it knows; what is not listed here is the trainer's
     flag=${1%%=*} value=("$1")
@@ -311,6 +315,7 @@ run_workflow() { # GPUS ARGS...: in the foreground, as the job does
     case $flag in
       --input_dir) input=${value[1]:-${value[0]#*=}} ;;
       --data_root) root=${value[1]:-${value[0]#*=}} ;;
+      --group_by | --train_ratio | --copy) prepare+=("${value[@]}") ;;
       --native_rate | --upsampler | --sidon_*) precompute+=("${value[@]}") ;;
       --min_seconds | --rows_per_file) cache+=("${value[@]}") ;;
       --pretrained_model) cache+=("${value[@]}") train+=("${value[@]}") ;;
@@ -319,38 +324,44 @@ run_workflow() { # GPUS ARGS...: in the foreground, as the job does
     esac
   done
   export DATA_ROOT=$root
-  stage() { # N WHAT COMMAND...: one process for each of GPUS; ends the workflow where one fails
-    local n=$1 what=$2 pids=() pid
-    shift 2
+  stage() { # N WHAT DEVICES COMMAND...: one process a device (-: one that knows its own); ends where one fails
+    local n=$1 what=$2 devices=$3 pids=() pid code before failed=0
+    shift 3
     printf '=== stage %s/4: %s\n' "$n" "$what"
-    for gpu in ${on//,/ }; do
-      "$@" ${gpu:+--device "$gpu"} & # a stop signals the whole group: every stage finishes its unit or step
+    for gpu in ${devices//,/ }; do
+      if [ "$gpu" = - ]; then "$@" & else "$@" --device "$gpu" & fi # a stop signals the whole group
       pids+=($!)
     done
-    code=0
     for pid in "${pids[@]}"; do
+      code=0
       wait "$pid" || code=$?
-      while kill -0 "$pid" 2>/dev/null; do wait "$pid" || code=$?; done # a signal interrupts wait
+      while [ "$code" -gt 128 ]; do # a signal interrupts wait: the child's own code comes with the next one
+        before=$code code=0
+        wait "$pid" || code=$?
+        [ "$code" != 127 ] || { code=$before && break; }
+      done
+      [ "$code" = 0 ] || failed=$code
     done
-    [ "$code" = 0 ] || { [ -z "${JOB_EXIT_FILE:-}" ] || echo "$code" >"$JOB_EXIT_FILE"; exit "$code"; }
+    [ "$failed" = 0 ] || workflow_ends "$failed"
+  }
+  workflow_ends() {
+    [ -z "$exit_file" ] || echo "$1" >"$exit_file"
+    exit "$1"
   }
   trap : TERM INT
-  cd "$ROOT"
-  local on=$gpus
   if [ -n "$input" ] && [ ! -e "$root/corpus/manifest.json" ]; then
     printf '=== stage 1/4: prepare\n'
-    "$py" prepare_dataset.py --input_dir "$input" --output_dir "$root/corpus" || exit
+    "$py" "$ROOT/prepare_dataset.py" --input_dir "$input" --output_dir "$root/corpus" "${prepare[@]}" || workflow_ends $?
   fi
-  stage 2 "48 kHz targets" "$py" -u precompute_48k.py "${precompute[@]}"
-  stage 3 "codes" "$py" -u cache_codes.py "${cache[@]}"
+  stage 2 "48 kHz targets" "$gpus" "$py" -u "$ROOT/precompute_48k.py" "${precompute[@]}"
+  stage 3 codes "$gpus" "$py" -u "$ROOT/cache_codes.py" "${cache[@]}"
   if [[ $gpus == *,* ]]; then
     export CUDA_VISIBLE_DEVICES=$gpus
-    on=' '
-    stage 4 "training" "$VENV/bin/torchrun" --standalone --nproc_per_node "$(tr ',' '\n' <<<"$gpus" | wc -l)" train_dual_head.py --resume auto "${train[@]}"
+    stage 4 training - "$VENV/bin/torchrun" --standalone --nproc_per_node "$(tr ',' '\n' <<<"$gpus" | wc -l)" "$ROOT/train_dual_head.py" --resume auto "${train[@]}"
   else
-    stage 4 "training" "$py" -u train_dual_head.py --resume auto "${train[@]}"
+    stage 4 training "$gpus" "$py" -u "$ROOT/train_dual_head.py" --resume auto "${train[@]}"
   fi
-  [ -z "${JOB_EXIT_FILE:-}" ] || echo 0 >"$JOB_EXIT_FILE"
+  workflow_ends 0
 }
 
 # ---- stop, resume, look ----
@@ -476,6 +487,7 @@ demo() {
   say "5/5 evaluate on held-out speakers"
   "$py" evaluate.py --checkpoint "$d/run/best_model.pt" --data_dirs "$d/data/valid/audio" --device $device \
     --pretrained_model "$model" --output "$d/evaluation_results.json" --samples_dir "$d/comparison_samples"
+  echo "listen: aplay $d/comparison_samples/018_{base_snac_sinc48,ours_48k,original}.wav, or any player"
   say "done; everything lies in $d"
 }
 

@@ -56,7 +56,7 @@ def main() -> int:
         kind = float if isinstance(default, float) else Path
         p.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
     a = p.parse_args()
-    fleet = Fleet(a.log_dir, a.files, Limits(a.stall_s, a.diverge, a.disk_gb))
+    fleet = Fleet(a.log_dir, a.files, Limits(stall_s=a.stall_s, diverge=a.diverge, disk_gb=a.disk_gb))
     start = time.monotonic()
     fleet.poll()
     if not (a.once or a.json):

@@ -1,5 +1,6 @@
 """48 kHz targets from a folder of recordings at any rate, with the SIDON speech restorer where one is needed.
 
+    python precompute_48k.py                               # corpus/{train,valid}/audio -> targets/{train,val}
     python precompute_48k.py --input_dir data/train/audio --output_dir data/train/audio_48k --device 0
     python precompute_48k.py ... --sidon_dir models/sidon     # no network: the same files in a folder
     python precompute_48k.py ... --native_rate 44100          # CD-quality corpora: nothing to restore
@@ -39,15 +40,17 @@ from snac48.cli import (
     Stopped,
     UserError,
     main_guard,
+    pick_device,
     read_flags,
     stop_at_once,
 )
 from snac48.files import sweep_leftovers, write_json, write_jsonl
-from snac48.runlog import RunLog, human_time
+from snac48.places import asked
+from snac48.runlog import RunLog
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
-from snac48.work import SharedWork, in_order, processes
+from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes
 
-UNIT_FILES = 64  # files a claim; a killed process loses at most this much work
+UNIT_FILES = 64  # files a claim at most: a killed process loses no more work
 BLOCK_SECONDS = 5.0  # read at a time
 LONG_SECONDS = 300  # longer files are read by the main process: 64 of them would not fit in memory
 
@@ -131,56 +134,15 @@ def read_file(rel: str, name: str, job: dict) -> dict | Waiting:
 # ---- the job ----
 
 
-class Progress:
-    """`N/M files` lines every few seconds, the same as metrics, and one rewritten line on a terminal."""
-
-    def __init__(self, log: RunLog, total: int, every_s: float = 10.0):
-        self.log, self.total, self.every_s = log, total, every_s
-        self.start = self.last = time.monotonic()
-        self.done = self.mine = self.skipped = self.seconds = 0
-        self.proc = f"{socket.gethostname()}-{os.getpid()}"  # several processes append to one metrics.jsonl
-        self.terminal = sys.stdout.isatty()
-
-    def add(self, seconds: float | None) -> None:
-        """One more file of ours; None = skipped."""
-        self.done, self.mine = self.done + 1, self.mine + 1
-        self.skipped += seconds is None
-        self.seconds += seconds or 0.0
-        if self.terminal:
-            print(f"\r{self.text()}\033[K", end="", flush=True)
-        if time.monotonic() - self.last >= self.every_s:
-            self.say()
-
-    def left(self, files: int) -> None:
-        """So many files are in unfinished units: others do some, too."""
-        self.done = max(self.done, self.total - files)
-
-    def rate(self) -> float:
-        return self.seconds / max(1e-9, time.monotonic() - self.start)
-
-    def text(self) -> str:
-        spent = time.monotonic() - self.start
-        eta = human_time((self.total - self.done) * spent / self.mine if self.mine else None)
-        counts = f"{self.done}/{self.total} files  skipped {self.skipped}"
-        return f"{counts}  {self.rate():.1f} audio-s/s  eta {eta}"
-
-    def say(self) -> None:
-        self.last = time.monotonic()
-        if self.terminal:
-            print("\r\033[K", end="")
-        self.log.say(self.text())
-        values = {"files": self.total, "skipped": self.skipped, "audio_s_per_s": round(self.rate(), 2)}
-        self.log.metric(step=self.done, proc=self.proc, **values)
-
-
 class Job:
     """One process's share: claims units, keeps readers, SIDON and writers busy, commits what is finished."""
 
-    def __init__(self, args, files: list[str], names: dict[str, str], settings: dict, work: SharedWork, log):
-        self.args, self.settings, self.work, self.log, self.stop = args, settings, work, log, StopFlag()
+    def __init__(self, args, files: list[str], names: dict[str, str], settings, work: SharedWork, log, stop):
+        self.args, self.settings, self.work, self.log, self.stop = args, settings, work, log, stop
         self.files, self.names = set(files), names
         self.units = [u for u, unit in enumerate(work.units) if not self.files.isdisjoint(unit)]
-        self.progress = Progress(log, sum(len(work.units[u]) for u in self.units))
+        proc = f"{socket.gethostname()}-{os.getpid()}"  # several processes append to one metrics.jsonl
+        self.progress = Progress(log, "precompute", {u: len(work.units[u]) for u in self.units}, proc=proc)
         self.writers = ThreadPoolExecutor(2)
         self.sidon: Sidon | None = None
         if args.num_workers:
@@ -192,10 +154,11 @@ class Job:
         while self.units and not self.stop:
             for unit, group in itertools.groupby(self.read(), key=lambda r: r[0]):
                 self.finish(unit, [result for _, result in group])
-            self.units = [u for u in self.units if not self.work.result_path(u).exists()]
-            self.progress.left(sum(len(self.work.units[u]) for u in self.units))
-            if self.units:
-                time.sleep(0.5)  # should their owner die, their unit is ours
+            self.units = self.work.unfinished(self.units)
+            if not self.stop:
+                self.progress.left(sum(len(self.work.units[u]) for u in self.units))
+            if self.units and not self.stop:
+                time.sleep(WAIT_S)  # should their owner die, their unit is ours
 
     def claimed(self):
         """(unit, (file, target)) of all that we get to do, claimed only as the readers come to it."""
@@ -207,14 +170,16 @@ class Job:
     def read(self):
         """(unit, read_file(file)) in order; the readers are at most one unit ahead (memory)."""
         read = partial(read_file, job=self.settings)
+        ahead = max(self.work.unit_size, 2 * self.args.num_workers) + 1
         try:  # one unit ahead: the device finds the next one read
-            yield from in_order(self.readers, read, self.claimed(), UNIT_FILES + 1)
+            yield from in_order(self.readers, read, self.claimed(), ahead)
         except BrokenProcessPool:
             raise UserError("a reader was killed (out of memory?); try a smaller --num_workers") from None
 
     def finish(self, unit: int, results: list) -> None:
         """SIDON where needed, wait for the writers, commit; a unit cut short by a stop is given back."""
         waiting, rows = ([r for r in results if isinstance(r, kind)] for kind in (Waiting, dict))
+        self.progress.at(unit)
         for row in rows:
             self.progress.add(row.get("seconds"))
         if waiting and not self.stop:
@@ -328,7 +293,7 @@ def read_sums(path: Path) -> dict[str, str]:
 def merge(work: SharedWork, output_dir: Path, min_corr: float) -> dict:
     """manifest.jsonl, skipped.jsonl and summary.json of all finished units; returns the summary."""
     results = []  # done again when others finished a unit meanwhile, so that the last writer has them all
-    while len(results) < len(work.units) - work.unfinished():
+    while len(results) < len(work.units) - len(work.unfinished()):
         results = work.results()
         rows = sorted((r for x in results for r in x["rows"]), key=lambda r: r["path"])
         skipped = sorted((r for x in results for r in x["skipped"]), key=lambda r: r["path"])
@@ -357,8 +322,11 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     # data
-    add("--input_dir", type=Path, required=True, help="recordings, any rate, searched recursively")
-    add("--output_dir", type=Path, required=True, help="48 kHz targets, manifest.jsonl, summary.json")
+    add("--input_dir", type=Path, help="recordings, any rate, searched recursively; default: both splits")
+    add("--output_dir", type=Path, help="48 kHz targets, manifest.jsonl, summary.json; default: both splits")
+    add(
+        "--data_root", default="", metavar="DIR", help="where corpus/ and targets/ lie; default: DATA_ROOT, ."
+    )
     add("--limit", type=int, default=-1, help="first N files only; -1 = all")
     add("--start_idx", type=int, default=0, help="first file of the sorted list that this process does")
     add("--end_idx", type=int, default=-1, help="the file it stops before; -1 = to the end")
@@ -366,7 +334,8 @@ def parse_args(argv=None):
     add("--num_workers", type=int, default=2, help="reading processes; 0 = read in this one")
     # what lower rates get
     add("--upsampler", choices=["sidon", "sinc"], default="sidon", help="sinc: a baseline without new band")
-    add("--device", default="0", help="where SIDON runs: a GPU's number, or cpu")
+    device = "where SIDON runs: a GPU's number, or cpu; default: a GPU where there is one"
+    add("--device", default="", help=device)
     add("--sidon_dir", type=Path, help="folder with SIDON's files; default: the hub")
     add("--sidon_revision", default=SIDON_REVISION, metavar="SHA", help="commit on the hub (40 hex digits)")
     add("--sidon_sha256", type=Path, metavar="FILE", help="sums to check them against (sha256sum's format)")
@@ -380,8 +349,11 @@ def parse_args(argv=None):
     add("--test_samples", type=int, default=10, help="how many files --test_mode takes")
     lowest = {"native_rate": 1, "batch_size": 1, "num_workers": 0, "start_idx": 0, "batch_slack": 0}
     args = read_flags(p, argv, max_bad_fraction=0, **lowest)
-    if args.output_dir.resolve().is_relative_to(args.input_dir.resolve()):
-        raise UserError(f"--output_dir {args.output_dir} lies inside --input_dir; choose a folder beside it")
+    flags = "--input_dir and --output_dir"
+    args.folders = asked(args.input_dir, args.output_dir, flags, args.data_root, "targets")
+    for source, output in args.folders:
+        if output.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"--output_dir {output} lies inside --input_dir; choose a folder beside it")
     return args
 
 
@@ -405,10 +377,19 @@ def choose_files(args, files: list[str]) -> list[str]:
     return files
 
 
-def open_job(args) -> Job:
+def check_ours(folder: Path) -> None:
+    """Raises UserError for a folder with 48 kHz files of other programs: they would be written over."""
+    made = (folder / "work").exists() or (folder / "manifest.jsonl").exists()
+    if not made and any(folder.rglob("*.wav")):
+        todo = "train on it by --audio_48k_dir and --target_kind, or choose another --output_dir"
+        raise UserError(f"{folder} holds audio that this program has not made: {todo}")
+
+
+def open_job(args, stop: StopFlag) -> Job:
     """The listing, the plan shared with other processes, and the log."""
     source, output = args.input_dir.resolve(), args.output_dir.resolve()
-    listed = find_audio(args.input_dir)
+    listed, device = find_audio(args.input_dir), pick_device(args.device)
+    check_ours(args.output_dir)
     files = choose_files(args, listed)
     shared = {"native_rate": args.native_rate, "upsampler": args.upsampler, "input_dir": str(source)}
     try:
@@ -416,24 +397,36 @@ def open_job(args) -> Job:
         log = RunLog(args.output_dir, log_name="precompute.log")
     except OSError as e:
         raise UserError(f"--output_dir {args.output_dir} cannot be written: {e.strerror}") from None
-    work = SharedWork(output, files, UNIT_FILES, shared, log.say)
+    work = SharedWork(output, files, None, shared, log.say, UNIT_FILES)
     names = target_names(sorted(set(listed).union(*work.units)))  # others may have seen more files
     for folder in {os.path.dirname(name) for name in names.values()} - {""}:
         sweep_leftovers(output / folder)
-    job = Job(args, files, names, shared | {"output_dir": str(output)}, work, log)
-    log.metric(event="start", kind="precompute", files=job.progress.total, proc=job.progress.proc)
+    job = Job(args, files, names, shared | {"output_dir": str(output)}, work, log, stop)
+    log.metric(event="start", kind="precompute", total_steps=job.progress.total, **job.progress.marks)
     share = f"{len(files)} of {len(listed)} files"
-    log.say(f"precompute_48k: {share} below {args.input_dir} -> {args.output_dir}")
+    log.say(f"precompute_48k: {share} below {args.input_dir} -> {args.output_dir}; {device}")
     return job
 
 
 def main(args) -> int:
-    with open_job(args) as job:
+    stop, code = StopFlag(), 0
+    for input_dir, output_dir in args.folders:
+        split = argparse.Namespace(**vars(args) | {"input_dir": input_dir, "output_dir": output_dir})
+        found = EXIT_STOPPED if stop else precompute(split, stop)
+        if found == EXIT_STOPPED:
+            return found
+        code = max(code, found)
+    return code
+
+
+def precompute(args, stop: StopFlag) -> int:
+    """All files of one folder; returns the exit code."""
+    with open_job(args, stop) as job:
         job.run()
     log, progress = job.log, job.progress
-    if job.stop:
-        log.say(f"stopped by {job.stop.signal}; the same command continues")
-        log.metric(event="end", code=EXIT_STOPPED, proc=progress.proc)
+    if stop:
+        log.say(f"stopped by {stop.signal}; the same command continues")
+        log.metric(event="end", code=EXIT_STOPPED, **progress.marks)
         return EXIT_STOPPED
     summary = merge(job.work, args.output_dir, args.min_envelope_corr)
     progress.say()
@@ -442,9 +435,14 @@ def main(args) -> int:
         for row in (r for r in map(json.loads, manifest.splitlines()) if r["path"] in job.files):
             measures = f"envelope_corr {row['envelope_corr']:.3f}  gain {row['gain']:.3g}"
             log.say(f"{row['kind']}  lag {row['lag_samples']:+.1f} samples  {measures}  {row['target']}")
-    log.say("summary: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
+    counted = lambda counts: f" ({', '.join(f'{k} {n}' for k, n in counts.items())})" if counts else ""
+    log.say(
+        f"summary: files {summary['files']}{counted(summary['kinds'])}, skipped {summary['skipped']}"
+        f"{counted(summary['reasons'])}, unfaithful {summary['unfaithful']}, scaled to fit "
+        f"{summary['scaled_to_fit']}, {summary['seconds'] / 3600:.3f} h"
+    )
     code = EXIT_BAD_INPUT if summary["skipped"] > args.max_bad_fraction * summary["files"] else 0
-    log.metric(event="end", code=code, proc=progress.proc, **summary)
+    log.metric(event="end", code=code, **progress.marks, **summary)
     if code:
         share = f"{summary['skipped']} of {summary['files']} files were skipped"
         allowed = f"more than --max_bad_fraction {args.max_bad_fraction}"

@@ -1,12 +1,13 @@
 """Split an audio folder into train/audio and valid/audio: links by default, the same split for the same seed.
 
-    python prepare_dataset.py --input_dir recordings --output_dir corpus --train_ratio 0.95 --group_by parent
-    python prepare_dataset.py --input_dir recordings --output_dir corpus --group_by 'regex:^([a-z]+\\d+)_'
+    python prepare_dataset.py --input_dir recordings                    # -> corpus, 95 % of it for training
+    python prepare_dataset.py --input_dir recordings --group_by top     # a speaker a folder
+    python prepare_dataset.py --input_dir recordings --group_by 'regex:^([a-z]+\\d+)_'
 
---group_by parent keeps all files of one folder together (a speaker a folder); regex:PATTERN groups by the
-first parenthesis of PATTERN in the file's name, so that no speaker is in both parts. Relative paths are
-kept, so files of one name in two folders stay apart. Writes manifest.json: what was really done, with the
-counts and the groups.
+--group_by keeps a speaker in one part: top takes all files below one folder of --input_dir (es/alpha and
+es/syllab, too), parent the files of one folder, regex:PATTERN what PATTERN's first parenthesis finds in the
+path below --input_dir. Relative paths are kept, so files of one name in two folders stay apart. Writes
+manifest.json: what was really done, with the counts and the groups.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import shutil
 from pathlib import Path
 
 from snac48.audio import find_audio
-from snac48.cli import UserError, main_guard, read_flags
+from snac48.cli import UserError, main_guard, read_flags, warn
 from snac48.files import write_json
 
 
@@ -25,16 +26,16 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--input_dir", required=True, help="audio folder, read recursively")
-    add("--output_dir", required=True, help="gets train/audio, valid/audio and manifest.json")
+    add("--output_dir", default="corpus", help="gets train/audio, valid/audio and manifest.json")
     add("--train_ratio", type=float, default=0.95, help="share of the files for training")
-    add("--seed", type=int, default=42)
+    add("--seed", type=int, default=42, help="another one gives another split")
     add("--copy", action="store_true", help="copy the files instead of linking them")
-    add("--group_by", default="", help="parent, or regex:PATTERN with one parenthesis (default: each file)")
+    add("--group_by", default="", help="top, parent, or regex:PATTERN with a parenthesis; default: each file")
     add("--valid_list", default="", help="file of validation paths, one a line, instead of a ratio")
     args = read_flags(p, argv)
     if not 0 < args.train_ratio < 1:
         raise UserError(f"--train_ratio {args.train_ratio:g} must lie between 0 and 1")
-    if args.group_by not in ("", "parent"):
+    if args.group_by not in ("", "top", "parent"):
         pattern = args.group_by.removeprefix("regex:")
         try:
             if not re.compile(pattern).groups:
@@ -49,11 +50,10 @@ def group_of(rel: str, group_by: str) -> str:
     """The group a file belongs to, or the file itself without --group_by. Raises UserError."""
     if not group_by:
         return rel
-    folder, _, name = rel.rpartition("/")
-    if group_by == "parent":
-        return folder or "."
+    if group_by in ("top", "parent"):
+        return (rel.partition("/")[0] if group_by == "top" else rel.rpartition("/")[0]) if "/" in rel else "."
     pattern = group_by.removeprefix("regex:")
-    found = re.search(pattern, name)
+    found = re.search(pattern, rel)
     if found is None:
         raise UserError(f"--group_by {pattern!r} does not match {rel}: every file needs a group")
     return found.group(1)
@@ -78,6 +78,13 @@ def split(files: list[str], train_ratio: float, seed: int, group_by: str) -> tup
         if (closer or last_chance) and more < len(files):
             valid += groups[name]
     return set(valid or min((groups[n] for n in order), key=len)), groups
+
+
+def repeated(train: list[str], valid: list[str]) -> list[str]:
+    """Folder names in groups of both parts, such as `es` and `a` of es/a, es/b | fr/a, but not one in all."""
+    names = [[set(group.split("/")) for group in part] for part in (train, valid)]
+    everywhere = set.intersection(*names[0], *names[1])
+    return sorted(set.union(*names[0]) & set.union(*names[1]) - everywhere)
 
 
 def read_list(files: list[str], path: str) -> set[str]:
@@ -124,9 +131,16 @@ def main(args) -> int:
         "valid_groups": found["valid"] if args.group_by else None,
     }
     write_json(out / "manifest.json", manifest)
+    both = repeated(found["train"], found["valid"]) if args.group_by else []
+    if both:
+        many = f", … ({len(both)} in all)" if len(both) > 3 else ""
+        hint = "if they are one speaker each, use --group_by top or a regex"
+        warn(f"warning: {', '.join(both[:3])}{many} in both parts: {hint}")
     in_groups = f" in {len(found['train'])} and {len(found['valid'])} groups" if args.group_by else ""
     done = f"{counts['train']} training and {counts['valid']} validation files{in_groups}"
-    print(f"{done} -> {out}/train/audio, {out}/valid/audio")
+    share = f"{100 * counts['train'] / len(files):.1f} % for training"
+    asked = "by --valid_list" if args.valid_list else f"--train_ratio {args.train_ratio:g}"
+    print(f"{done} ({share}; asked: {asked}) -> {out}/train/audio, {out}/valid/audio")
     return 0
 
 

@@ -2,7 +2,7 @@
 five recipes.
 
     python train_dual_head.py --codes_dir codes --audio_48k_dir targets/train --val_audio_48k_dir targets/val
-    torchrun --nproc_per_node 4 train_dual_head.py ...same flags...        # batch sizes are over all GPUs
+    torchrun --nproc_per_node 4 train_dual_head.py ...same flags...        # --batch_size counts all GPUs
     python train_dual_head.py --device cpu --pretrained_model assets/codec --batch_size 6 ...     # tiny, CPU
     python train_dual_head.py --resume auto --output_dir checkpoints/phase12_dual_head            # go on
     python train_dual_head.py --recipe phase10 --data_dir corpus/train/audio --val_data_dir corpus/valid/audio
@@ -12,14 +12,13 @@ phase12 (default): both heads. phase11-standard, -warmup, -fast: the 48 kHz head
 codec, its decoder or all of it (--no-freeze_encoder --no-freeze_vq), also --from_scratch MODEL_CONFIG.json.
 Reads a cache of cache_codes.py (--cache_dir) or recordings (--data_dir: encoder and SIDON on the fly), and
 48 kHz targets (of precompute_48k.py, or real 48 kHz recordings); writes into --output_dir: checkpoints,
-args.json, baseline_metrics.json, metrics.jsonl (one object a line), training.log. Values: flag > --config >
---recipe. Exit codes: 0 finished, 1 wrong input, 3 stopped by a signal with a checkpoint, 4 diverged, 5 bad
-input.
+args.json, baseline_metrics.json, metrics.jsonl (one object a line), training.log. Precedence: flag, config,
+resumed checkpoint, recipe, default. Exit codes: 0 finished; 1 an error that one sentence explains; 2 unknown
+flag; 3 stopped by a signal, checkpoint written; 4 diverged; 5 too many bad files.
 
-Edit freely: options and recipes, then `train`, the loop, and what it calls, in that order below. A loss term
-is an entry of TERMS (snac48/losses.py), a rate's shape one of SHAPES (snac48/schedule.py), a start of the
-head one of STARTS (snac48/starts.py). Don't touch lightly: State.state_dict (snac48/training.py), the resume
-contract.
+Edit freely. Below, in this order: options, recipes, `train` (the loop), what it calls. A loss term is an
+entry of TERMS (snac48/losses.py), a rate's shape one of SHAPES (snac48/schedule.py), a start of the head one
+of STARTS (snac48/starts.py). Don't touch lightly: State (snac48/training.py), the resume contract.
 """
 
 import argparse
@@ -51,16 +50,16 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "audio_48k_dir": ("", "48 kHz targets of the training codes: precompute_48k.py's output, or real "
                               "recordings"),
         "val_audio_48k_dir": ("", "48 kHz targets of the validation codes"),
-        "audio_24k_dir": ("", "originals of any rate for the 24 kHz target (default: the cache's "
-                              "data_dir; rows of kind copied take both from the 48 kHz file)"),
+        "audio_24k_dir": ("", "where the 24 kHz target is read, any rate (default: the 48 kHz file where "
+                              "that is the unrestored recording, else the cache's data_dir)"),
         "val_audio_24k_dir": ("", "the same for validation"),
         "upsampler": ("", "with --data_dir and without --audio_48k_dir, 48 kHz targets of recordings below "
                           "--native_rate: sidon (restored at every step: precompute_48k.py does it once) or "
                           "sinc"),
         "sidon_dir": ("", "folder with SIDON's files (default: the hub at the pinned revision)"),
         "native_rate": (48000, "recordings of --data_dir at this rate or above are their own target"),
-        "min_envelope_corr": (0.9, "SIDON's output below this is unfaithful"),
-        "limit": (-1, "only the first N rows of the cache (-1 = all)"),
+        "min_envelope_corr": (0.9, "--upsampler sidon: below this envelope correlation it is unfaithful"),
+        "limit": (-1, "only the first N usable rows or recordings (-1 = all)"),
         "val_limit": (-1, "only the first N validation rows (-1 = all)"),
         "num_workers": (4, "data loader processes a GPU (0 = in this process)"),
         "max_bad_fraction": (0.01, "stop when a larger share of rows or files is bad; fewer are left out"),
@@ -84,9 +83,9 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "seed": (42, "decides sample order, crops, noise and random initialisation"),
         "log_every": (10, "steps between log lines"),
         "save_every": (1, "epochs between epoch checkpoints"),
-        "save_every_batches": (5000, "steps between step checkpoints (-1 = off)"),
+        "save_every_batches": (5000, "steps between checkpoint_epoch*_iter*.pt (-1 = off)"),
         "save_every_minutes": (30.0, "minutes between time checkpoints (-1 = off)"),
-        "keep_checkpoints": (3, "step and time checkpoints kept; epoch and best ones stay (-1 = all)"),
+        "keep_checkpoints": (3, "step checkpoints kept, and as many by time; the others stay (-1 = all)"),
         "sample_log": (False, "write step, epoch and rows of every step to samples.rankN.log"),
         "monitor_24k_every": (10, "steps between 24 kHz losses while the trunk is frozen"),
     },
@@ -95,7 +94,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "feature_epochs": (0, "first epochs of --from_scratch: encoder and decoder learn log-mel features"),
         "warmup_epochs": (1, "first epochs that train the 48 kHz head only"),
         "batch_size": (96, "utterances a step over all GPUs, before the multiplier"),
-        "eval_batch_size": (16, "utterances a validation batch"),
+        "eval_batch_size": (16, "utterances a validation batch of each process"),
         "accum_steps": (1, "micro-batches a step: same result, less memory"),
         "segment_schedule": ("1.0,2.0,3.0,4.0", "segment seconds of each epoch range"),
         "batch_multiplier": ("2.0,1.0,0.6,0.45", "factor on --batch_size of each epoch range"),
@@ -104,8 +103,8 @@ OPTIONS = {  # name: (default, help); the type is the default's
     },
     "optimiser": {
         "lr": (2e-4, "rate before the main phase: of the 48 kHz head (constant), or of --feature_epochs"),
-        "main_lr": (5e-5, "rate of trunk and 48 kHz head (onecycle: its peak)"),
-        "lr_24k_final_conv": (1e-5, "the same of the 24 kHz head beside a 48 kHz one"),
+        "main_lr": (5e-5, "main phase: rate of all that trains (onecycle: its peak)"),
+        "lr_24k_final_conv": (1e-5, "the same of the whole 24 kHz head, where both heads train"),
         "scheduler": ("onecycle", "main phase: onecycle, cosine (from the rate down) or constant"),
         "lr_min_ratio": (0.1, "end of cosine as a share of its start"),
         "weight_decay": (0.01, "AdamW"),
@@ -116,8 +115,8 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "ema": (0.0, "decay of averaged weights used for validation and best_* (0 = off)"),
     },
     "loss": {
-        "loss_weight_24k": (0.3, "weight of loss_24k"),
-        "loss_weight_48k": (1.0, "weight of loss_48k"),
+        "loss_weight_24k": (0.3, "weight of loss_24k where both heads train"),
+        "loss_weight_48k": (1.0, "weight of loss_48k where both heads train"),
         "l1_weight": (1.0, "waveform L1 in either loss"),
         "stft_weight": (1.0, "multi-resolution STFT in either loss"),
         "mel_weight": (0.0, "log-mel L1 in either loss"),
@@ -171,7 +170,7 @@ CONFIG_KEYS = {
 
 
 def recipe_of(config: dict, path: str, cached: bool) -> str:
-    """The recipe that an older config without the key `recipe` is of, told by its keys.
+    """Guess the recipe of an older config, which lacks the key `recipe`, from its other keys.
 
     cached: whether a cache was given as a flag. Raises UserError where the keys don't tell.
     """
@@ -183,7 +182,7 @@ def recipe_of(config: dict, path: str, cached: bool) -> str:
         return "phase11-warmup" if config.get("warmup_epochs") else "phase11-standard"
     if {"freeze_encoder", "freeze_vq"} & set(config):
         return "phase10"
-    if "train_data" not in config:  # a few values of the default recipe
+    if "train_data" not in config:  # it overrides a few values of the default recipe
         return "phase12"
     raise UserError(f"config {path} does not tell its recipe: give --recipe ({', '.join(sorted(RECIPES))})")
 
@@ -393,7 +392,7 @@ def check_stop(run: Run, state: State) -> None:
 
 
 def total_weights(args, phase: str) -> dict[str, float]:
-    """The total loss: {loss: weight}. Warmup minimises the part of the new heads only."""
+    """The total loss, {loss: weight}: logged and minimised; in warmup train_step takes the new heads'."""
     heads = schedule.chosen_heads(args.heads)
     if len(heads) == 1:
         found = {f"loss_{heads[0]}": 1.0}
@@ -407,8 +406,8 @@ def total_weights(args, phase: str) -> dict[str, float]:
 
 
 def losses_of(run: Run, state: State, module, batch: dict, heads=None):
-    """(every loss of each item [B], with their total as `loss` where all heads were asked for; audio of each
-    of HEADS; codes and latents where the codec trains)."""
+    """(losses: {name: [B]}, with `loss`, their total, if heads is None; audio of each of HEADS; codes and
+    latents, both empty unless the codec trains)."""
     a, extra, codes, latents = run.args, {}, [], []
     state.model.set_noise(batch["noise_key"])
     with torch.autocast(run.device.type, torch.bfloat16) if a.bf16 else contextlib.nullcontext():
@@ -481,7 +480,7 @@ def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
 
 @torch.no_grad()
 def validate(run: Run, state: State) -> dict:
-    """Means over the validation rows of every loss and of LSD. Raises Stopped."""
+    """Means over the validation rows of every loss and of LSD. Raises what check_stop raises."""
     mine = list(range(run.rank, len(run.val), run.world))
     share, size = math.ceil(len(run.val) / run.world), run.args.eval_batch_size
     lists = [mine[i : i + size] or [Filler(0)] for i in range(0, share, size)]  # as many on every rank
@@ -584,7 +583,7 @@ ENDINGS = {
               "go on with: --resume auto --output_dir {args.output_dir}"),
     Diverged: ("diverged", cli.EXIT_DIVERGED, training.save_before_skips,
                f"{SKIPS_IN_A_ROW} steps in a row were skipped; --resume auto repeats them from a checkpoint "
-               "from before: give a lower --main_lr with it"),
+               "from before: give a lower rate with it, --main_lr or before the main phase --lr"),
     TooManyBadFiles: ("too many bad files", cli.EXIT_BAD_INPUT, training.save_begun,
                       "{error}: more than --max_bad_fraction {args.max_bad_fraction:g}; mend them or raise "
                       "it, then --resume auto"),

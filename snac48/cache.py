@@ -20,6 +20,7 @@ from .cli import UserError, first_line
 from .codec import Geometry
 from .files import atomic_file, read_json, sweep_leftovers, temporary, write_json
 
+AGREE = 0.99  # of the codes of a row: other hardware rounds otherwise now and then
 SHARDS = "codes_batch_gpu*_*.parquet"  # of a cache folder
 
 
@@ -44,7 +45,7 @@ class CodeIndex:
         key = hashlib.sha256(json.dumps(["v1", stats]).encode()).hexdigest()[:16]
         self.folder = self.cache_dir / f"index-{key}"
         if not (self.folder / "index.json").exists():
-            self._build(shards)
+            self._build(sorted(shards, key=unit_of))
         self._open()
 
     def _open(self):
@@ -130,6 +131,13 @@ class CodeIndex:
         if not len(lengths):
             raise UserError(f"cache {self.cache_dir} has no usable row: {bad}")
         write_json(tmp / "index.json", {"snac": asdict(geometry), "data_dir": data_dir, "bad": bad})
+
+
+def unit_of(shard: Path) -> tuple[int, str]:
+    """The number of a shard, then its name: unit 10 comes after unit 9, whoever encoded it, so that rows lie
+    in the order of the recordings."""
+    number = shard.stem.rpartition("_")[2]
+    return (int(number) if number.isdecimal() else 0, shard.name)
 
 
 def scales_of(block, geometry: Geometry) -> list:
@@ -242,6 +250,117 @@ def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> No
     with atomic_file(path) as f:
         table = pa.table(columns).replace_schema_metadata(meta)
         pq.write_table(table, f, write_page_checksum=True)  # a flipped bit is an error, not another code
+
+
+def older_rows(path: Path, geometry: Geometry, align: int):
+    """Rows of a parquet file without our metadata: (path as it stands there, samples, codes [K] of int64 [n],
+    None), or (path, samples, None, why it is refused). Codes may be nested or flat, beside shape_scale_k.
+    align: samples that the model pads to. Raises UserError for a file that is no such cache."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    scales = len(geometry.vq_strides)
+    try:
+        table = pq.read_table(path)
+        found = sum(name.startswith("codes_scale_") for name in table.column_names)
+        names, lengths = table["file_path"].to_pylist(), table["audio_length"].to_pylist()
+        columns = [table[f"codes_scale_{k}"].to_pylist() for k in range(scales)]
+    except (KeyError, pa.ArrowException, OSError, ValueError) as e:
+        raise UserError(f"{path} is no cache of the older schema: {first_line(e)}") from None
+    if b"snac" in (table.schema.metadata or {}):
+        raise UserError(f"{path} says which model made it: this cache needs no import, use it as it is")
+    if found != scales:
+        raise UserError(f"{path} has {found} scales of codes, --pretrained_model has {scales}: another model")
+    shapes = [
+        table[f"shape_scale_{k}"].to_pylist()
+        if f"shape_scale_{k}" in table.column_names
+        else [None] * len(names)
+        for k in range(scales)
+    ]
+    for name, length, codes, shape in zip(names, lengths, zip(*columns), zip(*shapes)):
+        try:
+            codes = [np.asarray(c, np.int64).reshape(-1) for c in codes]
+            length = int(length)
+        except (TypeError, ValueError):
+            yield name, length, None, "no codes or no audio length"
+            continue
+        yield name, length, *older_codes(length, codes, shape, geometry, align)
+
+
+def older_codes(length: int, codes: list, shapes, geometry: Geometry, align: int) -> tuple:
+    """(codes, None), or (None, why they are refused)."""
+    if any(isinstance(s, list) and math.prod(s) != len(c) for s, c in zip(shapes, codes)):
+        return None, "shape that contradicts the codes"
+    coarse = math.ceil(length / align) * align // geometry.coarse_samples
+    if not coarse or [len(c) for c in codes] != [coarse * n for n in geometry.per_coarse]:
+        return None, "scale lengths don't fit the audio length: encoded without padding"
+    if any(c.min() < 0 or c.max() >= geometry.codebook_size for c in codes):
+        return None, "code outside the codebook"
+    return codes, None
+
+
+class OldCache:
+    """A cache of the older schema: its rows with the right lengths, by path below the recordings.
+
+    Codes wait in a file of int16 (a cache of 3.4 million rows outgrows the memory) until they are written in
+    the order in which a cache made anew would hold them. shards: its parquet files; listing: the recordings;
+    refused: {path: reason}.
+    """
+
+    def __init__(self, shards, listing: list[str], geometry: Geometry, align: int, spool: Path):
+        self.geometry, self.rows, self.refused = geometry, {}, {}  # path -> (samples, first code, coarse)
+        listing, prefix, end = set(listing), None, 0
+        with open(spool, "wb") as f:
+            for shard in shards:
+                for name, length, codes, why in older_rows(shard, geometry, align):
+                    parts = Path(name or "").parts
+                    if prefix is None:  # what stands there before the path below the recordings
+                        cut = (i for i in range(len(parts)) if "/".join(parts[i:]) in listing)
+                        prefix = next((parts[:i] for i in cut), None)
+                    rel = "/".join(parts[len(prefix or ()) :])
+                    if prefix is None or parts[: len(prefix)] != prefix or rel not in listing:
+                        self.refused[str(name)] = "no file of that name below --data_dir"
+                    elif rel in self.rows:
+                        self.refused[f"{rel} ({shard.name})"] = "path occurs twice"
+                    elif why:
+                        self.refused[rel] = why
+                    else:
+                        f.write(np.concatenate(codes).astype(np.int16).tobytes())
+                        self.rows[rel] = (length, end, len(codes[0]))
+                        end += sum(map(len, codes))
+        self.spool = np.memmap(spool, np.int16, "r") if end else None
+
+    def row(self, rel: str) -> tuple:
+        """(samples, int16 codes of each scale), as write_shard takes them."""
+        length, first, coarse = self.rows[rel]
+        ends = np.cumsum([coarse * n for n in self.geometry.per_coarse])
+        return length, np.split(self.spool[first : first + ends[-1]], ends[:-1])
+
+    def compare(self, rel: str, fresh: tuple | None) -> str | None:
+        """Why a row is not what encoding its file again gave (fresh, None where it can't be read)."""
+        if fresh is None:
+            return "the recording can't be read"
+        (length, codes), (samples, anew) = self.row(rel), fresh
+        if abs(length - samples) > 1 or [len(c) for c in codes] != [len(c) for c in anew]:
+            return "audio length is not the recording's"
+        agree = np.mean(np.concatenate(codes) == np.concatenate(anew))
+        return None if agree >= AGREE else "codes of another model or another recording"
+
+
+def check_ours(folder: Path) -> None:
+    """Raises UserError for a folder with a cache of the older schema: ours would be written into it."""
+    import pyarrow.parquet as pq
+
+    shard = next(folder.glob(SHARDS), None)
+    if not shard or (folder / "work").exists():
+        return
+    try:
+        meta = pq.read_schema(shard).metadata or {}
+    except (OSError, ValueError) as e:
+        raise UserError(f"cache file {shard} is corrupt ({first_line(e)}): delete it") from None
+    if b"snac" not in meta:
+        todo = f"import it (cache_codes.py --import {folder}), or choose another --output_dir"
+        raise UserError(f"{folder} holds a cache that does not say which model made it: {todo}")
 
 
 def recorded_model(cache_dir: str | Path) -> str:

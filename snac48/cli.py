@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-# ---- exit codes (README lists them) ----
+# ---- exit codes: docs/jobs.md lists them ----
 
 EXIT_OK = 0
 EXIT_ERROR = 1  # wrong input or environment: one sentence on stderr says what to do
@@ -134,8 +134,13 @@ def one_line_errors(parser) -> None:
 
 
 def read_flags(parser, argv=None, **lowest):
-    """The parser's args, by one_line_errors; a flag below its lowest value (batch_size=1) is one, too."""
+    """The parser's args, by one_line_errors; a flag below its lowest value (batch_size=1) is one, too. --help
+    shows the defaults that the texts leave out."""
     one_line_errors(parser)
+    for action in parser._actions:
+        shown = str(action.default) not in ("None", "False", "", "==SUPPRESS==")
+        if shown and action.help and "(default" not in action.help:
+            action.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
     for name, low in lowest.items():
         if not getattr(args, name) >= low:  # so that nan is one, too

@@ -185,14 +185,15 @@ class SliceDataset:
     def __getitem__(self, i: int | Filler) -> dict:
         filler = isinstance(i, Filler)
         row, g = int(self.rows[i.index if filler else i]), self.geometry
-        crop = np.random.default_rng([self.seed, 0 if self.fixed else self.epoch, row])
+        draw = np.random.default_rng([self.seed, 0 if self.fixed else self.epoch, row])
         audio, error, left_out = {}, "", ""
         try:
             utterance = self.open(row)
         except AudioError as e:
             utterance, error = {"coarse": 1, "samples": 0, "kind": "missing"}, str(e)
         take = min(utterance["coarse"], self.coarse_len)
-        start = int(crop.integers(0, utterance["coarse"] - take + 1))
+        # the crop: where it begins, in coarse codes (validation's too); noise_key is drawn after it
+        start = int(draw.integers(0, utterance["coarse"] - take + 1))
         at = slice_at(start, self.coarse_len, g.hop_length, g.vq_strides)
         item = {
             "valid_24k": min(at["samples_24k"], utterance["samples"] - at["start_sample_24k"]),
@@ -200,7 +201,7 @@ class SliceDataset:
             "file_path": self.path(row),
             "start_pos": start,
             "row": -1 if filler else row,
-            "noise_key": int(crop.integers(0, 2**62)),
+            "noise_key": int(draw.integers(0, 2**62)),
         } | self.slice(row, utterance, start, take, at)
         if not error:
             try:

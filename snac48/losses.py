@@ -99,7 +99,7 @@ def waveform_term(x: Judged):
     return torch.where(x.phase_true, loss, l1_loss(low, x.original, valid))
 
 
-# Add yours here: {name of the log and, with _weight, of the flag: Judged -> [B]}
+# Add yours here: {name of the log and, with _weight, of the flag: Judged of either head -> [B]}
 TERMS = {
     "l1": waveform_term,
     "stft": lambda x: stft_loss(x.audio, x.target, x.valid, x.n_ffts, x.stft),

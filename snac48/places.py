@@ -53,6 +53,36 @@ def both_splits(root: Path, kind: str, output: str) -> list[tuple[Path, Path]]:
     return [(folder, made(root, output, split)) for folder, split in there if folder]
 
 
+def imports(old: Path, source: str, target: str, root: Path) -> list[tuple[Path, Path, Path]]:
+    """[(recordings, place of a cache, older cache)] of an older cache, or of both splits below its folder.
+    source, target: what flags say; else the split that the older cache's name tells. UserError."""
+    both = [place for split in ALIASES if (place := split_of(old, split)).is_dir()]
+    if both and (source or target):
+        raise UserError(f"{old} holds {both[0].name}: import one split, or both without naming folders")
+    found_all = []
+    for cache in both or [old]:
+        split = next((split for split, names in ALIASES.items() if cache.name in names), None)
+        recordings = source or (split and found(root, "recordings", split))
+        place = target or (split and root / LAYOUTS["codes"][0].format(split))
+        if not recordings or not place:
+            lacks = (
+                "--data_dir and --output_dir" if not split else f"--data_dir (looked below {root.resolve()})"
+            )
+            raise UserError(f"to import {cache}, give {lacks}")
+        found_all.append((Path(recordings), Path(place), cache))
+    return found_all
+
+
+def asked(source, target, flags: str, root: str, output: str) -> list[tuple[Path, Path]]:
+    """[(recordings, output)] as two flags say, or of both splits where neither is given. UserError."""
+    if source and target:
+        return [(Path(source), Path(target))]
+    if source or target:
+        rest = "give both, or neither: then both splits below --data_root are done"
+        raise UserError(f"{flags} go together: {rest}")
+    return both_splits(data_root(root), "recordings", output)
+
+
 def missing(root: Path, wanted: list[tuple[str, str, str]]) -> str:
     """One sentence on missing folders, (kind, split, name that a flag gave), and how to make them."""
     names = ", ".join(name or str(made(root, kind, split)) for kind, split, name in wanted)

@@ -46,6 +46,7 @@ class RunLog:
     def __init__(self, output_dir: str | Path, log_name: str = "training.log", quiet: bool = False):
         self.dir = Path(output_dir)
         self.quiet = quiet
+        self.rewriting = False  # the last line on the terminal is to be replaced by the next
         if quiet:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -60,8 +61,15 @@ class RunLog:
     def say(self, text: str) -> None:
         if self.quiet:
             return
-        print(text, flush=True)
+        print("\r\033[K" * self.rewriting + text, flush=True)
+        self.rewriting = False
         write_all(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def rewrite(self, text: str) -> None:
+        """On a terminal only: a line that the next one replaces."""
+        if sys.stdout.isatty() and not self.quiet:
+            print(f"\r{text}\033[K", end="", flush=True)
+            self.rewriting = True
 
     def metric(self, **values) -> None:
         """One line of metrics.jsonl; `event=` for start, resume, checkpoint, val, skip, end."""

@@ -369,15 +369,10 @@ class Sidon:
         if not re.fullmatch(r"[0-9a-f]{40}", revision):
             what = "no full commit SHA (40 hex digits); a branch or tag can change under a long run"
             raise UserError(f"--sidon_revision {revision!r} is {what}")
-        try:
-            from huggingface_hub import hf_hub_download
+        from .codec import fetch  # imports torch and snac: only here
 
-            return [Path(hf_hub_download(SIDON_REPO, name, revision=revision)) for name in names]
-        except Exception as e:  # the hub client raises many kinds; each of them means: no SIDON
-            cause = f"{type(e).__name__}: {first_line(e)}"
-            hint = f"without network, copy {both} into a folder and name it with --sidon_dir"
-            fetch = f"SIDON could not be fetched from {SIDON_REPO} at {revision}"
-            raise UserError(f"{fetch}: {cause}; {hint}") from None
+        folder = fetch(SIDON_REPO, revision, names, "--sidon_dir DIR")
+        return [folder / name for name in names]
 
     def _try_out(self, batch_size: int) -> str | None:
         """Run once, so that wrong files say so now; returns why they take no batches, None where they do."""

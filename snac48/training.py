@@ -1,7 +1,8 @@
 """What a decoder training is made of: Run, what never changes after the start, and State, what does.
 
-State is the resume contract: what isn't in its state_dict() isn't resumed. Order, crops, noise and rates are
-functions of (seed, epoch, row, step), so there is no generator or loader to restore.
+State is the resume contract. To resume one more value: a field, a key in state_dict(), a line in _take_over()
+(after enter_phase; `saved.get` for older files). Options are restored by values_of in train_dual_head.py.
+Order, crops, noise and rates are functions of (seed, epoch, row, step): no generator or loader to restore.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ from .starts import start_head
 
 @dataclass
 class Run:
-    """What never changes after the start."""
+    """What never changes after the start; `data` alone is told epoch and segment length."""
 
     args: object  # every option of train_dual_head.py by name
     rank: int
@@ -75,7 +76,7 @@ class Run:
         return loader(data, index_lists, self.args.num_workers, pin_memory=self.device.type == "cuda")
 
     def reduce_sum(self, values):
-        """Sums over all ranks, on the CPU: a tensor of a tensor, floats of a list."""
+        """Sums over all ranks, on the CPU: a tensor gives a tensor, a list gives a list of floats."""
         if not torch.is_tensor(values):
             return self.reduce_sum(torch.tensor(values, dtype=torch.float64)).tolist()
         if self.world == 1:
@@ -116,7 +117,9 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     if "48k" in run.heads and not saved:
         start_head(model, snac, args.init)
     if args.data_dir and not run.full:
-        run.snac = snac.to(device).requires_grad_(False)  # before a phase opens what it shares with the model
+        run.snac = snac.to(device).requires_grad_(
+            False
+        )  # before enter_phase opens what it shares with the model
     state = State(model.to(device), FullCodec(model, codec.align_samples(snac)) if run.full else None)
     state.codes = torch.zeros(2, len(geometry.vq_strides), geometry.codebook_size, dtype=torch.int64)
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
@@ -202,7 +205,9 @@ class State:
     norm: float | None = None  # running gradient norm of this phase
     skipped: int = 0
     in_a_row: int = 0  # skipped steps since the last good one
-    codes: torch.Tensor | None = None  # int64 [2, K, size]: uses of each entry this epoch, since restarts
+    codes: torch.Tensor | None = (
+        None  # int64 [2, K, size]: uses of each entry [this epoch, since its last restart]
+    )
     # not resumed: derived, read from the folder, or found anew
     wrapped: nn.Module | None = None  # model or codec as it is called in training: DDP, compiled
     baseline: dict = field(default_factory=dict)  # baseline_metrics.json
@@ -254,6 +259,7 @@ class State:
             raise UserError(f"{path} can't be resumed: malformed ({reason})") from None
 
     def _take_over(self, run: Run, saved: dict, path) -> None:
+        """Set the fields from `saved`."""
         if saved["scheduler"]["plan"] != [asdict(e) for e in run.plan]:
             raise UserError(f"{path} belongs to a run with another schedule or number of rows "
                             f"({sum(e['steps'] for e in saved['scheduler']['plan'])} steps there, "
@@ -438,8 +444,8 @@ def prepare(run: Run, state: State, batch: dict) -> dict:
 
 def note_codes(run: Run, state: State, seen: list) -> None:
     """Count the codes of a step over all ranks, seen: [(codes, latents, valid)] of its micro-batches; restart
-    entries that 10 x codebook_size codes in a row passed by (by chance that happens to one in e^10 of equally
-    likely ones)."""
+    entries unused over the last 10 x codebook_size codes (an equally likely one stays so with probability
+    e^-10)."""
     counts, step = sum(count_codes(codes, valid, run.geometry) for codes, _, valid in seen), state.step - 1
     state.codes += run.reduce_sum(counts)
     for k, vq in enumerate(state.model.quantizer.quantizers):
@@ -466,7 +472,7 @@ def report_codes(run: Run, state: State, epoch: Epoch | None) -> None:
 
 
 def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed: float) -> None:
-    """The line of a step, in the log and in metrics.jsonl; one more metric goes into the latter."""
+    """Write a step's line to the log and to metrics.jsonl; another number goes into run.log.metric below."""
     a, rates = run.args, schedule.rates_at(run.args, run.plan, state.step - 1)
     # steps of later epochs are as long as their segments: count the audio still to come
     todo = sum((e.first_step + e.steps - max(e.first_step, state.step)) * e.segment * e.batch

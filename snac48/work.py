@@ -16,9 +16,17 @@ from pathlib import Path
 from .cli import UserError, ignore_stop_signals
 from .files import read_json, sweep_leftovers, temporary, write_json
 from .process import start_time
+from .runlog import RunLog, human_time
 
 HEARTBEAT_S = 20.0
+PROGRESS_S = 3.0  # between two lines
 STALE_S = 300.0  # a claim of another machine without a heartbeat this long is taken over
+WAIT_S = 0.5  # between two looks at units that others hold
+
+
+def share(files: int, most: int) -> int:
+    """Files a unit of a job that begins: a 64th, at least 1 and at most `most`."""
+    return max(1, min(most, files // 64))
 
 
 class SharedWork:
@@ -29,16 +37,20 @@ class SharedWork:
     `unit_N.json` (the unit's result, written after its outputs: the commit). Nothing is ever locked, so a
     kill -9 at any moment leaves only a claim that the next process sees is dead. warn(text) is called where
     a claim can't be kept alive.
+
+    unit_size: files a unit. Without it the folder's own, or where we begin it a 64th of the files, `most` at
+    most: a small job has units for every process, too.
     """
 
-    def __init__(self, output_dir: str | Path, files: list[str], unit_size: int, settings: dict, warn):
+    def __init__(self, output_dir, files: list[str], unit_size: int | None, settings: dict, warn, most=1000):
         self.dir = Path(output_dir) / "work"
         self.dir.mkdir(parents=True, exist_ok=True)
         sweep_leftovers(self.dir)
         self.warn, self.token = warn, uuid.uuid4().hex
         self.claims: dict[int, Path] = {}  # units that are ours now
-        self.agree("settings.json", settings | {"unit_size": unit_size})
-        self.units = self._plan(files, unit_size)
+        given, first = ({"unit_size": size} if size else {} for size in (unit_size, share(len(files), most)))
+        self.unit_size = self.agree("settings.json", settings | given, first)["unit_size"]
+        self.units = self._plan(files, self.unit_size)
         self._stop = threading.Event()
         threading.Thread(target=self._heartbeat, daemon=True).start()
 
@@ -59,10 +71,10 @@ class SharedWork:
         finally:
             tmp.unlink()
 
-    def agree(self, name: str, settings: dict) -> None:
-        """The first process writes `settings` to work/NAME; UserError for a later one that has others."""
-        if self._create(name, json.dumps(settings, indent=1).encode()):
-            return
+    def agree(self, name: str, settings: dict, first: dict | None = None) -> dict:
+        """The first process writes `settings` to work/NAME, and of `first` what they lack: the later ones
+        take that as it is. Returns what is written; UserError for a process that has other settings."""
+        self._create(name, json.dumps((first or {}) | settings, indent=1).encode())
         begun = read_json(self.dir / name)
         differ = [f"{k}: {begun.get(k)!r} then, {v!r} now" for k, v in settings.items() if begun.get(k) != v]
         if differ:
@@ -70,6 +82,7 @@ class SharedWork:
             if not any(self.dir.glob("unit_*.json")):
                 todo += f", or delete {self.dir}: no file is done yet"
             raise UserError(f"{self.dir.parent} was begun with other settings ({'; '.join(differ)}); {todo}")
+        return begun
 
     def _plan(self, files: list[str], size: int) -> list[list[str]]:
         """The units of all plans, after a plan of our own for files that none has."""
@@ -145,11 +158,68 @@ class SharedWork:
         paths = map(self.result_path, range(len(self.units)))
         return [read_json(p) for p in paths if p.exists()]
 
-    def unfinished(self) -> int:
-        return sum(not self.result_path(u).exists() for u in range(len(self.units)))
+    def unfinished(self, units=None) -> list[int]:
+        """Those of `units` (of all, without them) that nobody has finished."""
+        units = range(len(self.units)) if units is None else units
+        return [u for u in units if not self.result_path(u).exists()]
 
     def close(self) -> None:
         self._stop.set()
+
+
+class Progress:
+    """How far a shared job is: log line, stdout, metrics every few seconds; one rewritten line on a terminal.
+
+    Units are claimed in order, so files before the unit that we are at are done, or with others. sizes:
+    {unit: files}; marks: what tells our lines in metrics.jsonl from those of other processes.
+    """
+
+    def __init__(self, log: RunLog, kind: str, sizes: dict[int, int], **marks):
+        self.log, self.kind, self.marks, self.total = log, kind, marks, sum(sizes.values())
+        self.before = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0)))
+        self.start = self.last = time.monotonic()
+        self.done = self.skipped = self.seconds = 0
+        self.base = None  # files that were done before we began
+        self.waits = False
+
+    def at(self, unit: int) -> None:
+        """Ours is this unit now."""
+        self.done = max(self.done, self.before[unit])
+        self.base = self.done if self.base is None else self.base
+
+    def add(self, seconds: float | None) -> None:
+        """One more file of ours, of so many seconds; None = skipped."""
+        self.done += 1
+        self.skipped += seconds is None
+        self.seconds += seconds or 0.0
+        self.log.rewrite(self.text())
+        if time.monotonic() - self.last >= PROGRESS_S:
+            self.say()
+
+    def left(self, files: int) -> None:
+        """All units were looked at; so many files are in those that others work on."""
+        self.done = self.total - files
+        if files and not self.waits:
+            self.log.say(f"{files} files are with other processes: waiting for them")
+            self.waits = True
+        elif time.monotonic() - self.last >= PROGRESS_S:
+            self.say()
+
+    def values(self) -> dict:
+        spent, moved = max(1e-9, time.monotonic() - self.start), self.done - (self.base or 0)
+        eta = (self.total - self.done) * spent / moved if moved else None
+        return {"skipped": self.skipped, "audio_s_per_s": round(self.seconds / spent, 2), "eta_s": eta}
+
+    def text(self) -> str:
+        v = self.values()
+        speed = f"{v['audio_s_per_s']:.1f} audio-s/s  eta {human_time(v['eta_s'])}"
+        return f"{self.kind} {self.done}/{self.total} files  skipped {v['skipped']}  {speed}"
+
+    def say(self) -> None:
+        self.last = time.monotonic()
+        self.log.say(self.text())
+        values = {k: v for k, v in self.values().items() if v is not None}
+        self.log.metric(step=self.done, total_steps=self.total, **values, **self.marks)
 
 
 def start_process() -> None:

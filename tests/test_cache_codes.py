@@ -134,3 +134,38 @@ def test_help_and_mistakes_in_flags_come_before_torch(tmp_path):
     ]:
         assert words in one_sentence(run("cache_codes.py", *flags, code=2))
     assert children_cpu() - start < 1.5  # torch alone takes more than one second
+
+
+def test_both_splits_without_a_flag(audio_dir, snac_dir, tmp_path, monkeypatch, capsys):
+    for split, part in (("train", "a"), ("valid", "b c")):
+        shutil.copytree(audio_dir / part, tmp_path / "corpus" / split / "audio")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    args = ("--pretrained_model", snac_dir, "--num_workers", 0, "--segment_length", "4.0")
+    assert call(cache_codes, *args) == 0
+    out = capsys.readouterr().out
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert out.startswith(f"cache: {device}; corpus/train/audio -> codes/train: 7 files in 7 units, 7 to do")
+    assert "their codes serve every length" in out
+    assert [len(parquet_rows(tmp_path / "codes" / split)) for split in ("train", "val")] == [7, 7]
+    monkeypatch.chdir("/")
+    assert call(cache_codes, *args, "--data_root", tmp_path) == 0  # nothing left to do
+    told = refused(cache_codes, "--data_dir", tmp_path / "corpus")
+    assert told.startswith("--data_dir and --output_dir go together: give both, or neither")
+    assert "corpus/train/audio is missing" in refused(cache_codes, "--data_root", tmp_path / "codes")
+
+
+def test_two_processes_share_360_files(snac_dir, tmp_path):
+    """About evenly, with lines from the first seconds on; each waits for the other and ends with code 0."""
+    for i in range(360):
+        path = tmp_path / "in" / f"s{i % 8}" / f"{i:03d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sf.write(path, voice(1.0, 44100, i), 44100)
+    command = [sys.executable, ROOT / "cache_codes.py", *flags(tmp_path / "in", tmp_path / "c", snac_dir)]
+    jobs = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [job.communicate(timeout=120)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert all("cache 360/360 files" in text or "done: 360 rows" in text for text in told)
+    owners = [json.loads(p.read_text())["pid"] for p in (tmp_path / "c" / "work").glob("*.claim")]
+    assert len(owners) == 72 and min(map(owners.count, {job.pid for job in jobs})) >= 18, owners
+    assert len(parquet_rows(tmp_path / "c")) == 360

@@ -14,6 +14,7 @@ from snac48.cli import (
     numbers,
     one_line_errors,
     read_config,
+    read_flags,
 )
 
 
@@ -80,3 +81,14 @@ def test_a_misspelt_flag_is_one_line_that_names_the_nearest(capsys):
             parser.parse_args([flag, "3"])
         printed = capsys.readouterr().err
         assert left.value.code == 2 and printed.count("\n") == 1 and words in printed
+
+
+def test_help_shows_the_defaults_that_its_texts_leave_out(capsys):
+    parser = argparse.ArgumentParser(prog="x")
+    for flag, kw in {"seed": {"default": 0}, "half": {"action": "store_true"}, "in": {"default": None},
+                     "device": {"default": "", "help": "where (default: a GPU)"}}.items():  # fmt: skip
+        parser.add_argument(f"--{flag}", **{"help": "text"} | kw)
+    with pytest.raises(SystemExit):
+        read_flags(parser, ["--help"])
+    said = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    assert "--seed SEED text (default: 0) --half text --in IN text --device" in said and said.count("(") == 2

@@ -2,9 +2,10 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 import train_dual_head as T
 
@@ -81,3 +82,13 @@ def test_batches_are_rounded_down_and_the_last_range_goes_on(capsys):
             int(line.partition("batch ")[2].partition(",")[0]) for line in lines if line.startswith("epoch")
         ]
         assert found == [*batches, *batches[-1:] * 10]
+
+
+def test_the_data_programs_take_the_older_flags(tmp_path):
+    cache = run("cache_codes.py", *shlex.split(
+        "--pretrained_model none --data_dir nowhere --output_dir codes_phase11/train --segment_length 4.0 "
+        "--batch_size 32 --device 0"), code=1)  # fmt: skip
+    assert "audio folder nowhere does not exist" in cache.stderr  # every flag was understood
+    shutil.copytree(ROOT / "assets/speech", tmp_path / "X")
+    split = run("prepare_dataset.py", *shlex.split("--input_dir X --train_ratio 0.95 --output_dir Y"))
+    assert (tmp_path / "Y/train/audio").is_dir() and "training" in split.stdout

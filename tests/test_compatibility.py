@@ -144,7 +144,8 @@ def test_an_exported_codec_makes_the_same_codes(before):
 
     out = before / "codes of the exported codec"
     run("cache_codes.py", "--data_dir", before / "audio/val", "--output_dir", out, "--pretrained_model",
-        before / "exported_codec", "--min_seconds", 0.5, "--num_workers", 0, "--device", "cpu")  # fmt: skip
+        before / "exported_codec", "--min_seconds", 0.5, "--num_workers", 0, "--device", "cpu",
+        "--rows_per_file", 1000)  # fmt: skip
     table = pq.read_table(out / "codes_batch_gpu0_0.parquet").to_pydict()
     with np.load(BEFORE / "expected/codec_codes.npz") as wanted:
         assert sorted(table["file_path"]) == sorted(wanted)

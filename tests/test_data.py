@@ -208,3 +208,13 @@ def test_sidon_on_the_fly_gives_the_targets_that_precompute_writes(sidon_dir, sn
     assert torch.allclose(a["audio_48k"], b["audio_48k"], atol=2 / 32768)
     masked, unfaithful = prepared("strict", *flying, "--min_envelope_corr", 2)
     assert (masked["valid_24k"] == 0).all() and len(unfaithful) == 3
+
+
+def test_a_48k_folder_without_a_manifest_must_say_what_it_holds(codes_48k, speech_48k):
+    """SIDON's output taken for recordings would be trained as phase-true."""
+    with pytest.raises(UserError, match="--target_kind sidon"):
+        CachedCodesDataset(codes_48k, speech_48k, 0.3)
+    for kind, true in (("recordings", True), ("sidon", False)):
+        data = CachedCodesDataset(codes_48k, speech_48k, 0.3, target_kind=kind)
+        batch = collate([data[0], data[1]])
+        assert batch["phase_true"].tolist() == [true, true]

@@ -25,7 +25,9 @@ def test_metrics_differ_between_systems_and_are_right_on_known_signals():
 def test_evaluate_compares_all_systems_on_the_same_clips(checkpoint, audio_dir, tmp_path):
     args = ("--checkpoint", checkpoint, "--data_dirs", audio_dir, "--device", "cpu", "--segment_length", 0.5)
     args = (*args, "--num_samples", 4)
-    run("evaluate.py", *args, "--output", tmp_path / "e" / "r.json", "--samples_dir", tmp_path / "s")
+    done = run("evaluate.py", *args, "--output", tmp_path / "e" / "r.json", "--samples_dir", tmp_path / "s")
+    assert done.stderr.splitlines()[0] == f"{checkpoint} on cpu"
+    assert done.stdout.splitlines()[-1].startswith(f"listen: aplay {tmp_path}/s/000_*.wav, or any player")
     r = json.loads((tmp_path / "e" / "r.json").read_text())
     assert r["clips"] == 4 and abs(r["seconds"] - 4 * 5 * 2048 / 24000) < 1e-3
     assert list(r["systems"]) == ["base_snac", "base_snac_sinc48", "ours_24k", "ours_48k"]
@@ -47,6 +49,25 @@ def test_evaluate_compares_all_systems_on_the_same_clips(checkpoint, audio_dir, 
     )
     again = json.loads((tmp_path / "2.json").read_text())["systems"]
     assert all(again[s][k] == v for s, row in r["systems"].items() for k, v in row.items() if k != "rtf")
+
+
+def test_the_picture_shows_the_loudest_clips_and_says_what_is_missing(monkeypatch, tmp_path):
+    """Three columns, a row a system; words where a 24 kHz system has nothing; levels in dB re full scale."""
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    tone = lambda rate: E.Signal(torch.sin(2 * torch.pi * 3000 * torch.arange(rate) / rate), rate)
+    shown = [(name, {"original": tone(48000), "base_snac": tone(24000)}) for name in "abc"]
+    E.draw(tmp_path / "p.png", shown)
+    (figure,) = figures
+    assert "energy" in figure.get_suptitle()
+    *panels, bar = figure.axes
+    assert [len(panels), bar.get_ylabel()] == [6, "dB re full scale"]
+    for panel, rate in zip(panels, [48000] * 3 + [24000] * 3):
+        assert ["nothing above 12 kHz" in t.get_text() for t in panel.texts] == [True] * (rate == 24000)
+        level = panel.images[0].get_array()[:, 40]
+        assert abs(level.max()) < 0.1 and level.argmax() == 128  # 3 kHz at 23.4 Hz a bin
 
 
 def test_visqol_measures_48_khz_systems_and_is_named_when_missing(checkpoint, audio_dir, tmp_path):

@@ -1,5 +1,7 @@
 """infer.py on a trained tiny checkpoint: files, chunks, streams and exports."""
 
+import re
+
 import numpy as np
 import pytest
 import soundfile as sf
@@ -61,7 +63,8 @@ def test_streaming_needs_only_the_codes_it_can_see(tts):
 
 
 def test_export_opens_as_the_same_model(checkpoint, tts, tmp_path):
-    run("infer.py", "--checkpoint", checkpoint, "--export", tmp_path / "out", "--device", "cpu")
+    run("infer.py", "--checkpoint", checkpoint, "--export", tmp_path / "out", "--device", "cpu", umask=0o027)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {0o640}  # others can serve it
     again = load_dual_head(tmp_path / "out")
     for a, b in zip(tts.decode(codes_of(8)), again.decode(codes_of(8))):
         assert torch.equal(a, b)
@@ -71,7 +74,7 @@ def test_onnx_computes_the_same_for_any_length(checkpoint, tts, tmp_path):
     import onnxruntime
 
     done = run("infer.py", "--checkpoint", checkpoint, "--export_onnx", tmp_path / "d.onnx")
-    assert "-> audio_24k, audio_48k; largest difference from PyTorch" in done.stdout
+    assert "-> audio_24k, audio_48k; largest difference from PyTorch" in done.stdout and not done.stderr
     session = onnxruntime.InferenceSession(str(tmp_path / "d.onnx"))
     codes = {f"codes_{k}": np.zeros((1, 7 * f), np.int64) for k, f in enumerate((1, 2, 4))}
     loud = [session.run(None, codes | {"noise_scale": np.array(1, np.float32)})[1] for _ in range(2)]
@@ -80,7 +83,9 @@ def test_onnx_computes_the_same_for_any_length(checkpoint, tts, tmp_path):
 
 def test_wav_folder_and_cache_give_the_same_48k_files(checkpoint, audio_dir, cache_dir, tmp_path):
     base = ("--checkpoint", checkpoint, "--device", "cpu")
-    run("infer.py", *base, "--input", audio_dir, "--output", tmp_path / "a")
+    done = run("infer.py", *base, "--input", audio_dir, "--output", tmp_path / "a")
+    first, *_, last = done.stderr.splitlines()
+    assert first == f"{checkpoint} on cpu" and re.search(r" s of audio in [\d.]+ s \(rtf [\d.]+\)", last)
     call(infer, *base, "--input", cache_dir, "--output", tmp_path / "b")
     one = ("--input", audio_dir / "a" / "utt00.wav", "--output", tmp_path / "one.wav")
     call(infer, *base, *one, "--sample_rate", "both", "--chunk_seconds", 0.3)

@@ -190,7 +190,7 @@ def test_users_mistakes_are_one_sentence(tmp_path, corpus, sidon_dir):
     cuda = standin.build(tmp_path / "cuda", "cuda")
     message = one_sentence(precompute(*data, "--sidon_dir", cuda, code=1))
     assert "needs SIDON" in message and "it holds decoder_cuda.pt, feature_extractor_cuda.pt" in message
-    assert "could not be fetched" in refusal(*data)
+    assert "reached" in refusal(*data)
     assert "other settings" in refusal(*data, "--upsampler", "sinc")
     standin.build(tmp_path / "other", lost=26)
     a = ("--input_dir", corpus, "--output_dir", tmp_path / "o", "--device", "cpu", "--num_workers", 0)
@@ -249,3 +249,23 @@ def test_help_is_fast():
     start = children_cpu()
     precompute("--help")
     assert children_cpu() - start < 1.5
+
+
+def test_both_splits_without_a_flag(tmp_path, monkeypatch, capsys):
+    for split, n in (("train", 3), ("valid", 2)):
+        for i in range(n):
+            path = tmp_path / "corpus" / split / "audio" / f"{i}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sf.write(path, buzz(48000, 0.5, seed=i)[0], 48000)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    assert call(precompute_48k, "--num_workers", 0) == 0
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    first = f"precompute_48k: 3 of 3 files below corpus/train/audio -> targets/train; {device}"
+    assert capsys.readouterr().out.startswith(first)
+    assert [len(rows_of(tmp_path / "targets" / split)) for split in ("train", "val")] == [3, 2]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "targets/val/0.wav").rename(tmp_path / "theirs/0.wav")
+    args = ("--input_dir", "corpus/train/audio")
+    assert "go together" in refused(precompute_48k, *args)
+    assert "has not made" in refused(precompute_48k, *args, "--output_dir", "theirs")

@@ -36,3 +36,30 @@ def test_links_of_a_prepared_dataset_are_followed_by_the_cache(snac_dir, audio_d
     folders = ("--data_dir", tmp_path / "d" / "valid" / "audio", "--output_dir", tmp_path / "c")
     run("cache_codes.py", *folders, "--pretrained_model", snac_dir, "--device", "cpu", "--num_workers", 0)
     assert json.loads((tmp_path / "c" / "metadata.json").read_text())["rows"] == 4
+
+
+def test_a_speaker_of_nested_folders_stays_in_one_part(tmp_path, monkeypatch):
+    """Without any flag but --input_dir; by the top folder; by a regex over the path; a warning by parent."""
+    for rel in (f"{s}/{kind}/{i}.wav" for s in ("es", "fr", "de", "en") for kind in "ab" for i in range(3)):
+        path = tmp_path / "recordings" / rel
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    done = run("prepare_dataset.py", "--input_dir", "recordings")
+    assert (
+        "23 training and 1 validation files (95.8 % for training; asked: --train_ratio 0.95)" in done.stdout
+    )
+    assert len(list((tmp_path / "corpus/train/audio").rglob("*.wav"))) == 23
+
+    def parts(out, *flags) -> tuple:
+        done = run("prepare_dataset.py", "--input_dir", "recordings", "--output_dir", out, *flags)
+        valid = tmp_path / out / "valid" / "audio"
+        return done.stderr, {p.relative_to(valid).parent.as_posix() for p in valid.rglob("*.wav")}
+
+    for out, by in (("top", "top"), ("regex", "regex:^([a-z]+)/")):
+        told, valid = parts(out, "--group_by", by, "--train_ratio", "0.7")
+        assert len(valid) == 2 and len({group[:2] for group in valid}) == 1 and not told
+    told, valid = parts("parent", "--group_by", "parent", "--train_ratio", "0.9")
+    assert len(valid) == 1 and told.count("\n") == 1
+    (group,) = valid
+    assert f"warning: {', '.join(sorted(group.split('/')))} in both parts" in told

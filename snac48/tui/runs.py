@@ -41,7 +41,7 @@ def last_process(path: Path, proc="/proc") -> tuple[str | None, int | None, floa
 
 @dataclass
 class Limits:
-    """Thresholds of the alarms (README lists them)."""
+    """Thresholds of the alarms (docs/monitor.md lists them)."""
 
     stall_s: float = 300.0  # RUNNING without a new line for longer than this and than 20 usual gaps
     diverge: float = 3.0  # median of the last 20 losses over the lowest such median at this segment length
