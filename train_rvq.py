@@ -462,7 +462,7 @@ def train_step(run: Run, state: State, passes, frames: int) -> tuple[float, list
     ce = (ce / frames).tolist()
     if why is None:
         state.optimizer.step()
-        state.count(ce)
+        state.rows.append([state.train_loss, *ce])
         if state.ema:
             decay = min(args.ema, (1 + state.step) / (10 + state.step))  # early averages follow closely
             with torch.no_grad():
@@ -494,8 +494,8 @@ def log_step(run: Run, state: State, epoch: int, pace: tuple, grad_norm: float, 
     flops = state.model.flops_per_frame(min(args.ctx, int(corpus.lengths.max())))
     peak, speed = token_lm.peak_flops(run.device), round(rate * corpus.K, 1)
     mfu = rate * flops / peak if peak else None
-    loss, *ce = mean(state.line) or (state.train_loss, *ce)  # no step since the last line: the one skipped
-    state.line, numbers = [], summary(ce, corpus.fps)
+    loss, *ce = mean(state.rows[state.logged :]) or (state.train_loss, *ce)  # all skipped: the last one's
+    state.logged, numbers = len(state.rows), summary(ce, corpus.fps)
     phase = "warmup" if step <= int(args.warmup_ratio * total) else "train"
     where = {"step": step, "total_steps": total, "epoch": epoch, "epochs": args.epochs, "phase": phase}
     lr = state.optimizer.param_groups[0]["lr"]
@@ -536,11 +536,10 @@ def close_epoch(run: Run, state: State, epoch: int) -> None:
     args, values, words = run.args, {}, ""
     if epoch % args.val_every == 0 or epoch == args.epochs:
         values, words = validate_and_keep(run, state, epoch)
-    loss = (mean(state.of_epoch) or [math.nan])[0]  # nan: every step of the epoch was skipped
+    loss = (mean(state.rows) or [math.nan])[0]  # nan: every step of the epoch was skipped
     spent, epoch_spent = state.spent()
-    values |= {"epoch_s": round(epoch_spent, 1), "elapsed_s": round(spent, 1)}
-    event = "val" if words else "epoch"
-    run.log.metric(event=event, step=state.step, epoch=epoch, train_loss=loss, **values)
+    values |= {"train_loss": loss, "epoch_s": round(epoch_spent, 1), "elapsed_s": round(spent, 1)}
+    run.log.metric(event="val" if words else "epoch", step=state.step, epoch=epoch, **values)
     clocks = f"took {human_time(epoch_spent)}, in all {human_time(spent)}"
     run.log.say(f"epoch {epoch}/{args.epochs} train {loss:.4f}{words}; {clocks}")
     if args.eval_audio_every and epoch % args.eval_audio_every == 0:
@@ -552,7 +551,7 @@ def close_epoch(run: Run, state: State, epoch: int) -> None:
 
 
 def validate_and_keep(run: Run, state: State, epoch: int) -> tuple[dict, str]:
-    """Plain cross-entropy of the held-out windows (EMA weights), for metrics.jsonl and in words; keeps the best."""
+    """Plain cross-entropy of the held-out windows (EMA weights), as numbers and in words; keeps the best."""
     args, model = run.args, state.ema or state.model
     ce = plain_ce(model, run.val_set, args.batch, run.device, args.amp, lambda: check_stop(run))
     loss = state.val_loss = sum(ce) / len(ce)

@@ -322,9 +322,9 @@ class StepGuard:
         return why
 
 
-def mean(sums: list[float]) -> list[float]:
-    """State.line or .of_epoch -> [loss, ce of each codebook], [] where no step was taken."""
-    return [s / sums[0] for s in sums[1:]]
+def mean(rows: list[list[float]]) -> list[float]:
+    """Of each column; [] where there are no rows."""
+    return [sum(column) / len(rows) for column in zip(*rows)]
 
 
 @dataclass
@@ -340,21 +340,15 @@ class State:
     best: float | None = None
     val_loss: float | None = None
     train_loss: float | None = None  # of the last step
-    # sums over the steps taken since the last log line, and of this epoch: 1, loss, ce of each codebook
-    line: list[float] = field(default_factory=list)
-    of_epoch: list[float] = field(default_factory=list)
-    # of the run and of the epoch (s), set back by what was spent on them before a resume
+    # loss and ce of each codebook for every step of this epoch that was not skipped; how many the log has told
+    rows: list[list[float]] = field(default_factory=list)
+    logged: int = 0
+    # when run and epoch began, set back by what was spent on them before a resume
     began: list[float] = field(default_factory=lambda: [time.time()] * 2)
-
-    def count(self, ce: list[float]) -> None:
-        """Take the step that was just done into the sums."""
-        one = [1.0, self.train_loss, *ce]
-        both = ([a + b for a, b in zip(sums or [0.0] * len(one), one)] for sums in (self.line, self.of_epoch))
-        self.line, self.of_epoch = both
 
     def begin_epoch(self, epoch: int, step: int) -> None:
         self.step, self.closed, self.began[1] = step, epoch - 1, time.time()
-        self.line, self.of_epoch = [], []
+        self.rows, self.logged = [], 0
 
     def spent(self) -> list[float]:
         """Wall-clock of the run and of the epoch in seconds, those before a resume included."""
@@ -365,7 +359,7 @@ class State:
         guard = {"running": self.guard.running, "skipped": self.guard.skipped}
         counts = {"global_step": self.step, "closed": self.closed, "spent": self.spent()}
         losses = {"best": self.best, "val_loss": self.val_loss, "train_loss": self.train_loss}
-        losses |= {"line": self.line, "of_epoch": self.of_epoch}
+        losses |= {"rows": self.rows, "logged": self.logged}
         return weights | {"optimizer": self.optimizer.state_dict(), "guard": guard} | counts | losses
 
     def load_state_dict(self, saved: dict) -> None:
@@ -380,7 +374,7 @@ class State:
         self.guard.running, self.guard.skipped = saved["guard"]["running"], saved["guard"]["skipped"]
         self.step, self.closed, self.best = saved["global_step"], saved["closed"], saved["best"]
         self.val_loss, self.train_loss = saved["val_loss"], saved["train_loss"]
-        self.line, self.of_epoch = saved.get("line", []), saved.get("of_epoch", [])  # older ones have none
+        self.rows, self.logged = saved.get("rows", []), saved.get("logged", 0)  # older ones have none
         self.began = [time.time() - spent for spent in saved.get("spent", (0, 0))]
 
 
