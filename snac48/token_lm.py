@@ -340,7 +340,7 @@ class State:
     best: float | None = None
     val_loss: float | None = None
     train_loss: float | None = None  # of the last step
-    # loss and ce of each codebook for every step of this epoch that was not skipped; how many the log has told
+    # loss and ce of each codebook at the steps of this epoch that were not skipped; how many the log has told
     rows: list[list[float]] = field(default_factory=list)
     logged: int = 0
     # when run and epoch began, set back by what was spent on them before a resume
