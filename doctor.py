@@ -1,8 +1,8 @@
 """Look through the checkpoints of a run, of train_rvq.py or train_dual_head.py, and say where it went wrong.
 
-    python doctor.py --ckpts "rvq_ckpts/*.pt"
-    python doctor.py --ckpts "rvq_ckpts/*_e*.pt" --probe-data CACHE_DIR --csv health.csv
-    python doctor.py --ckpts "checkpoints/phase12_dual_head/checkpoint_*.pt"
+    python doctor.py --ckpts rvq_ckpts/*.pt
+    python doctor.py --ckpts rvq_ckpts/*_e*.pt --probe-data CACHE_DIR --csv health.csv
+    python doctor.py --ckpts checkpoints/phase12_dual_head/checkpoint_*.pt
 
 One row per checkpoint in training order. A checkpoint is sick when
     it cannot be read, or holds NaN or Inf in weights or Adam moments;
@@ -157,19 +157,22 @@ def report(rows: list[dict]) -> None:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one_line_errors(p)
-    p.add_argument("--ckpts", required=True, help="glob of checkpoints of one run")
-    p.add_argument("--probe-data", help=".npq glob or cache folder: entropy and loss of token models on it")
-    p.add_argument("--probe-windows", type=int, default=16, help="windows of up to 256 frames (default 16)")
-    p.add_argument("--csv", help="write all columns there")
-    p.add_argument("--jump", type=float, default=0.5, help="nats of loss above the best before (default 0.5)")
-    p.add_argument("--stride", type=float, default=10.0, help="times the median step length (default 10)")
-    args = p.parse_args()
-    paths = sorted(glob.glob(args.ckpts, recursive=True))
-    if not paths:
-        raise UserError(f"--ckpts {args.ckpts}: no such file")
+    add = p.add_argument
+    add("--ckpts", nargs="+", required=True, help="checkpoints of one run: files, globs (required)")
+    add("--probe-data", help=".npq glob or cache folder: token models' entropy and loss (default: none)")
+    add("--probe-windows", type=int, default=16, help="of up to 256 frames (default: %(default)s)")
+    add("--csv", help="write all columns there (default: none)")
+    add("--jump", type=float, default=0.5, help="nats above the best loss before (default: %(default)s)")
+    add("--stride", type=float, default=10.0, help="times the median step length (default: %(default)s)")
+    args, paths = p.parse_args(), set()
+    for name in args.ckpts:
+        found = [name] if Path(name).exists() else glob.glob(name, recursive=True)
+        if not found:
+            raise UserError(f"--ckpts {name}: no such file")
+        paths |= set(found)
 
     rows, order = [], []
-    for path in paths:  # one at a time: a large run's checkpoints do not fit in memory together
+    for path in sorted(paths):  # one at a time: a large run's checkpoints do not fit in memory together
         try:
             state = load_checkpoint(path)
             order.append((state.get("global_step", -1), state.get("epoch", -1), path))

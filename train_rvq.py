@@ -43,18 +43,18 @@ from snac48.runlog import RunLog, git_sha, human_time, step_line, versions
 OPTIONS = {  # flag: (default, help); the type is the default's, text where that is None
     # data
     "--data": ("npq_out/*.npq", "glob of .npq files, or a cache folder of cache_codes.py"),
-    "--val-data": (None, "held-out files; without it whole files of --data, 5 % of its windows"),
+    "--val-data": (None, "held-out files (default: whole files of --data, 5 % of its windows)"),
     "--npq2": ("mid", "columns of stereo files"),
-    "--ctx": (1280, "frames a window; a shorter file is one window of its own length"),
-    "--step": (0, "frames from window to window; 0 = ctx // 2"),
+    "--ctx": (512, "frames a window; a shorter file is one window of its own length"),
+    "--step": (0, "frames from window to window; 0 = half of --ctx"),
     "--max_bad_fraction": (0.01, "stop when more of the files are bad"),
     "--num_workers": (2, "loader processes; 0 = load in the training process"),
     "--persistent-workers": (False, "keep loader processes from epoch to epoch"),
     "--prefetch": (6, "batches each loader process prepares ahead"),
     # schedule
-    "--batch": (4, "windows a forward pass"),
+    "--batch": (6, "windows a forward pass"),
     "--accum": (6, "forward passes an optimiser step"),
-    "--epochs": (350, "passes over the training windows"),
+    "--epochs": (250, "passes over the training windows"),
     "--lr": (2e-4, "peak learning rate"),
     "--warmup-ratio": (0.01, "part of all steps with rising rate"),
     "--eta-min-ratio": (0.05, "last rate of the cosine / peak rate"),
@@ -76,7 +76,7 @@ OPTIONS = {  # flag: (default, help); the type is the default's, text where that
     "--depth_d_model": (0, "its width; 0 = half as many heads of the same size"),
     "--dropout": (0.1, "in both"),
     # machine
-    "--device": (None, "cpu or a GPU number; without it the first GPU where there is one"),
+    "--device": ("", "GPU number or cpu (default: a GPU where there is one, else the CPU)"),
     "--amp": (False, "bf16 autocast"),
     "--fused-optim": (False, "fused AdamW"),
     "--compile": (False, "torch.compile of the model"),
@@ -101,7 +101,7 @@ OPTIONS = {  # flag: (default, help); the type is the default's, text where that
     "--log-lr-steps": (50, "steps from log line to log line"),
     "--quiet": (False, "no line per step on stdout and in the log; metrics.jsonl has them all the same"),
     "--resume": (None, "continue from this checkpoint; without a name: from the latest, and fail where "
-                 "there is none. Without the flag: from the latest where there is one"),
+                 "there is none (default: from the latest where there is one)"),
     "--no-resume": (False, "start anew even where a latest checkpoint exists"),
     "--ignore-arch": (False, "build what the flags say, not what the checkpoint holds; take over the "
                       "tensors that fit and start at step 0"),
@@ -128,7 +128,8 @@ def new_parser(prog: str, text: str) -> argparse.ArgumentParser:
 def training_parser() -> argparse.ArgumentParser:
     p = new_parser("train_rvq.py", __doc__)
     for name, (flag, (default, text)) in zip(DEFAULTS, OPTIONS.items()):
-        text += f" (default {default})" if default and not isinstance(default, bool) else ""
+        shown = "off" if default is False else "none" if default in (None, "") else default
+        text += "" if "(default" in text else f" (default: {shown})"
         kw = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if isinstance(default, bool):
             kw["action"] = "store_true" if name == "no_resume" else argparse.BooleanOptionalAction
@@ -185,16 +186,16 @@ def architecture(args, vocab: list[int]) -> dict:
 
 def generate_parser() -> argparse.ArgumentParser:
     p = new_parser("train_rvq.py generate", "Sample tokens (EMA weights).")
-    p.add_argument("--checkpoint", required=True)
-    p.add_argument("--output", required=True, help="out.npq, out.parquet (SNAC) or out.wav (decoded)")
-    p.add_argument("--prompt", help=".npq file, or .parquet of a cache (its row --prompt-row)")
-    p.add_argument("--prompt-row", type=int, default=0)
-    p.add_argument("--prompt-frames", type=int, default=0, help="first frames of the prompt used; 0 = all")
-    p.add_argument("--device")
-    p.add_argument("--seed", type=int, default=DEFAULTS["seed"])
+    p.add_argument("--checkpoint", required=True, help="of a training (required)")
+    p.add_argument("--output", required=True, help="NAME.npq, .parquet (SNAC) or .wav (decoded) (required)")
+    p.add_argument("--prompt", help=".npq, or .parquet of a cache (its row --prompt-row) (default: none)")
+    p.add_argument("--prompt-row", type=int, default=0, help="of a .parquet (default: 0)")
+    p.add_argument("--prompt-frames", type=int, default=0, help="first frames used; 0 = all (default: 0)")
+    p.add_argument("--device", default="", help=OPTIONS["--device"][1])
+    p.add_argument("--seed", type=int, default=DEFAULTS["seed"], help="of the choices (default: %(default)s)")
     for name in ("frames", "temperature", "top-k", "top-p", "decoder"):  # as the samples in training
         default, text = OPTIONS[f"--eval-{name}"]
-        p.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
+        p.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})")
     return p
 
 
@@ -210,7 +211,7 @@ def tokens_parser() -> argparse.ArgumentParser:
     one.add_argument("codes")
     one.add_argument("output")
     one.add_argument("--fps", type=float, default=44100 / 512, help="frames/s (default: DAC 44.1 kHz)")
-    one.add_argument("--codebook_size", type=int, default=1024)
+    one.add_argument("--codebook_size", type=int, default=1024, help="entries (default: %(default)s)")
     return p
 
 
@@ -227,7 +228,7 @@ import torch
 from torch import nn
 
 from snac48 import token_lm
-from snac48.token_lm import State, find_resume, load_decoder, objective, plain_ce, sample, summary
+from snac48.token_lm import State, find_resume, load_decoder, mean, objective, plain_ce, sample, summary
 
 # ---- learning rate ----
 
@@ -272,7 +273,7 @@ class Run:
 def start(given: dict) -> tuple[Run, State]:
     """Data, model and optimiser: at step 0, or where the checkpoint in --save_dir is."""
     args = settle(given)
-    device = cli.pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = cli.pick_device(args.device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     corpus = tokens.Corpus(args.data, args.npq2)
@@ -281,6 +282,7 @@ def start(given: dict) -> tuple[Run, State]:
         raise UserError(f"--val-data {args.val_data} holds other tokens than --data {args.data}")
     stem = f"rvq_{corpus.K}cb" + (f"_{args.tag}" if args.tag else "")
     log = RunLog(args.save_dir)
+    log.say(f"device {device}")
     report_bad(args, corpus, log)
     saved = None if args.no_resume else find_resume(log.dir, stem, args.resume, corpus, log.say)
     if saved and not args.ignore_arch:
@@ -295,9 +297,13 @@ def start(given: dict) -> tuple[Run, State]:
     steps = tokens.steps_per_epoch(len(train_set), args.batch, args.accum)
     if not fresh and saved["plan"] != plan:
         epoch = saved["epoch"] + (saved["global_step"] % saved["per_epoch"] == 0)
-        state.step, state.closed = (epoch - 1) * steps, epoch - 1
-        what = f"windows, batch, accum, ctx, step or seed changed ({saved['plan']} -> {plan})"
-        log.say(f"warning: {what}: continuing at the start of epoch {epoch}")
+        state.begin_epoch(epoch, (epoch - 1) * steps)
+        pairs = zip(("windows", "held out", "batch", "accum", "ctx", "step", "seed"), saved["plan"], plan)
+        what = ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
+        what += ": weights, EMA, optimizer and best are kept, the windows are new"
+        log.say(f"warning: {what}; continuing at the start of epoch {epoch}")
+        if epoch > args.epochs:
+            raise UserError(f"the checkpoint has finished its {epoch - 1} epochs: give more by --epochs")
     stop, total = cli.StopFlag(), steps * args.epochs  # from here on a signal is answered with a checkpoint
     run = Run(args, device, log, stem, train_set, val_set, loader, plan, weights, forward, stop, steps, total)
     announce(run, state, "start" if fresh else "resume")
@@ -344,7 +350,7 @@ def announce(run: Run, state: State, event: str) -> None:
     run.log.metric(event=event, **where, **made_by, arch=arch, **sizes, skipped=len(corpus.bad))
     run.log.say(
         f"{event}{f' at step {state.step}' if event == 'resume' else ''}: {params / 1e6:.1f} M parameters, "
-        f"K {corpus.K}, {corpus.fps:.2f} frames/s, {arch['pattern']} on {run.device}; "
+        f"K {corpus.K}, {corpus.fps:.2f} frames/s, {arch['pattern']}; "
         f"{len(run.train_set.files)} files, {len(run.train_set)} windows, {run.per_epoch} steps an epoch; "
         f"held out {len(run.val_set.files)} and {len(run.val_set)}"
     )
@@ -422,6 +428,8 @@ def feed(run: Run, state: State, epoch: int):
     todo = range(state.step - (epoch - 1) * run.per_epoch, run.per_epoch)
     steps = [tokens.step_batches(order, lengths, s, args.batch, args.accum) for s in todo]
     run.loader.batch_sampler[:] = [own.tolist() for step in steps for own in step]
+    if not steps:  # persistent workers must not begin with an empty epoch: they would never end
+        return
     passes, began, so_far = iter(run.loader), time.time(), 0
     for n, step in enumerate(steps, 1):
         frames = int(sum(lengths[own].sum() for own in step))
@@ -451,8 +459,10 @@ def train_step(run: Run, state: State, passes, frames: int) -> tuple[float, list
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf")).item()
     state.train_loss = loss.item()  # a CPU-GPU sync point, once a step
     why = state.guard.reason(state.train_loss, norm)
+    ce = (ce / frames).tolist()
     if why is None:
         state.optimizer.step()
+        state.rows.append([state.train_loss, *ce])
         if state.ema:
             decay = min(args.ema, (1 + state.step) / (10 + state.step))  # early averages follow closely
             with torch.no_grad():
@@ -467,10 +477,11 @@ def train_step(run: Run, state: State, passes, frames: int) -> tuple[float, list
         run.log.say(f"step {state.step}: {what}")
         if guard.in_a_row >= SKIPS_IN_A_ROW:
             raise Diverged
-    return norm, (ce / frames).tolist()
+    return norm, ce
 
 
 def log_step(run: Run, state: State, epoch: int, pace: tuple, grad_norm: float, ce: list[float]) -> None:
+    """Losses are means since the last line; the gradient's norm and the rate are this step's."""
     args, step, total, corpus = run.args, state.step, run.total, run.train_set.corpus
     if step % args.log_lr_steps and step % run.per_epoch and step != 1:
         if sys.stderr.isatty():
@@ -483,10 +494,11 @@ def log_step(run: Run, state: State, epoch: int, pace: tuple, grad_norm: float, 
     flops = state.model.flops_per_frame(min(args.ctx, int(corpus.lengths.max())))
     peak, speed = token_lm.peak_flops(run.device), round(rate * corpus.K, 1)
     mfu = rate * flops / peak if peak else None
-    numbers = summary(ce, corpus.fps)
+    loss, *ce = mean(state.rows[state.logged :]) or (state.train_loss, *ce)  # all skipped: the last one's
+    state.logged, numbers = len(state.rows), summary(ce, corpus.fps)
     phase = "warmup" if step <= int(args.warmup_ratio * total) else "train"
     where = {"step": step, "total_steps": total, "epoch": epoch, "epochs": args.epochs, "phase": phase}
-    loss, lr = state.train_loss, state.optimizer.param_groups[0]["lr"]
+    lr = state.optimizer.param_groups[0]["lr"]
     speeds = {"tokens_per_s": speed, "mfu": mfu, "eta_s": round(left, 1), "skipped": state.guard.skipped}
     run.log.metric(**where, loss=loss, lr=lr, grad_norm=grad_norm, **speeds, **numbers)
     if not args.quiet:
@@ -521,19 +533,25 @@ def archive(run: Run, state: State, epoch: int, kind: str) -> None:
 
 def close_epoch(run: Run, state: State, epoch: int) -> None:
     """What follows an epoch's last step; repeated whole when a stop or a kill came in between."""
-    args = run.args
+    args, values, words = run.args, {}, ""
     if epoch % args.val_every == 0 or epoch == args.epochs:
-        validate_and_keep(run, state, epoch)
+        values, words = validate_and_keep(run, state, epoch)
+    loss = (mean(state.rows) or [math.nan])[0]  # nan: every step of the epoch was skipped
+    spent, epoch_spent = state.spent()
+    values |= {"train_loss": loss, "epoch_s": round(epoch_spent, 1), "elapsed_s": round(spent, 1)}
+    run.log.metric(event="val" if words else "epoch", step=state.step, epoch=epoch, **values)
+    clocks = f"took {human_time(epoch_spent)}, in all {human_time(spent)}"
+    run.log.say(f"epoch {epoch}/{args.epochs} train {loss:.4f}{words}; {clocks}")
     if args.eval_audio_every and epoch % args.eval_audio_every == 0:
         listen(run, state, epoch)
     if args.archive_every and epoch % args.archive_every == 0:
         archive(run, state, epoch, "epoch")
-    state.closed = epoch
+    state.begin_epoch(epoch + 1, state.step)
     save(run, state, "latest")
 
 
-def validate_and_keep(run: Run, state: State, epoch: int) -> None:
-    """Plain cross-entropy of the held-out windows (EMA weights); the best so far is kept."""
+def validate_and_keep(run: Run, state: State, epoch: int) -> tuple[dict, str]:
+    """Plain cross-entropy of the held-out windows (EMA weights), as numbers and in words; keeps the best."""
     args, model = run.args, state.ema or state.model
     ce = plain_ce(model, run.val_set, args.batch, run.device, args.amp, lambda: check_stop(run))
     loss = state.val_loss = sum(ce) / len(ce)
@@ -542,12 +560,10 @@ def validate_and_keep(run: Run, state: State, epoch: int) -> None:
         state.best = loss
         save(run, state, "best")
         archive(run, state, epoch, "best")
-    numbers, best = summary(ce, run.train_set.corpus.fps), state.best
-    run.log.metric(event="val", step=state.step, epoch=epoch, val_loss=loss, best_val_loss=best, **numbers)
-    run.log.say(
-        f"epoch {epoch}/{args.epochs} val {loss:.4f} ppl {numbers['ppl']:.1f} bits/frame "
-        f"{numbers['bits_per_frame']:.2f} bits/s {numbers['bits_per_s']:.1f} ce "
-        f"{' '.join(f'{c:.3f}' for c in ce)}{' best' if better else ''}"
+    numbers = summary(ce, run.train_set.corpus.fps)
+    return {"val_loss": loss, "best_val_loss": state.best, **numbers}, (
+        f" val {loss:.4f} ppl {numbers['ppl']:.1f} bits/frame {numbers['bits_per_frame']:.2f} bits/s "
+        f"{numbers['bits_per_s']:.1f} ce {' '.join(f'{c:.3f}' for c in ce)}{' best' if better else ''}"
     )
 
 
@@ -576,7 +592,7 @@ def generate(args) -> int:
     if args.frames < 1:
         raise UserError("--frames must be at least 1")
     saved, out = load_checkpoint(args.checkpoint), Path(args.output)
-    device = cli.pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = cli.pick_device(args.device)
     model = token_lm.build(saved, "ema", device)
     source = dict(saved["source"])
     fps = source.pop("fps")

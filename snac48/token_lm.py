@@ -6,7 +6,8 @@ train_rvq.py trains and samples it, doctor.py probes it. Tokens are frames [B, T
 
 import copy
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -321,6 +322,11 @@ class StepGuard:
         return why
 
 
+def mean(rows: list[list[float]]) -> list[float]:
+    """Of each column; [] where there are no rows."""
+    return [sum(column) / len(rows) for column in zip(*rows)]
+
+
 @dataclass
 class State:
     """The resume contract: what isn't in state_dict() isn't resumed."""
@@ -333,13 +339,27 @@ class State:
     closed: int = 0  # epochs validated, sampled and archived
     best: float | None = None
     val_loss: float | None = None
-    train_loss: float | None = None
+    train_loss: float | None = None  # of the last step
+    # loss and ce of each codebook at the steps of this epoch that were not skipped; how many the log has told
+    rows: list[list[float]] = field(default_factory=list)
+    logged: int = 0
+    # when run and epoch began, set back by what was spent on them before a resume
+    began: list[float] = field(default_factory=lambda: [time.time()] * 2)
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        self.step, self.closed, self.began[1] = step, epoch - 1, time.time()
+        self.rows, self.logged = [], 0
+
+    def spent(self) -> list[float]:
+        """Wall-clock of the run and of the epoch in seconds, those before a resume included."""
+        return [time.time() - began for began in self.began]
 
     def state_dict(self) -> dict:
         weights = {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict()}
         guard = {"running": self.guard.running, "skipped": self.guard.skipped}
-        counts = {"global_step": self.step, "closed": self.closed}
+        counts = {"global_step": self.step, "closed": self.closed, "spent": self.spent()}
         losses = {"best": self.best, "val_loss": self.val_loss, "train_loss": self.train_loss}
+        losses |= {"rows": self.rows, "logged": self.logged}
         return weights | {"optimizer": self.optimizer.state_dict(), "guard": guard} | counts | losses
 
     def load_state_dict(self, saved: dict) -> None:
@@ -354,6 +374,8 @@ class State:
         self.guard.running, self.guard.skipped = saved["guard"]["running"], saved["guard"]["skipped"]
         self.step, self.closed, self.best = saved["global_step"], saved["closed"], saved["best"]
         self.val_loss, self.train_loss = saved["val_loss"], saved["train_loss"]
+        self.rows, self.logged = saved.get("rows", []), saved.get("logged", 0)  # older ones have none
+        self.began = [time.time() - spent for spent in saved.get("spent", (0, 0))]
 
 
 def new_state(model: TokenLM, args) -> State:

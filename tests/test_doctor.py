@@ -33,11 +33,15 @@ def healthy(tmp_path_factory):
 
 def test_a_healthy_run_is_healthy(healthy, monkeypatch, capsys):
     tmp, data = healthy
-    code = run_doctor(monkeypatch, "--ckpts", tmp / "run/*.pt", "--probe-data", data, "--csv", tmp / "h.csv")
+    files = sorted((tmp / "run").glob("*_epoch_e*.pt"))  # as a shell expands them; a glob that has them again
+    code = run_doctor(
+        monkeypatch, "--ckpts", *files, tmp / "run/*.pt", "--probe-data", data, "--csv", tmp / "h.csv"
+    )
     out = capsys.readouterr().out
     assert code == 0 and "nothing wrong" in out
     rows = list(csv.DictReader(open(tmp / "h.csv")))
     steps = [int(r["step"]) for r in rows]
+    assert sorted(r["file"] for r in rows) == sorted(p.name for p in (tmp / "run").glob("*.pt"))
     assert steps == sorted(steps) and set(rows[0]) == set(doctor.COLUMNS)
     last = next(r for r in rows if "_epoch_e0006" in r["file"])
     state = load_checkpoint(tmp / "run" / last["file"])
@@ -128,4 +132,6 @@ def test_errors_and_help(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", {"weights": 1})
     with pytest.raises(UserError, match="not a checkpoint of"):
         run_doctor(monkeypatch, "--ckpts", tmp_path / "*.pt")
+    with pytest.raises(UserError, match=r"b\.pt: no such file"):
+        run_doctor(monkeypatch, "--ckpts", tmp_path / "a.pt", tmp_path / "b.pt")
     assert "--probe-data" in run("doctor.py", "--help").stdout
