@@ -422,6 +422,8 @@ def feed(run: Run, state: State, epoch: int):
     todo = range(state.step - (epoch - 1) * run.per_epoch, run.per_epoch)
     steps = [tokens.step_batches(order, lengths, s, args.batch, args.accum) for s in todo]
     run.loader.batch_sampler[:] = [own.tolist() for step in steps for own in step]
+    if not steps:  # persistent workers must not begin with an empty epoch: they would never end
+        return
     passes, began, so_far = iter(run.loader), time.time(), 0
     for n, step in enumerate(steps, 1):
         frames = int(sum(lengths[own].sum() for own in step))

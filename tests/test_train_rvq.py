@@ -346,7 +346,7 @@ def test_generate_wav_through_the_dual_head(snac_run, monkeypatch):
             return torch.zeros(1, 1, 20 * 2048), torch.full((1, 1, 20 * 4096), 0.5)
 
     speaker = lambda path, device: seen.setdefault("path", path) and Decoder()
-    monkeypatch.setattr("snac48.decoder.load_dual_head", speaker)
+    monkeypatch.setattr("snac48.token_lm.load_dual_head", speaker)
     assert generate(snac_run, "a.wav", "--decoder", "our.pt") == 0
     audio, rate = soundfile.read(snac_run / "a.wav")
     assert rate == 48000 and len(audio) == 20 * 4096 and abs(audio.mean() - 0.5) < 1e-3
