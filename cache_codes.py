@@ -14,12 +14,9 @@ line a file left out, with the reason) and work/ (claims). Columns: file_path (r
 import argparse
 import collections
 import contextlib
-import itertools
 import math
-import multiprocessing
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
@@ -32,19 +29,16 @@ from snac48.cli import (
     Stopped,
     TooManyBadFiles,
     UserError,
-    at_least,
     guarded,
-    ignore_stop_signals,
     main_guard,
-    one_line_errors,
     pick_device,
+    read_flags,
     stop_at_once,
 )
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(p)
     add = p.add_argument
     add("--data_dir", required=True, help="audio folder, read recursively")
     add("--output_dir", required=True, help="cache folder; may be shared by several processes")
@@ -56,8 +50,8 @@ def parse_args(argv=None):
     add("--limit", type=int, default=-1, help="only the first N files of the sorted listing (-1 = all)")
     add("--num_workers", type=int, default=4, help="decoding processes (0 = in this process)")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more files than this are bad")
-    args = p.parse_args(argv)
-    at_least(p, args, batch_size=1, rows_per_file=1, min_seconds=0, num_workers=0, max_bad_fraction=0)
+    lowest = {"batch_size": 1, "rows_per_file": 1, "min_seconds": 0, "num_workers": 0, "max_bad_fraction": 0}
+    args = read_flags(p, argv, **lowest)
     if not Path(args.data_dir).is_dir():
         raise UserError(f"audio folder {args.data_dir} does not exist")
     return args
@@ -67,14 +61,15 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     stop_at_once()
     ARGS = guarded(parse_args)
 
+import numpy as np
 import torch
 
-from snac48.audio import AudioError, find_audio, link_roots, read_audio, resample, resolve_inside
+from snac48.audio import AudioError, find_audio, read_audio, resample, resolve_inside
 from snac48.cache import write_shard
 from snac48.codec import Geometry, align_samples, encode, fold_weight_norm, geometry_of, load_snac
-from snac48.files import read_json, write_json, write_jsonl
+from snac48.files import write_json, write_jsonl
 from snac48.runlog import RunLog, human_time
-from snac48.work import SharedWork, in_order
+from snac48.work import SharedWork, in_order, processes
 
 MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
 MAX_WAITING_SECONDS = 30 * 60  # of audio that waits for companions of its length
@@ -82,11 +77,11 @@ MAX_WAITING_SECONDS = 30 * 60  # of audio that waits for companions of its lengt
 # ---- reading ----
 
 
-def read_one(root: str, rel: str, allowed: tuple, rate: int):
+def read_one(root: str, rel: str, rate: int):
     """In a reading process: (path, samples at `rate` | None, reason | None)."""
     try:
         rel.encode("utf-8")
-        samples, source_rate = read_audio(resolve_inside(root, rel, allowed))
+        samples, source_rate = read_audio(resolve_inside(root, rel))
         return rel, resample(samples, source_rate, rate), None
     except UnicodeEncodeError:
         return rel.encode("utf-8", "backslashreplace").decode(), None, "file name is not UTF-8"
@@ -94,35 +89,23 @@ def read_one(root: str, rel: str, allowed: tuple, rate: int):
         return rel, None, str(e)
 
 
-class Reader:
-    """Decodes and resamples files in worker processes, in order, a bounded number ahead."""
-
-    def __init__(self, root: str, rate: int, num_workers: int, stop: StopFlag):
-        self.stop, self.root, self.rate, self.allowed = stop, root, rate, link_roots(root)
-        self.pool, self.ahead = None, 4 * num_workers
-        if num_workers:
-            context = multiprocessing.get_context("forkserver")  # not fork: CUDA is already up in the parent
-            self.pool = ProcessPoolExecutor(num_workers, context, ignore_stop_signals)
-
-    def __call__(self, files):
-        """Yield read_one(...) of each file; ends early when a stop was asked for."""
-        jobs = ((rel, (self.root, rel, self.allowed, self.rate)) for rel in files)
-        last = files[0]
-        try:
-            for rel, clip in in_order(self.pool, read_one, jobs, self.ahead):
-                last = rel
-                yield clip
-        except BrokenProcessPool:
-            time.sleep(0.2)  # a signal to the group may have reached a starting worker before us
-            if self.stop:
-                return
-            why = "out of memory, or a file that crashes the decoder"
-            todo = "move that file away or lower --num_workers"
-            raise UserError(f"a decoding process died ({why}) near {last}; {todo}") from None
-
-    def close(self):
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+def read(pool, files: list[str], args, rate: int, stop: StopFlag):
+    """Yield read_one(...) of each file in order, a bounded number ahead. Raises Stopped."""
+    jobs = ((rel, (args.data_dir, rel, rate)) for rel in files)
+    last = files[0]
+    try:
+        for rel, clip in in_order(pool, read_one, jobs, 4 * args.num_workers):
+            if stop:
+                raise Stopped
+            last = rel
+            yield clip
+    except BrokenProcessPool:
+        time.sleep(0.2)  # a signal to the group may have reached a starting worker before us
+        if stop:
+            raise Stopped from None
+        why = "out of memory, or a file that crashes the decoder"
+        todo = "move that file away or lower --num_workers"
+        raise UserError(f"a decoding process died ({why}) near {last}; {todo}") from None
 
 
 # ---- encoding ----
@@ -160,11 +143,9 @@ def equally_long(clips, align: int, rate: int, batch_size: int):
 
 def encode_batch(model, length: int, batch: list) -> dict:
     """{path: (samples, [int16 codes of each scale])} of clips that are padded to `length` samples."""
-    audio = torch.zeros(len(batch), 1, length)
-    for i, (_, samples) in enumerate(batch):
-        audio[i, 0, : len(samples)] = torch.from_numpy(samples)
+    audio = np.stack([np.pad(samples, (0, length - len(samples))) for _, samples in batch])[:, None]
     with torch.inference_mode():
-        codes = encode(model, audio.to(next(model.parameters()).device))
+        codes = encode(model, torch.from_numpy(audio).to(next(model.parameters()).device))
     codes = [c.to(torch.int16).cpu().numpy() for c in codes]
     return {rel: (len(samples), [c[i] for c in codes]) for i, (rel, samples) in enumerate(batch)}
 
@@ -172,14 +153,11 @@ def encode_batch(model, length: int, batch: list) -> dict:
 def encode_unit(model, clips, args, stop: StopFlag):
     """({path: (samples, codes)}, [{file_path, reason, bad}] of those left out). Raises Stopped."""
     rows, skipped, rate = {}, [], model.sampling_rate
-    clips = itertools.takewhile(lambda _: not stop, clips)
     clips = long_enough(clips, args.min_seconds, rate, skipped)
     for length, batch in equally_long(clips, align_samples(model), rate, args.batch_size):
         if stop:
-            break
+            raise Stopped
         rows |= encode_batch(model, length, batch)
-    if stop:
-        raise Stopped
     return rows, skipped
 
 
@@ -213,27 +191,29 @@ class Progress:
 
 def encode_all(model, geometry: Geometry, work: SharedWork, progress: Progress, args, stop: StopFlag) -> None:
     """Claim units and write their parquet files. Raises Stopped and TooManyBadFiles."""
-    reader = Reader(args.data_dir, geometry.sampling_rate, args.num_workers, stop)
     out, allowed = Path(args.output_dir), args.max_bad_fraction * sum(progress.sizes)
-    with contextlib.closing(progress), contextlib.closing(work), contextlib.closing(reader):
+    with contextlib.closing(progress), contextlib.closing(work), contextlib.ExitStack() as stack:
+        if pool := processes(args.num_workers, "forkserver"):
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         for unit, files in enumerate(work.units):
             if stop:
                 raise Stopped
             if not work.claim(unit):
                 continue
             try:
-                rows, skipped = encode_unit(model, reader(files), args, stop)
+                clips = read(pool, files, args, geometry.sampling_rate, stop)
+                rows, skipped = encode_unit(model, clips, args, stop)
             except Stopped:
-                work.release()
+                work.release(unit)
                 raise
-            if not work.still_ours():
+            if not work.still_ours(unit):
                 text = "was taken over while this process slept; its rows are dropped here"
                 progress.log.say(f"unit {unit} {text}")
                 continue
             for stale in out.glob(f"codes_batch_gpu*_{unit}.parquet"):
                 stale.unlink()  # of an owner that died before it could commit
             shard = f"codes_batch_{progress.worker}_{unit}.parquet" if rows else None
-            if shard:
+            if rows:
                 write_shard(out / shard, rows, geometry, args.data_dir)
             seconds = sum(length for length, _ in rows.values()) / geometry.sampling_rate
             work.commit(unit, {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped})
@@ -246,30 +226,21 @@ def encode_all(model, geometry: Geometry, work: SharedWork, progress: Progress, 
 
 def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
     """Merge the units' results into metadata.json and skipped.jsonl once every unit is done, by whomever.
-
-    Raises TooManyBadFiles, of all processes and earlier starts of this command; UserError for an empty cache.
-    """
-    results = work.results()
-    if results is None:
-        left = work.unfinished()
+    Raises TooManyBadFiles, of all processes and earlier starts of this command; UserError for no rows."""
+    if left := work.unfinished():
         log.say(f"{left} units are still with other processes; the last one writes metadata.json")
         return
+    results = work.results()
     skipped = sorted((s for r in results for s in r["skipped"]), key=lambda s: s["file_path"])
     reasons = collections.Counter(s["reason"] for s in skipped)
     rows, seconds = (sum(r[key] for r in results) for key in ("rows", "seconds"))
-    metadata = {
-        "snac": asdict(geometry),
-        "data_dir": str(Path(args.data_dir).resolve()),
-        "files": rows + len(skipped),
-        "rows": rows,
-        "seconds": round(seconds, 3),
-        "skipped": len(skipped),
-        "skipped_by_reason": dict(reasons.most_common()),
-    }
+    metadata = {"snac": asdict(geometry), "data_dir": str(Path(args.data_dir).resolve())}
+    metadata |= {"files": rows + len(skipped), "rows": rows, "seconds": round(seconds, 3)}
+    metadata |= {"skipped": len(skipped), "skipped_by_reason": dict(reasons.most_common())}
     write_jsonl(Path(args.output_dir) / "skipped.jsonl", skipped)
     write_json(Path(args.output_dir) / "metadata.json", metadata)
-    counted = f"{rows} rows ({seconds / 3600:.3f} h) + {len(skipped)} skipped"
-    log.say(f"done: {counted} = {rows + len(skipped)} files")
+    counted = f"{rows} rows ({seconds / 3600:.3f} h) + {len(skipped)} skipped = {rows + len(skipped)} files"
+    log.say(f"done: {counted}")
     for why, n in reasons.most_common(10):
         log.say(f"  skipped {n}: {why}")
     if rows == 0:
@@ -278,13 +249,6 @@ def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
     bad = sum(s["bad"] for s in skipped)
     if bad > args.max_bad_fraction * sum(map(len, work.units)):
         raise TooManyBadFiles(bad)
-
-
-def first_bad(work: SharedWork) -> str:
-    """Names of the first bad files with their reasons, for an error message."""
-    done = [path for path in map(work.result_path, range(len(work.units))) if path.exists()]
-    bad = [s for path in done for s in read_json(path)["skipped"] if s["bad"]]
-    return ", ".join(f"{s['file_path']} ({s['reason']})" for s in bad[:3])
 
 
 def main(args) -> int:
@@ -296,12 +260,8 @@ def main(args) -> int:
     if (size := geometry.codebook_size) > 32767:
         raise UserError(f"codebook of {size} entries does not fit the cache's int16 columns")
     fold_weight_norm(model)
-    data_dir = str(Path(args.data_dir).resolve())
-    settings = {
-        "data_dir": data_dir,
-        "weights_sha256": geometry.weights_sha256,
-        "min_seconds": args.min_seconds,
-    }
+    settings = {"data_dir": str(Path(args.data_dir).resolve()), "weights_sha256": geometry.weights_sha256}
+    settings["min_seconds"] = args.min_seconds
     work = SharedWork(args.output_dir, files, args.rows_per_file, settings, print)
     log, worker = RunLog(args.output_dir, "cache.log"), f"gpu{device.index or 0}"
     progress = Progress(log, work, worker)
@@ -316,8 +276,10 @@ def main(args) -> int:
     except TooManyBadFiles as e:
         log.metric(event="end", reason="bad input", kind="cache", worker=worker)
         share = f"{e} bad files of {total} are more than --max_bad_fraction {args.max_bad_fraction:g}"
+        bad = [s for r in work.results() for s in r["skipped"] if s["bad"]]
+        names = ", ".join(f"{s['file_path']} ({s['reason']})" for s in bad[:3])
         todo = "mend them, or run again with a higher --max_bad_fraction"
-        raise UserError(f"{share}: {first_bad(work)}; {todo}", EXIT_BAD_INPUT) from None
+        raise UserError(f"{share}: {names}; {todo}", EXIT_BAD_INPUT) from None
     except Stopped:
         log.metric(event="end", reason="stopped", kind="cache", worker=worker)
         log.say(f"stopped by {stop.signal}: finished units are kept, the same command continues")

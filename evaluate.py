@@ -19,26 +19,15 @@ audio mode, 48 kHz systems, higher is better), rtf (decoding time / audio time).
 import argparse
 import collections
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from snac48.cli import (
-    EXIT_STOPPED,
-    StopFlag,
-    UserError,
-    at_least,
-    guarded,
-    main_guard,
-    one_line_errors,
-    pick_device,
-)
+from snac48.cli import EXIT_STOPPED, StopFlag, UserError, guarded, main_guard, pick_device, read_flags, warn
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(p)
     add = p.add_argument
     add("--checkpoint", nargs="+", required=True, help="checkpoints or exported folders")
     add("--data_dirs", nargs="+", required=True, help="folders of held-out recordings, 44.1 kHz or more")
@@ -52,9 +41,7 @@ def parse_args(argv=None):
     add("--samples_dir", default="comparison_samples")
     add("--max_samples_saved", type=int, default=20, help="clips written as wav (-1 = all)")
     add("--visqol", action="store_true", help="also ViSQOL (pip install visqol-python; about 1 s a clip)")
-    args = p.parse_args(argv)
-    at_least(p, args, segment_length=0, min_rate=0, seed=0)
-    return args
+    return read_flags(p, argv, segment_length=0, min_rate=0, seed=0)
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
@@ -64,25 +51,13 @@ import numpy as np
 import soundfile as sf
 import torch
 
-from snac48.audio import (
-    AudioError,
-    find_audio,
-    link_roots,
-    read_audio,
-    resample,
-    resampled_length,
-    resolve_inside,
-)
+from snac48.audio import AudioError, find_audio, read_audio, resample, resampled_length, resolve_inside
 from snac48.codec import geometry_of, load_snac, model_config
 from snac48.decoder import HEADS, DualHead, DualHeadDecoder, load_dual_head
 from snac48.files import write_json
 from snac48.losses import lsd, mel_filters, spectrum, stft_loss
 
 N_FFTS = (1024, 2048, 4096)
-
-
-def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -128,18 +103,14 @@ def load_visqol():
 def measure(pred, target, rate: int, visqol=None) -> dict:
     """All metrics that apply at this rate: [N] against [N]."""
     valid = torch.tensor([len(target)])
-    found = {
-        "l1": float((pred - target).abs().mean()),
-        "stft": float(stft_loss(pred[None], target[None], valid, N_FFTS)),
-        "mel": mel_distance(pred, target, rate),
-    }
+    found = {"l1": float((pred - target).abs().mean())}
+    found["stft"] = float(stft_loss(pred[None], target[None], valid, N_FFTS))
+    found["mel"] = mel_distance(pred, target, rate)
     if rate == 24000:
         return found | {"si_sdr": si_sdr(pred, target)}
-    return found | {
-        "lsd": float(lsd(pred[None], target[None], valid, rate)),
-        "lsd_12_24k": float(lsd(pred[None], target[None], valid, rate, 12000)),
-        **({"visqol": visqol(pred, target)} if visqol else {}),
-    }
+    found["lsd"] = float(lsd(pred[None], target[None], valid, rate))
+    found["lsd_12_24k"] = float(lsd(pred[None], target[None], valid, rate, 12000))
+    return found | ({"visqol": visqol(pred, target)} if visqol else {})
 
 
 def pcm16(x):
@@ -152,14 +123,14 @@ def pcm16(x):
 
 def clips(args, g):
     """Yield (name, {rate of each head: audio [N]}) of clips of whole coarse codes, drawn with the seed."""
-    files = [(d, rel, link_roots(d)) for d in args.data_dirs for rel in find_audio(d)]
+    files = [(d, rel) for d in args.data_dirs for rel in find_audio(d)]
     left_out, count = {}, 0
     for i in np.random.default_rng(args.seed).permutation(len(files)):
         if args.num_samples >= 0 and count >= args.num_samples:
             break
-        root, rel, allowed = files[i]
+        root, rel = files[i]
         try:
-            x, rate = read_audio(resolve_inside(root, rel, allowed))
+            x, rate = read_audio(resolve_inside(root, rel))
             if rate < args.min_rate:
                 raise AudioError(f"{rate} Hz is below --min_rate {args.min_rate}")
             coarse = resampled_length(len(x), rate, g.sampling_rate) // g.coarse_samples
@@ -173,9 +144,9 @@ def clips(args, g):
         count += 1
         yield rel, {head.rate: cut(x, rate, head.rate, start, n, g) for head in HEADS.values()}
     for rel, reason in sorted(left_out.items())[:10]:
-        log(f"left out {rel}: {reason}")
+        warn(f"left out {rel}: {reason}")
     if left_out:
-        log(f"{len(left_out)} files left out, {count} clips used")
+        warn(f"{len(left_out)} files left out, {count} clips used")
 
 
 def cut(x, rate: int, new_rate: int, start: int, n: int, g):
@@ -190,7 +161,8 @@ def cut(x, rate: int, new_rate: int, start: int, n: int, g):
 
 def open_systems(args, device) -> tuple[DualHead, dict[str, DualHead]]:
     """(base SNAC, {label: decoder} of the checkpoints). Raises UserError for codecs that don't compare."""
-    labels = [label_of(p, args.checkpoint) for p in args.checkpoint]
+    folders = [Path(p).parent.name for p in args.checkpoint]  # of one name: told apart by path
+    labels = [f if folders.count(f) == 1 else p for f, p in zip(folders, args.checkpoint)]
     loaded = [load_dual_head(p, device, args.pretrained_model) for p in args.checkpoint]
     base_name = args.pretrained_model or loaded[0].encoder_from
     snac = load_snac(base_name)
@@ -205,18 +177,10 @@ def open_systems(args, device) -> tuple[DualHead, dict[str, DualHead]]:
     return DualHead(decoder, geometry, model_config(snac), device, base_name), dict(zip(labels, loaded))
 
 
-def label_of(path: str, among: list[str]) -> str:
-    """Shortest name that tells a checkpoint from the others: its folder, or folder/file."""
-    name = Path(path).parent.name
-    return name if [Path(p).parent.name for p in among].count(name) == 1 else str(path)
-
-
 def timed(tts: DualHead, codes, seed: int) -> dict[str, Signal]:
     """{head: what it makes of the codes}."""
     began = time.perf_counter()
     out = tts.decode(codes, noise_seed=seed)
-    if tts.device.type == "cuda":
-        torch.cuda.synchronize()
     found = {head: x[0, 0].float().cpu() for head, x in zip(HEADS, out) if x is not None}
     spent = time.perf_counter() - began
     return {head: Signal(x, HEADS[head].rate, spent) for head, x in found.items()}
@@ -297,7 +261,7 @@ def main(args) -> int:
     loudest, shown = -math.inf, None
     for name, clip in clips(args, base.geometry):
         if stop:
-            log(f"stopped by {stop.signal}; nothing was written")
+            warn(f"stopped by {stop.signal}; nothing was written")
             return EXIT_STOPPED
         if count == 0:
             timed(base, base.encode(clip[24000][None, None]), args.seed)  # warms up kernels
@@ -319,17 +283,12 @@ def main(args) -> int:
         count += 1
         seconds += length
         if count % 50 == 0:
-            log(f"{count} clips")
+            warn(f"{count} clips")
     if count == 0:
         raise UserError(f"no clip of {', '.join(args.data_dirs)} can be used (44.1 kHz or more, long enough)")
-    results = {
-        "clips": count,
-        "seconds": round(seconds, 3),
-        "checkpoint": ", ".join(args.checkpoint),
-        "systems": {
-            s: {k: float(np.mean([r[k] for r in found])) for k in found[0]} for s, found in rows.items()
-        },
-    }
+    results = {"clips": count, "seconds": round(seconds, 3), "checkpoint": ", ".join(args.checkpoint)}
+    mean = lambda found: {k: float(np.mean([r[k] for r in found])) for k in found[0]}
+    results["systems"] = {system: mean(found) for system, found in rows.items()}
     save_results(args, results, *shown)
     return 0
 

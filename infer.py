@@ -26,21 +26,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from snac48.cli import (
-    EXIT_BAD_INPUT,
-    EXIT_STOPPED,
-    StopFlag,
-    UserError,
-    at_least,
-    guarded,
-    main_guard,
-    one_line_errors,
-)
+from snac48.cli import EXIT_BAD_INPUT, EXIT_STOPPED, StopFlag, UserError, guarded, main_guard, read_flags
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(p)
     add = p.add_argument
     add("--checkpoint", required=True, help="checkpoint, exported folder, or hub id@COMMIT")
     add("--input", help="audio file, folder, cache of cache_codes.py, or one .parquet of it")
@@ -54,8 +44,7 @@ def parse_args(argv=None):
     add("--export", metavar="DIR", help="write model.safetensors + config.json for load_dual_head")
     add("--half", action="store_true", help="--export of a codec: float16 weights")
     add("--export_onnx", metavar="FILE", help="write an ONNX graph: codes of any length -> audio")
-    args = p.parse_args(argv)
-    at_least(p, args, chunk_seconds=0)
+    args = read_flags(p, argv, chunk_seconds=0)
     if not (args.export or args.export_onnx) and not (args.input and args.output):
         p.error("--input and --output are required (or --export DIR, --export_onnx FILE)")
     if args.output == "-" and args.sample_rate == "both":
@@ -70,16 +59,8 @@ import numpy as np
 import soundfile as sf
 import torch
 
-from snac48.audio import (
-    AudioError,
-    find_audio,
-    link_roots,
-    read_audio,
-    resample,
-    resampled_length,
-    resolve_inside,
-)
-from snac48.cache import CodeIndex, shard_rows
+from snac48.audio import AudioError, find_audio, read_audio, resample, resampled_length, resolve_inside
+from snac48.cache import SHARDS, CodeIndex, shard_rows
 from snac48.decoder import HEADS, DualHead, load_dual_head, read_checkpoint
 from snac48.files import atomic_file, write_json
 
@@ -133,7 +114,7 @@ class OnnxGraph(torch.nn.Module):
         super().__init__()
         self.model, geometry = tts.model, tts.geometry
         self.entries, scales = geometry.codebook_size, range(len(geometry.vq_strides))
-        self.per_coarse = [geometry.frames_per_coarse(k) for k in scales]
+        self.per_coarse = [geometry.per_coarse[k] for k in scales]
         self.inputs = ["noise_scale", *(f"codes_{k}" for k in scales)]
         self.outputs = [f"audio_{head}" for head in tts.heads]
 
@@ -158,15 +139,10 @@ def export_onnx(tts: DualHead, path: str) -> None:
     except ImportError as e:
         raise UserError(f"--export_onnx needs {e.name}: pip install onnx onnxscript onnxruntime") from None
     graph, silent, free = OnnxGraph(tts).eval(), torch.tensor(0.0), torch.export.Dim.DYNAMIC
-    program = torch.onnx.export(
-        graph,
-        (silent, *graph.random_codes(2, 5)),
-        dynamo=True,
-        verbose=False,
-        input_names=graph.inputs,
-        output_names=graph.outputs,
-        dynamic_shapes=(None, tuple({0: free, 1: free} for _ in graph.per_coarse)),
-    )
+    names = {"input_names": graph.inputs, "output_names": graph.outputs}
+    shapes, example = (None, ({0: free, 1: free},) * len(graph.per_coarse)), graph.random_codes(2, 5)
+    options = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes}
+    program = torch.onnx.export(graph, (silent, *example), **options, **names)
     with atomic_file(path) as f:
         f.write(program.model_proto.SerializeToString())
     session, differences = onnxruntime.InferenceSession(path), []
@@ -202,11 +178,10 @@ def utterances(tts: DualHead, source: str):
     path = Path(source)
     if not path.exists():
         raise UserError(f"--input {source} does not exist")
-    cached = path.suffix == ".parquet" or (path.is_dir() and any(path.glob("codes_batch_gpu*_*.parquet")))
-    if cached:
+    if path.suffix == ".parquet" or any(path.glob(SHARDS)):
         yield from from_cache(tts, path)
     elif path.is_dir():
-        yield from from_audio(tts, path, find_audio(path), link_roots(path))
+        yield from from_audio(tts, path, find_audio(path))
     else:
         yield from from_audio(tts, path.parent, [path.name], (path.resolve().parent,))
 
@@ -214,11 +189,7 @@ def utterances(tts: DualHead, source: str):
 def from_cache(tts: DualHead, path: Path):
     if path.is_dir():
         index = CodeIndex(str(path))
-        geometry = index.geometry
-        rows = (
-            (index.path(i), index.slice(i, 0, index.coarse(i)), int(index.lengths[i]))
-            for i in range(len(index))
-        )
+        geometry, rows = index.geometry, index.rows()
     else:
         geometry, rows = shard_rows(path)
     differs = tts.geometry.difference(geometry)
@@ -228,7 +199,7 @@ def from_cache(tts: DualHead, path: Path):
         yield Utterance(rel, [torch.from_numpy(c)[None] for c in codes], n, geometry.sampling_rate)
 
 
-def from_audio(tts: DualHead, root: Path, files: list[str], allowed: tuple):
+def from_audio(tts: DualHead, root: Path, files: list[str], allowed: tuple = ()):
     for rel in files:
         try:
             samples, rate = read_audio(resolve_inside(root, rel, allowed))
@@ -253,9 +224,8 @@ def write_pieces(pieces, paths: dict, left: dict) -> None:
         for head, path in paths.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             raw = stack.enter_context(atomic_file(path))
-            wavs[head] = stack.enter_context(
-                sf.SoundFile(raw, "w", HEADS[head].rate, 1, "PCM_16", format="WAV")
-            )
+            wav = sf.SoundFile(raw, "w", HEADS[head].rate, 1, "PCM_16", format="WAV")
+            wavs[head] = stack.enter_context(wav)
         for piece in pieces:
             for head, x in zip(HEADS, piece):
                 if x is None:

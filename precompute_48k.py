@@ -18,39 +18,34 @@ import argparse
 import collections
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import socket
 import sys
-import threading
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 import numpy as np
 
-from snac48.audio import AudioError, Spool, audio_blocks, find_audio, link_roots, resolve_inside, target_names
+from snac48.audio import AudioError, Spool, audio_blocks, find_audio, resolve_inside, target_names
 from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
     StopFlag,
     Stopped,
     UserError,
-    at_least,
-    ignore_stop_signals,
     main_guard,
-    one_line_errors,
+    read_flags,
     stop_at_once,
 )
-from snac48.files import read_json, sweep_leftovers, write_json, write_jsonl
+from snac48.files import sweep_leftovers, write_json, write_jsonl
 from snac48.runlog import RunLog, human_time
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
-from snac48.work import SharedWork, in_order
+from snac48.work import SharedWork, in_order, processes
 
 UNIT_FILES = 64  # files a claim; a killed process loses at most this much work
 BLOCK_SECONDS = 5.0  # read at a time
@@ -61,11 +56,8 @@ LONG_SECONDS = 300  # longer files are read by the main process: 64 of them woul
 
 
 def write_target(rel: str, name: str, output_dir: str, waveform) -> dict:
-    """Write the target `name` of the source `rel`; returns its manifest row.
-
-    waveform: Kept or Restored. gain: stored wav / raw waveform; level: stored wav / source, below 1 only
-    where PCM16 would have clipped.
-    """
+    """Write the target `name` of the source `rel` from a Kept or Restored; returns its manifest row. gain:
+    stored wav / raw waveform; level: stored wav / source, below 1 only where PCM16 would have clipped."""
     target = Path(output_dir) / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +98,7 @@ class Waiting:
     """A recording that SIDON is to restore; a long one has no features: it is read when its turn comes."""
 
     path: str
+    target: str
     file: Path
     rate: int
     features: np.ndarray | None = None  # [T, 160]
@@ -120,7 +113,7 @@ def read_file(rel: str, name: str, job: dict) -> dict | Waiting:
     """In a reading process: what SIDON needs of a file, or the manifest row of one that is kept (written
     here), or {path, reason} of one that is skipped."""
     try:
-        file = resolve_inside(job["input_dir"], rel, job["allowed"])
+        file = resolve_inside(job["input_dir"], rel)
         blocks = audio_blocks(file, BLOCK_SECONDS)
         first, rate = next(blocks)
         blocks = itertools.chain([first], (x for x, _ in blocks))
@@ -129,17 +122,10 @@ def read_file(rel: str, name: str, job: dict) -> dict | Waiting:
             return write_target(rel, name, job["output_dir"], Kept(kind, blocks, rate))
         pieces = list(itertools.islice(blocks, int(LONG_SECONDS / BLOCK_SECONDS) + 1))
         if len(pieces) * BLOCK_SECONDS > LONG_SECONDS:
-            return Waiting(rel, file, rate)
-        return Waiting(rel, file, rate, *front_end(lambda: iter(pieces), rate))
+            return Waiting(rel, name, file, rate)
+        return Waiting(rel, name, file, rate, *front_end(lambda: iter(pieces), rate))
     except AudioError as e:
         return {"path": rel, "reason": str(e)}
-
-
-def start_reader() -> None:
-    """Signals are the parent's business; a reader whose parent was killed (-9 too) goes at once."""
-    ignore_stop_signals()
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait_for([parent]), os._exit(1)), daemon=True).start()
 
 
 # ---- the job ----
@@ -151,8 +137,7 @@ class Progress:
     def __init__(self, log: RunLog, total: int, every_s: float = 10.0):
         self.log, self.total, self.every_s = log, total, every_s
         self.start = self.last = time.monotonic()
-        self.done = self.mine = self.skipped = self.settled = 0
-        self.seconds = 0.0
+        self.done = self.mine = self.skipped = self.seconds = 0
         self.proc = f"{socket.gethostname()}-{os.getpid()}"  # several processes append to one metrics.jsonl
         self.terminal = sys.stdout.isatty()
 
@@ -166,10 +151,9 @@ class Progress:
         if time.monotonic() - self.last >= self.every_s:
             self.say()
 
-    def others(self, files: int) -> None:
-        """So many more files are in finished units, ours or not."""
-        self.settled += files
-        self.done = max(self.done, self.settled)
+    def left(self, files: int) -> None:
+        """So many files are in unfinished units: others do some, too."""
+        self.done = max(self.done, self.total - files)
 
     def rate(self) -> float:
         return self.seconds / max(1e-9, time.monotonic() - self.start)
@@ -199,20 +183,17 @@ class Job:
         self.progress = Progress(log, sum(len(work.units[u]) for u in self.units))
         self.writers = ThreadPoolExecutor(2)
         self.sidon: Sidon | None = None
-        self.readers = None
         if args.num_workers:
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of a reader; torch is not concerned
-            context = multiprocessing.get_context("spawn")  # a fork would copy threads and CUDA's state
-            self.readers = ProcessPoolExecutor(args.num_workers, context, start_reader)
+        self.readers = processes(args.num_workers, "spawn")
 
     def run(self) -> None:
         """Until every unit is done, by us or by others: those that live processes hold are waited for."""
         while self.units and not self.stop:
             for unit, group in itertools.groupby(self.read(), key=lambda r: r[0]):
                 self.finish(unit, [result for _, result in group])
-            done = [u for u in self.units if self.work.result_path(u).exists()]
-            self.units = sorted(set(self.units) - set(done))
-            self.progress.others(sum(len(self.work.units[u]) for u in done))
+            self.units = [u for u in self.units if not self.work.result_path(u).exists()]
+            self.progress.left(sum(len(self.work.units[u]) for u in self.units))
             if self.units:
                 time.sleep(0.5)  # should their owner die, their unit is ours
 
@@ -233,8 +214,7 @@ class Job:
 
     def finish(self, unit: int, results: list) -> None:
         """SIDON where needed, wait for the writers, commit; a unit cut short by a stop is given back."""
-        waiting = [r for r in results if isinstance(r, Waiting)]
-        rows = [r for r in results if not isinstance(r, Waiting)]
+        waiting, rows = ([r for r in results if isinstance(r, kind)] for kind in (Waiting, dict))
         for row in rows:
             self.progress.add(row.get("seconds"))
         if waiting and not self.stop:
@@ -285,7 +265,8 @@ class Job:
         (waves,) = self.sidon.stream(np.stack(features))  # [B, T, 160] -> [B, 960 T]
         for w, wave in zip(group, waves):
             w.features = None  # the memory is wanted
-            futures.append(self.writers.submit(self.write, w.path, Restored(w.source, [wave])))
+            row = (w.path, w.target, self.settings["output_dir"], Restored(w.source, [wave]))
+            futures.append(self.writers.submit(write_target, *row))
             self.progress.add(w.source.n / w.rate)
         return futures
 
@@ -296,16 +277,14 @@ class Job:
             if features is None:
                 blocks = lambda: (x for x, _ in audio_blocks(w.file, BLOCK_SECONDS))
                 features, source = front_end(blocks, w.rate)
-            row = self.write(w.path, Restored(source, self.until_stopped(self.sidon.stream(features[None]))))
+            restored = Restored(source, self.until_stopped(self.sidon.stream(features[None])))
+            row = write_target(w.path, w.target, self.settings["output_dir"], restored)
         except AudioError as e:
             row = {"path": w.path, "reason": str(e)}
         except Stopped:
             return []
         self.progress.add(row.get("seconds"))
         return [row]
-
-    def write(self, rel: str, waveform) -> dict:
-        return write_target(rel, self.names[rel], self.settings["output_dir"], waveform)
 
     def until_stopped(self, stream):
         """The waves [n] of one utterance; raises Stopped where a stop was asked for: nothing of it lands."""
@@ -330,11 +309,10 @@ def batches(waiting: list[Waiting], size: int, slack_seconds: float) -> list[lis
     groups: list[list[Waiting]] = []
     for w in sorted(waiting, key=lambda w: (w.frames, w.path)):
         last = groups[-1] if groups else []
-        full = not last or len(last) == size
-        if full or w.frames > min(CHUNK, last[0].frames + int(slack_seconds * 50)):
-            groups.append([w])
-        else:
+        if 0 < len(last) < size and w.frames <= min(CHUNK, last[0].frames + int(slack_seconds * 50)):
             last.append(w)
+        else:
+            groups.append([w])
     return groups
 
 
@@ -348,18 +326,10 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def merge(work: SharedWork, output_dir: Path, min_corr: float) -> dict:
-    """manifest.jsonl, skipped.jsonl and summary.json of all finished units; returns the summary.
-
-    Done again when another process finished a unit meanwhile, so that the last writer has them all.
-    """
-
-    def finished():
-        return [u for u in range(len(work.units)) if work.result_path(u).exists()]
-
-    done: list[int] | None = None
-    while done != finished():
-        done = finished()
-        results = [read_json(work.result_path(u)) for u in done]
+    """manifest.jsonl, skipped.jsonl and summary.json of all finished units; returns the summary."""
+    results = []  # done again when others finished a unit meanwhile, so that the last writer has them all
+    while len(results) < len(work.units) - work.unfinished():
+        results = work.results()
         rows = sorted((r for x in results for r in x["rows"]), key=lambda r: r["path"])
         skipped = sorted((r for x in results for r in x["skipped"]), key=lambda r: r["path"])
         for row in rows:
@@ -385,7 +355,6 @@ def merge(work: SharedWork, output_dir: Path, min_corr: float) -> dict:
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(p)
     add = p.add_argument
     # data
     add("--input_dir", type=Path, required=True, help="recordings, any rate, searched recursively")
@@ -402,20 +371,15 @@ def parse_args(argv=None):
     add("--sidon_revision", default=SIDON_REVISION, metavar="SHA", help="commit on the hub (40 hex digits)")
     add("--sidon_sha256", type=Path, metavar="FILE", help="sums to check them against (sha256sum's format)")
     add("--batch_size", type=int, default=8, help="utterances of one length a pass, if SIDON takes batches")
-    slack = (
-        "0: only equal lengths share a pass, the same samples as one by one; above: shorter ones are "
-        "continued by their last frame to the longest, which changes their ends a little"
-    )
+    slack = "lengths that share a pass; 0: equal ones, no sample changes; above: shorter ones' ends change"
     add("--batch_slack", type=float, default=0.0, metavar="SECONDS", help=slack)
     # checks
     add("--min_envelope_corr", type=float, default=0.9, help="rows below: faithful false, out of training")
     add("--max_bad_fraction", type=float, default=0.01, help="more bad files: exit code 5, at the end")
     add("--test_mode", action="store_true", help="only the first files that need upsampling, then a table")
     add("--test_samples", type=int, default=10, help="how many files --test_mode takes")
-    args = p.parse_args(argv)
-    at_least(
-        p, args, native_rate=1, batch_size=1, num_workers=0, start_idx=0, batch_slack=0, max_bad_fraction=0
-    )
+    lowest = {"native_rate": 1, "batch_size": 1, "num_workers": 0, "start_idx": 0, "batch_slack": 0}
+    args = read_flags(p, argv, max_bad_fraction=0, **lowest)
     if args.output_dir.resolve().is_relative_to(args.input_dir.resolve()):
         raise UserError(f"--output_dir {args.output_dir} lies inside --input_dir; choose a folder beside it")
     return args
@@ -456,8 +420,7 @@ def open_job(args) -> Job:
     names = target_names(sorted(set(listed).union(*work.units)))  # others may have seen more files
     for folder in {os.path.dirname(name) for name in names.values()} - {""}:
         sweep_leftovers(output / folder)
-    settings = shared | {"output_dir": str(output), "allowed": link_roots(source)}
-    job = Job(args, files, names, settings, work, log)
+    job = Job(args, files, names, shared | {"output_dir": str(output)}, work, log)
     log.metric(event="start", kind="precompute", files=job.progress.total, proc=job.progress.proc)
     share = f"{len(files)} of {len(listed)} files"
     log.say(f"precompute_48k: {share} below {args.input_dir} -> {args.output_dir}")
@@ -475,7 +438,10 @@ def main(args) -> int:
     summary = merge(job.work, args.output_dir, args.min_envelope_corr)
     progress.say()
     if args.test_mode:
-        show_table(log, args.output_dir, job.files)
+        manifest = (args.output_dir / "manifest.jsonl").read_text(encoding="utf-8")
+        for row in (r for r in map(json.loads, manifest.splitlines()) if r["path"] in job.files):
+            measures = f"envelope_corr {row['envelope_corr']:.3f}  gain {row['gain']:.3g}"
+            log.say(f"{row['kind']}  lag {row['lag_samples']:+.1f} samples  {measures}  {row['target']}")
     log.say("summary: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
     code = EXIT_BAD_INPUT if summary["skipped"] > args.max_bad_fraction * summary["files"] else 0
     log.metric(event="end", code=code, proc=progress.proc, **summary)
@@ -485,14 +451,6 @@ def main(args) -> int:
         where = args.output_dir.resolve() / "skipped.jsonl"
         print(f"precompute_48k.py: {share}, {allowed}: see {where}", file=sys.stderr)
     return code
-
-
-def show_table(log: RunLog, output_dir: Path, files: set[str]) -> None:
-    """What --test_mode ends with: the measures of each of its files."""
-    for row in map(json.loads, (output_dir / "manifest.jsonl").read_text(encoding="utf-8").splitlines()):
-        if row["path"] in files:
-            measures = f"envelope_corr {row['envelope_corr']:.3f}  gain {row['gain']:.3g}"
-            log.say(f"{row['kind']}  lag {row['lag_samples']:+.1f} samples  {measures}  {row['target']}")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ import shutil
 from pathlib import Path
 
 from snac48.audio import find_audio
-from snac48.cli import UserError, main_guard, one_line_errors
+from snac48.cli import UserError, main_guard, read_flags
 from snac48.files import write_json
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(p)
     add = p.add_argument
     add("--input_dir", required=True, help="audio folder, read recursively")
     add("--output_dir", required=True, help="gets train/audio, valid/audio and manifest.json")
@@ -32,21 +31,18 @@ def parse_args(argv=None):
     add("--copy", action="store_true", help="copy the files instead of linking them")
     add("--group_by", default="", help="parent, or regex:PATTERN with one parenthesis (default: each file)")
     add("--valid_list", default="", help="file of validation paths, one a line, instead of a ratio")
-    args = p.parse_args(argv)
+    args = read_flags(p, argv)
     if not 0 < args.train_ratio < 1:
         raise UserError(f"--train_ratio {args.train_ratio:g} must lie between 0 and 1")
     if args.group_by not in ("", "parent"):
+        pattern = args.group_by.removeprefix("regex:")
         try:
-            if not re.compile(pattern_of(args.group_by)).groups:
+            if not re.compile(pattern).groups:
                 raise re.error("no parenthesis")
         except re.error as e:
-            what = f"--group_by {pattern_of(args.group_by)!r}"
-            raise UserError(f"{what} is not a regular expression with one parenthesis: {e}") from None
+            what = f"--group_by {pattern!r} is not a regular expression with one parenthesis"
+            raise UserError(f"{what}: {e}") from None
     return args
-
-
-def pattern_of(group_by: str) -> str:
-    return group_by.removeprefix("regex:")
 
 
 def group_of(rel: str, group_by: str) -> str:
@@ -56,17 +52,16 @@ def group_of(rel: str, group_by: str) -> str:
     folder, _, name = rel.rpartition("/")
     if group_by == "parent":
         return folder or "."
-    found = re.search(pattern_of(group_by), name)
+    pattern = group_by.removeprefix("regex:")
+    found = re.search(pattern, name)
     if found is None:
-        raise UserError(f"--group_by {pattern_of(group_by)!r} does not match {rel}: every file needs a group")
+        raise UserError(f"--group_by {pattern!r} does not match {rel}: every file needs a group")
     return found.group(1)
 
 
-def split(files: list[str], train_ratio: float, seed: int, group_by: str) -> tuple[dict, dict]:
-    """({file: train|valid}, {group: files}): whole groups go to validation until it has its share of files.
-
-    Both parts get at least one group. Raises UserError when there are fewer than two groups.
-    """
+def split(files: list[str], train_ratio: float, seed: int, group_by: str) -> tuple[set, dict]:
+    """(validation files, {group: files}): whole groups go to validation until it has its share of files. Both
+    parts get at least one group. Raises UserError when there are fewer than two groups."""
     groups: dict[str, list[str]] = {}
     for rel in files:
         groups.setdefault(group_of(rel, group_by), []).append(rel)
@@ -76,21 +71,17 @@ def split(files: list[str], train_ratio: float, seed: int, group_by: str) -> tup
     random.Random(seed).shuffle(order)
     wanted = round((1 - train_ratio) * len(files))
     valid: list[str] = []
-    part = dict.fromkeys(files, "train")
     for i, name in enumerate(order):
         more = len(valid) + len(groups[name])
         closer = more <= wanted or more - wanted < wanted - len(valid)  # to its share
         last_chance = not valid and i == len(order) - 1
         if (closer or last_chance) and more < len(files):
             valid += groups[name]
-    if not valid:
-        valid = min((groups[n] for n in order), key=len)
-    part.update(dict.fromkeys(valid, "valid"))
-    return part, groups
+    return set(valid or min((groups[n] for n in order), key=len)), groups
 
 
-def split_by_list(files: list[str], path: str) -> dict[str, str]:
-    """{file: train|valid} by a list of the validation files. Raises UserError for one that doesn't exist."""
+def read_list(files: list[str], path: str) -> set[str]:
+    """The validation files that a list names. Raises UserError for one that doesn't exist."""
     try:
         valid = {line for line in Path(path).read_text(encoding="utf-8").splitlines() if line}
     except OSError as e:
@@ -100,7 +91,7 @@ def split_by_list(files: list[str], path: str) -> dict[str, str]:
         such = f", such as {unknown[0]}" if unknown else ""
         counts = f"{len(valid)} files, {len(unknown)} of them not in --input_dir"
         raise UserError(f"--valid_list {path} names {counts}{such}")
-    return {rel: "valid" if rel in valid else "train" for rel in files}
+    return valid
 
 
 def main(args) -> int:
@@ -109,17 +100,16 @@ def main(args) -> int:
     if (out / "train").exists() or (out / "valid").exists():
         raise UserError(f"{out} already holds a split; remove it or choose another --output_dir")
     if args.valid_list:
-        part, groups = split_by_list(files, args.valid_list), {rel: [rel] for rel in files}
+        valid, groups = read_list(files, args.valid_list), {rel: [rel] for rel in files}
     else:
-        part, groups = split(files, args.train_ratio, args.seed, args.group_by)
+        valid, groups = split(files, args.train_ratio, args.seed, args.group_by)
+    part = {rel: "valid" if rel in valid else "train" for rel in files}
+    transfer = shutil.copy2 if args.copy else os.symlink
     for rel in files:
         place = out / part[rel] / "audio" / rel
         place.parent.mkdir(parents=True, exist_ok=True)
-        if args.copy:
-            shutil.copy2(source / rel, place)
-        else:
-            os.symlink(source / rel, place)
-    counts = {p: sum(v == p for v in part.values()) for p in ("train", "valid")}
+        transfer(source / rel, place)
+    counts = {"train": len(files) - len(valid), "valid": len(valid)}
     found = {p: sorted({g for g, members in groups.items() if part[members[0]] == p}) for p in counts}
     manifest = {
         "input_dir": str(source),

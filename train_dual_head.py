@@ -33,45 +33,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from snac48 import DEFAULT_MODEL
+from snac48 import DEFAULT_MODEL, cli, schedule
 from snac48.checkpoint import RESUMED, find_resume, require
-from snac48.cli import (
-    EXIT_BAD_INPUT,
-    EXIT_DIVERGED,
-    EXIT_ERROR,
-    EXIT_STOPPED,
-    Diverged,
-    Finished,
-    LoaderDied,
-    Stopped,
-    TooManyBadFiles,
-    UserError,
-    as_type,
-    config_text,
-    first_line,
-    guarded,
-    layered,
-    main_guard,
-    one_line_errors,
-    read_config,
-    stop_at_once,
-)
+from snac48.cli import Diverged, Finished, LoaderDied, Stopped, TooManyBadFiles, UserError
 from snac48.files import write_json
 from snac48.runlog import human_time
-from snac48.schedule import (
-    HEAD_NAMES,
-    Epoch,
-    adam_betas,
-    chosen_heads,
-    curriculum,
-    epoch_order,
-    fft_sizes,
-    judge_norm,
-    make_plan,
-    plan_lines,
-    rates_at,
-    trains_codec,
-)
 
 # ---- options: every default stands here once ----
 
@@ -169,8 +135,8 @@ DEFAULTS = {name: default for group in OPTIONS.values() for name, (default, _) i
 CHOICES = {
     "init": ("interpolate", "average", "first", "random"),
     "stft": ("magnitude", "complex"),
-    "heads": ("both", *HEAD_NAMES),
-    "scheduler": ("onecycle", "cosine", "constant"),
+    "heads": ("both", *schedule.HEAD_NAMES),
+    "scheduler": tuple(schedule.SHAPES),
     "upsampler": ("", "sidon", "sinc"),
 }
 PHASE11 = {"heads": "48k", "batch_size": 32, "segment_schedule": "4.0", "batch_multiplier": "1.0",
@@ -194,26 +160,18 @@ SKIPS_IN_A_ROW = 20  # non-finite or outlier steps; then the run is declared div
 
 # Keys of the older JSON configs -> our names. None: a note to the reader, no effect on training.
 CONFIG_KEYS = {
-    "recipe": "recipe",
-    "train_data": "cache_dir",  # data_dir for RAW_RECIPES
-    "val_data": "val_cache_dir",
-    "audio_48khz_train_dir": "audio_48k_dir",
-    "audio_48khz_val_dir": "val_audio_48k_dir",
-    "num_epochs": "epochs",
-    "learning_rate": "main_lr",
-    "warmup_learning_rate": "lr",
-    "random_seed": "seed",
-    "segment_length": "val_segment",
-    "experiment_name": None,
-    "description": None,
-    "curriculum": "curriculum",
-}
+    "recipe": "recipe", "curriculum": "curriculum", "experiment_name": None, "description": None,
+    "train_data": "cache_dir", "val_data": "val_cache_dir",  # data_dir, val_data_dir for RAW_RECIPES
+    "audio_48khz_train_dir": "audio_48k_dir", "audio_48khz_val_dir": "val_audio_48k_dir",
+    "num_epochs": "epochs", "learning_rate": "main_lr", "warmup_learning_rate": "lr",
+    "random_seed": "seed", "segment_length": "val_segment",
+}  # fmt: skip
 
 
 def config_values(path: str, recipe: str = "") -> dict:
     """A JSON config as option values, "recipe" among them."""
     known = {k: k for k in DEFAULTS} | CONFIG_KEYS
-    config = read_config(path, known)
+    config = cli.read_config(path, known)
     if (recipe or config.get("recipe", "phase12")) in RAW_RECIPES:
         known |= {"train_data": "data_dir", "val_data": "val_data_dir"}
     values = {}
@@ -226,20 +184,18 @@ def config_values(path: str, recipe: str = "") -> dict:
         elif name == "recipe":
             values[name] = value
         elif name:
-            values[name] = as_type(type(DEFAULTS[name]), value, f"config {path}: {key}")
+            values[name] = cli.as_type(type(DEFAULTS[name]), value, f"config {path}: {key}")
     return values
 
 
 def flag_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(p)
+    cli.one_line_errors(p)
     p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: phase12)")
     p.add_argument("--config", default="", help="JSON file with values of these options or the older keys")
     p.add_argument("--print_config", nargs="?", const="text", choices=("text", "json"),
                    help="print every value, where it came from, and stop")  # fmt: skip
-    p.add_argument(
-        "--print_schedule", type=int, metavar="ROWS", help="print the epochs of ROWS rows, and stop"
-    )
+    p.add_argument("--print_schedule", type=int, metavar="ROWS", help="print the epochs of ROWS rows; stop")
     for group, options in OPTIONS.items():
         g = p.add_argument_group(group)
         for name, (default, text) in options.items():
@@ -270,7 +226,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         recipe, kept = values_of(saved, typed["resume"], recipe)
     recipe = recipe or "phase12"
     layers = {"default": DEFAULTS, "recipe": RECIPES[recipe], "checkpoint": kept}
-    values, origin = layered(layers | {"config": config, "flag": typed})
+    values, origin = cli.layered(layers | {"config": config, "flag": typed})
     if values["codes_dir"]:
         codes = Path(values["codes_dir"])
         val = codes / ("valid" if (codes / "valid").is_dir() and not (codes / "val").exists() else "val")
@@ -278,11 +234,11 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         values["val_cache_dir"] = values["val_cache_dir"] or str(val)
     args = argparse.Namespace(recipe=recipe, **values)
     if flags["print_config"]:
-        print(config_text(vars(args), origin, flags["print_config"]))
+        print(cli.config_text(vars(args), origin, flags["print_config"]))
         sys.exit(0)
     check_values(args)
     if flags["print_schedule"]:
-        print("\n".join(plan_lines(args, make_plan(args, flags["print_schedule"]))))
+        print("\n".join(schedule.plan_lines(args, schedule.make_plan(args, flags["print_schedule"]))))
         sys.exit(0)
     check_data(args)
     check_free(args, asked="resume" in typed)
@@ -297,7 +253,7 @@ def values_of(saved: dict, path: str, recipe: str) -> tuple[str, dict]:
     if own not in RECIPES:
         raise UserError(f"{path} is of an unknown recipe, {own!r}")
     kept = {k: v for k, v in saved["args"].items() if k in DEFAULTS and k != "resume"}
-    return own, {k: as_type(type(DEFAULTS[k]), v, f"{path}: {k}") for k, v in kept.items()}
+    return own, {k: cli.as_type(type(DEFAULTS[k]), v, f"{path}: {k}") for k, v in kept.items()}
 
 
 def check_values(args) -> None:
@@ -314,7 +270,7 @@ def check_values(args) -> None:
     if args.heads == "24k" and args.warmup_epochs:
         raise UserError("--warmup_epochs trains the 48 kHz head alone, which --heads 24k does not have: "
                         "--warmup_epochs 0")  # fmt: skip
-    if trains_codec(args) and args.heads != "24k":
+    if schedule.trains_codec(args) and args.heads != "24k":
         raise UserError("encoder and quantizers train with --recipe phase10 only (--heads 24k): a 48 kHz "
                         "head needs codes that stay")  # fmt: skip
     if args.from_scratch and not args.feature_epochs and (args.freeze_encoder or args.freeze_vq):
@@ -323,16 +279,16 @@ def check_values(args) -> None:
         raise UserError("--feature_epochs belongs to --from_scratch")
     if args.phase10_checkpoint and args.heads == "24k":
         raise UserError("--phase10_checkpoint is the trunk of another recipe; phase10 goes on by --resume")
-    curriculum(args)  # these three raise on malformed lists
-    fft_sizes(args)
-    adam_betas(args)
+    schedule.curriculum(args)  # these three raise on malformed lists
+    schedule.fft_sizes(args)
+    schedule.adam_betas(args)
 
 
 def check_data(args) -> None:
     """Raises UserError where a folder that the recipe needs is not named."""
     if args.data_dir and args.cache_dir:
         raise UserError("--data_dir encodes recordings, --cache_dir has their codes: give one of them")
-    if trains_codec(args) and not args.data_dir:
+    if schedule.trains_codec(args) and not args.data_dir:
         raise UserError("a codec that is trained itself needs recordings: --data_dir and --val_data_dir")
     raw = args.data_dir or (args.recipe in RAW_RECIPES and not args.cache_dir)
     needed = ["data_dir", "val_data_dir"] if raw else ["cache_dir", "val_cache_dir"]
@@ -353,35 +309,19 @@ def check_free(args, asked: bool) -> None:
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
-    stop_at_once()
-    ARGS, _, SAVED = guarded(parse_args)
+    cli.stop_at_once()
+    ARGS, _, SAVED = cli.guarded(parse_args)
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from snac48 import training
 from snac48.data import Filler, batches
 from snac48.decoder import HEADS
 from snac48.losses import TERMS, distances, head_losses, weighted
-from snac48.training import (
-    Run,
-    State,
-    announce,
-    average_weights,
-    averaged_weights,
-    enter_phase,
-    note_codes,
-    open_run,
-    prepare,
-    report,
-    report_codes,
-    save,
-    save_before_skips,
-    save_begun,
-    save_if_due,
-    save_step,
-)
+from snac48.training import Run, State, announce, enter_phase, open_run, prepare, report, save, save_if_due
 
 # ---- the loop ----
 
@@ -423,11 +363,11 @@ class StepBatch:
     size: int  # utterances over all ranks
 
 
-def feed(run: Run, state: State, epoch: Epoch):
+def feed(run: Run, state: State, epoch: schedule.Epoch):
     """The batches of the epoch's remaining steps."""
     if state.step >= epoch.first_step + epoch.steps:
         return
-    accum, order = run.args.accum_steps, epoch_order(run.args.seed, epoch.number, len(run.data))
+    accum, order = run.args.accum_steps, schedule.epoch_order(run.args.seed, epoch.number, len(run.data))
     parts = iter(run.loader(run.data, batches(order, epoch, state.step, run.rank, run.world, accum)))
     for done in range(state.step - epoch.first_step, epoch.steps):
         size = min(epoch.batch, len(order) - done * epoch.batch)
@@ -455,12 +395,12 @@ def check_stop(run: Run, state: State) -> None:
 
 def total_weights(args, phase: str) -> dict[str, float]:
     """The total loss: {loss: weight}. Warmup minimises the part of the new heads only."""
-    heads = chosen_heads(args.heads)
+    heads = schedule.chosen_heads(args.heads)
     if len(heads) == 1:
         found = {f"loss_{heads[0]}": 1.0}
     else:
         found = {f"loss_{name}": getattr(args, f"loss_weight_{name}") for name in heads}
-    if not trains_codec(args):
+    if not schedule.trains_codec(args):
         return found
     if phase == "features":
         return found | {"features": 1.0}
@@ -478,7 +418,7 @@ def losses_of(run: Run, state: State, module, batch: dict, heads=None):
         else:
             audio = module(batch["codes"], heads)
     terms = {term: getattr(a, f"{term}_weight") for term in TERMS}
-    losses = head_losses(audio, batch, terms, n_ffts=fft_sizes(a), stft=a.stft)
+    losses = head_losses(audio, batch, terms, n_ffts=schedule.fft_sizes(a), stft=a.stft)
     losses |= {name: value * (batch["valid_24k"] > 0) for name, value in extra.items()}
     if heads is None:
         losses["loss"] = weighted(losses, total_weights(a, state.phase))
@@ -494,13 +434,10 @@ class StepResult:
 
 
 def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
-    """One optimiser step over `batch.size` utterances on all ranks.
-
-    Each item counts 1/size whatever rank and micro-batch it lies in. A step whose norm is no number, or an
-    outlier, changes nothing.
-    """
+    """One optimiser step over `batch.size` utterances on all ranks. Each item counts 1/size whatever rank and
+    micro-batch it lies in. A step whose norm is no number, or an outlier, changes nothing."""
     a, warm = run.args, state.phase == "warmup"
-    rates = rates_at(a, run.plan, state.step)
+    rates = schedule.rates_at(a, run.plan, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rates[group["name"]] * group["share"]
     state.optimizer.zero_grad(set_to_none=True)
@@ -523,7 +460,7 @@ def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), a.grad_clip)
     # a loss of NaN can have finite gradients (|x| at NaN), and on one rank only: all skip or none
     value = float(norm) + 0 * run.reduce_sum([float(total)])[0]  # CPU-GPU sync point
-    outlier, state.norm = judge_norm(value, state.norm, a.outlier_factor)
+    outlier, state.norm = schedule.judge_norm(value, state.norm, a.outlier_factor)
     state.step += 1
     if outlier:
         state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
@@ -531,13 +468,12 @@ def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
     state.in_a_row = 0
     state.optimizer.step()
     if a.ema > 0:
-        average_weights(state, a.ema)
+        training.average_weights(state, a.ema)
     if run.full and state.phase == "main":
-        note_codes(run, state, seen)
+        training.note_codes(run, state, seen)
     if run.samples:
-        run.samples.add(
-            state.step, state.epoch(run).number, [row for part in batch.parts for row in part["rows"]]
-        )
+        rows = [row for part in batch.parts for row in part["rows"]]
+        run.samples.add(state.step, state.epoch(run).number, rows)
     return StepResult(sums, value, True, batch.size)
 
 
@@ -551,7 +487,7 @@ def validate(run: Run, state: State) -> dict:
     share, size = math.ceil(len(run.val) / run.world), run.args.eval_batch_size
     lists = [mine[i : i + size] or [Filler(0)] for i in range(0, share, size)]  # as many on every rank
     sums = Counter(count=0.0)
-    with averaged_weights(state):
+    with training.averaged_weights(state):
         state.model.eval()
         for batch in run.loader(run.val, lists):
             check_stop(run, state)
@@ -570,9 +506,9 @@ def validate(run: Run, state: State) -> dict:
     return result
 
 
-def validate_and_keep(run: Run, state: State, epoch: Epoch | None) -> None:
+def validate_and_keep(run: Run, state: State, epoch: schedule.Epoch | None) -> None:
     """Validate, log, and write best_model*.pt where it is the best; epoch: None for the start."""
-    report_codes(run, state, epoch)
+    training.report_codes(run, state, epoch)
     result, number = validate(run, state), epoch.number if epoch else 0
     state.validated = number
     if number == 0:
@@ -589,7 +525,7 @@ def validate_and_keep(run: Run, state: State, epoch: Epoch | None) -> None:
                 + (f" ({gain:+.1f} % against the start)" if epoch else "")
                 + (f" best: {', '.join(better)}" if better else ""))  # fmt: skip
     run.log.metric(event="val", step=state.step, epoch=number, best=better, improved_percent=gain, **result)
-    with averaged_weights(state):
+    with training.averaged_weights(state):
         for k in better:
             save(run, state, k.replace("loss", "best_model") + ".pt")
 
@@ -600,7 +536,7 @@ def validate_and_keep(run: Run, state: State, epoch: Epoch | None) -> None:
 class Progress:
     """Since the last log line: sums of the losses, audio seconds, wall-clock; and the bar of a terminal."""
 
-    def __init__(self, run: Run, state: State, epoch: Epoch):
+    def __init__(self, run: Run, state: State, epoch: schedule.Epoch):
         title = f"epoch {epoch.number}/{run.args.epochs} {epoch.phase} {epoch.segment:g} s"
         hide = None if run.rank == 0 else True  # None: shown on a terminal only
         self.bar = tqdm(total=epoch.steps, initial=state.step - epoch.first_step, desc=title, disable=hide,
@@ -611,12 +547,11 @@ class Progress:
         self.sums, self.items, self.seconds, self.since = Counter(), Counter(), 0.0, time.time()
 
 
-def log_step(run: Run, state: State, epoch: Epoch, progress: Progress, result: StepResult) -> None:
+def log_step(run: Run, state: State, epoch: schedule.Epoch, progress: Progress, result: StepResult) -> None:
     """A line for a skipped step; the means since the last line every --log_every steps. Raises Diverged."""
     progress.bar.update()
-    progress.seconds += (
-        result.size * run.data.coarse_len * run.geometry.coarse_samples / run.geometry.sampling_rate
-    )
+    samples = result.size * run.data.coarse_len * run.geometry.coarse_samples
+    progress.seconds += samples / run.geometry.sampling_rate
     if result.done:
         progress.sums.update(result.sums)
         progress.items.update(dict.fromkeys(result.sums, result.size))
@@ -641,17 +576,18 @@ def log_step(run: Run, state: State, epoch: Epoch, progress: Progress, result: S
 # exception: (reason in the log, exit code, checkpoint, what to do; an error where the code is 1 or 5)
 ENDINGS = {
     Finished: ("finished", 0, None, ""),
-    Stopped: ("stopped", EXIT_STOPPED, save_step, "go on with: --resume auto --output_dir {args.output_dir}"),
-    Diverged: ("diverged", EXIT_DIVERGED, save_before_skips,
+    Stopped: ("stopped", cli.EXIT_STOPPED, training.save_step,
+              "go on with: --resume auto --output_dir {args.output_dir}"),
+    Diverged: ("diverged", cli.EXIT_DIVERGED, training.save_before_skips,
                f"{SKIPS_IN_A_ROW} steps in a row were skipped; --resume auto repeats them from a checkpoint "
                "from before: give a lower --main_lr with it"),
-    TooManyBadFiles: ("too many bad files", EXIT_BAD_INPUT, save_begun,
+    TooManyBadFiles: ("too many bad files", cli.EXIT_BAD_INPUT, training.save_begun,
                       "{error}: more than --max_bad_fraction {args.max_bad_fraction:g}; mend them or raise "
                       "it, then --resume auto"),
-    torch.OutOfMemoryError: ("out of GPU memory", EXIT_ERROR, None,
+    torch.OutOfMemoryError: ("out of GPU memory", cli.EXIT_ERROR, None,
                              "GPU out of memory ({error}): raise --accum_steps (same result in smaller "
                              "pieces), lower --batch_size, or use --bf16; then --resume auto"),
-    LoaderDied: ("a data loader process died", EXIT_ERROR, None,
+    LoaderDied: ("a data loader process died", cli.EXIT_ERROR, None,
                  "a data loader process died ({error}): most likely the memory ran out; lower "
                  "--num_workers, then --resume auto"),
 }  # fmt: skip
@@ -660,20 +596,18 @@ ENDINGS = {
 def end(run: Run, state: State, ending: BaseException) -> int:
     """Checkpoint, closing lines and exit code of an ending. Raises UserError where it is an error."""
     reason, code, keep, advice = next(row for kind, row in ENDINGS.items() if isinstance(ending, kind))
-    advice = advice.format(args=run.args, error=first_line(ending))
+    advice = advice.format(args=run.args, error=cli.first_line(ending))
     if keep:
         keep(run, state)
-    spent = time.time() - run.began
-    memory = ""
-    if run.device.type == "cuda":
-        memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    spent, gpu = time.time() - run.began, run.device.type == "cuda"
+    memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if gpu else ""
     run.log.say(f"{reason} at step {state.step} after {human_time(spent)}{memory}; {state.skipped} "
                 f"steps skipped, {len(state.bad_files)} bad files"
                 + (f", {len(state.left_out)} left out as too loud" if state.left_out else "")
                 + (f", {len(state.unfaithful)} unfaithful" if state.unfaithful else ""))  # fmt: skip
     run.log.metric(event="end", reason=reason, code=code, step=state.step, skipped=state.skipped,
                    bad_files=len(state.bad_files), seconds=round(spent, 1))  # fmt: skip
-    if code in (EXIT_ERROR, EXIT_BAD_INPUT):
+    if code in (cli.EXIT_ERROR, cli.EXIT_BAD_INPUT):
         raise UserError(advice, code) from None
     if advice:
         run.log.say(advice)
@@ -692,4 +626,4 @@ def main(args, saved: dict | None = None) -> int:
 
 
 if __name__ == "__main__":
-    main_guard(main, ARGS, SAVED)
+    cli.main_guard(main, ARGS, SAVED)

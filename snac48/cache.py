@@ -3,6 +3,7 @@
 Don't touch without thinking of caches on people's disks.
 """
 
+import collections
 import errno
 import hashlib
 import json
@@ -19,6 +20,8 @@ from .cli import UserError, first_line
 from .codec import Geometry
 from .files import atomic_file, read_json, sweep_leftovers, temporary, write_json
 
+SHARDS = "codes_batch_gpu*_*.parquet"  # of a cache folder
+
 
 class CodeIndex:
     """A cache folder as flat memory-mapped arrays: no per-row Python object, opened at once at any size.
@@ -34,11 +37,9 @@ class CodeIndex:
         self.cache_dir = Path(cache_dir)
         if not self.cache_dir.is_dir():
             raise UserError(f"cache folder {cache_dir} does not exist; make it with cache_codes.py")
-        shards = sorted(self.cache_dir.glob("codes_batch_gpu*_*.parquet"))
+        shards = sorted(self.cache_dir.glob(SHARDS))
         if not shards:
-            raise UserError(
-                f"cache folder {cache_dir} holds no codes_batch_gpu*_*.parquet; run cache_codes.py first"
-            )
+            raise UserError(f"cache folder {cache_dir} holds no {SHARDS}; run cache_codes.py first")
         stats = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
         key = hashlib.sha256(json.dumps(["v1", stats]).encode()).hexdigest()[:16]
         self.folder = self.cache_dir / f"index-{key}"
@@ -50,10 +51,9 @@ class CodeIndex:
         info = read_json(self.folder / "index.json")
         self.geometry = Geometry.from_json(json.dumps(info["snac"]))
         self.data_dir, self.bad = info["data_dir"], info["bad"]
-        f = sum(self.geometry.frames_per_coarse(k) for k in range(len(self.geometry.vq_strides)))
-        array = lambda name, dtype: np.fromfile(self.folder / name, dtype)
-        self.offsets, self.lengths = array("offsets.i64", np.int64), array("lengths.i64", np.int64)
-        self.path_offsets = array("path_offsets.i64", np.int64)
+        array = lambda name: np.fromfile(self.folder / f"{name}.i64", np.int64)
+        self.offsets, self.lengths, self.path_offsets = map(array, ("offsets", "lengths", "path_offsets"))
+        f = sum(self.geometry.per_coarse)
         self.codes = np.memmap(self.folder / "codes.i16", np.int16, "r").reshape(-1, f)
         self.paths = np.memmap(self.folder / "paths.bin", np.uint8, "r")
 
@@ -79,15 +79,19 @@ class CodeIndex:
         first = int(self.offsets[row]) + start
         return scales_of(self.codes[first : first + coarse_len], self.geometry)
 
+    def rows(self):
+        """Yield (path, codes as slice gives them, samples) of each row."""
+        for i, n in enumerate(self.lengths):
+            yield self.path(i), self.slice(i, 0, self.coarse(i)), int(n)
+
     def _build(self, shards):
         sweep_leftovers(self.cache_dir)
         tmp = temporary(self.cache_dir / "index")
         try:
             tmp.mkdir()
         except OSError as e:
-            raise UserError(
-                f"the index of cache {self.cache_dir} can't be written there: {e.strerror}"
-            ) from None
+            where = f"the index of cache {self.cache_dir}"
+            raise UserError(f"{where} can't be written there: {e.strerror}") from None
         try:
             self._build_in(tmp, shards)
             os.rename(tmp, self.folder)
@@ -102,8 +106,7 @@ class CodeIndex:
 
     def _build_in(self, tmp, shards):
         geometry, data_dir, seen = None, None, set()
-        offsets, lengths, path_ends = [np.zeros(1, np.int64)], [], [np.zeros(1, np.int64)]
-        bad, bad_rows = {}, []
+        arrays, bad_rows = [], []  # of each shard: coarse codes, audio lengths, bytes of the paths
         with open(tmp / "codes.i16", "wb") as codes_file, open(tmp / "paths.bin", "wb") as paths_file:
             for shard in shards:
                 table, found, origin = open_shard(shard)
@@ -113,33 +116,31 @@ class CodeIndex:
                     differs = f"{shard.name} differs ({found.difference(geometry)})"
                     raise UserError(f"cache {self.cache_dir} mixes models: {differs}")
                 block, n, length, names, reasons = shard_arrays(table, geometry, seen, shard)
-                for row, reason in reasons.items():
-                    bad[reason] = bad.get(reason, 0) + 1
-                    bad_rows.append({"shard": shard.name, "row": row, "reason": reason})
+                bad_rows += ({"shard": shard.name, "row": i, "reason": why} for i, why in reasons.items())
                 codes_file.write(block.tobytes())
-                offsets.append(offsets[-1][-1] + np.cumsum(n))
-                lengths.append(length)
                 blobs = [name.encode() for name in names]
                 paths_file.write(b"".join(blobs))
-                path_ends.append(path_ends[-1][-1] + np.cumsum([len(b) for b in blobs], dtype=np.int64))
-        np.concatenate([o for o in offsets if len(o)]).astype(np.int64).tofile(tmp / "offsets.i64")
-        np.concatenate(lengths).astype(np.int64).tofile(tmp / "lengths.i64")
-        np.concatenate([p for p in path_ends if len(p)]).astype(np.int64).tofile(tmp / "path_offsets.i64")
+                arrays.append(np.array([n, length, [len(b) for b in blobs]], np.int64))
+        coarse, lengths, path_bytes = np.concatenate(arrays, axis=1)
+        lengths.tofile(tmp / "lengths.i64")
+        for name, sizes in (("offsets", coarse), ("path_offsets", path_bytes)):
+            np.append(0, np.cumsum(sizes)).tofile(tmp / f"{name}.i64")
         (tmp / "bad_rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in bad_rows))
-        if sum(map(len, lengths)) == 0:
+        bad = dict(collections.Counter(r["reason"] for r in bad_rows))
+        if not len(lengths):
             raise UserError(f"cache {self.cache_dir} has no usable row: {bad}")
         write_json(tmp / "index.json", {"snac": asdict(geometry), "data_dir": data_dir, "bad": bad})
 
 
 def scales_of(block, geometry: Geometry) -> list:
     """Codes of all scales, int64 [coarse * S // vq_strides[k]] each; block [coarse, F]: rows of the index."""
-    counts = [geometry.frames_per_coarse(k) for k in range(len(geometry.vq_strides))]
+    counts = geometry.per_coarse
     parts = np.split(block.astype(np.int64), np.cumsum(counts)[:-1], axis=1)
     return [part.reshape(-1) for part in parts]
 
 
 def open_shard(path: Path) -> tuple:
-    """One parquet file of a cache: (table, geometry, data_dir). Raises UserError."""
+    """A parquet file of a cache: (table, geometry, data_dir). Raises UserError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -168,16 +169,13 @@ def shard_rows(path: Path) -> tuple:
 
 def shard_arrays(table, geometry: Geometry, seen: set[int], where: str | Path = ""):
     """One shard as arrays: (codes [coarse, F] int16, coarse codes a row, audio lengths, paths, {bad row:
-    reason}). Raises UserError, naming `where`, for a table of another layout.
-
-    seen: hashes of the paths of earlier shards, extended here; a path that comes twice is a bad row.
-    """
+    reason}). Raises UserError, naming `where`, for a table of another layout. seen: hashes of the paths of
+    earlier shards, extended here; a path that comes twice is a bad row."""
     import pyarrow as pa
 
     try:
-        names = table["file_path"].to_pylist()
-        no_length = np.asarray(table["audio_length"].is_null())
-        length = np.asarray(table["audio_length"].fill_null(0).cast("int64"))
+        names, lengths = table["file_path"].to_pylist(), table["audio_length"]
+        length = np.asarray(lengths.fill_null(0).cast("int64"))
         scales = [list_column(table[f"codes_scale_{k}"]) for k in range(len(geometry.vq_strides))]
     except (KeyError, TypeError, ValueError, pa.ArrowException) as e:
         raise UserError(f"cache file {where} has an unexpected layout: {first_line(e)}") from None
@@ -187,7 +185,7 @@ def shard_arrays(table, geometry: Geometry, seen: set[int], where: str | Path = 
         for row in np.flatnonzero(mask):
             reasons.setdefault(int(row), reason)
 
-    refuse(no_length, "no audio length")
+    refuse(np.asarray(lengths.is_null()), "no audio length")
     for row, name in enumerate(names):
         if not isinstance(name, str) or not is_safe(name):
             reasons[row] = "unsafe path"
@@ -200,7 +198,7 @@ def shard_arrays(table, geometry: Geometry, seen: set[int], where: str | Path = 
     coarse = scales[0][1]
     refuse(coarse == 0, "no codes")
     for k, (values, counts, _) in enumerate(scales):
-        refuse(counts != coarse * geometry.frames_per_coarse(k), "scales that don't match")
+        refuse(counts != coarse * geometry.per_coarse[k], "scales that don't match")
         outside = np.concatenate([[0], np.cumsum((values < 0) | (values >= geometry.codebook_size))])
         ends = np.cumsum(counts)
         refuse(outside[ends] > outside[ends - counts], "code outside the codebook")
@@ -211,7 +209,7 @@ def shard_arrays(table, geometry: Geometry, seen: set[int], where: str | Path = 
     refuse(wrong, "audio length that doesn't match the codes")
     good = np.array([row not in reasons for row in range(len(names))], bool)
     blocks = [
-        values[np.repeat(good, counts)].astype(np.int16).reshape(-1, geometry.frames_per_coarse(k))
+        values[np.repeat(good, counts)].astype(np.int16).reshape(-1, geometry.per_coarse[k])
         for k, (values, counts, _) in enumerate(scales)
     ]
     kept = [name for name, g in zip(names, good) if g]
@@ -236,12 +234,10 @@ def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> No
     import pyarrow.parquet as pq
 
     rels = sorted(rows)
-    columns = {
-        "file_path": pa.array(rels, pa.string()),
-        "audio_length": pa.array([rows[r][0] for r in rels], pa.int64()),
-    }
-    for k in range(len(geometry.vq_strides)):
-        columns[f"codes_scale_{k}"] = pa.array([rows[r][1][k] for r in rels], pa.list_(pa.int16()))
+    lengths, codes = zip(*(rows[r] for r in rels))
+    columns = {"file_path": pa.array(rels, pa.string()), "audio_length": pa.array(lengths, pa.int64())}
+    for k, scale in enumerate(zip(*codes)):
+        columns[f"codes_scale_{k}"] = pa.array(scale, pa.list_(pa.int16()))
     meta = {"snac": json.dumps(asdict(geometry)), "data_dir": str(Path(data_dir).resolve())}
     with atomic_file(path) as f:
         table = pa.table(columns).replace_schema_metadata(meta)

@@ -39,17 +39,14 @@ def check_zip(path: Path) -> str | None:
 
 
 def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
-    """Verified, `weights_only=True` (a pickle that would run code is refused), dense tensors only.
-
-    Raises UserError naming the file and the reason.
-    """
+    """Verified, `weights_only=True` (a pickle that would run code is refused), dense tensors only. Raises
+    UserError naming the file and the reason."""
     import torch
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
-    reason = check_zip(path)
-    if reason:
+    if reason := check_zip(path):
         raise UserError(f"checkpoint {path} is damaged ({reason}); use an older one from {path.parent}")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
@@ -67,8 +64,7 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
     while todo:  # no recursion: a pickle may nest as deep as it likes, or hold itself
         where, value = todo.pop()
         if isinstance(value, torch.Tensor):
-            odd = value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta
-            if odd:
+            if value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
                 kind = "nested" if value.is_nested else "empty" if value.is_meta else value.layout
                 raise UserError(f"checkpoint {path}: {where} is a {kind} tensor; only dense ones are read")
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -88,8 +84,7 @@ RESUMED = (*OPENED, "optimizer", "scheduler", "ema", "validated_epoch", "phase",
 
 def require(saved: dict, path, keys=OPENED) -> dict:
     """`saved`, or a UserError where it lacks what a checkpoint of train_dual_head.py has."""
-    missing = [k for k in keys if k not in saved]
-    if missing:
+    if missing := [k for k in keys if k not in saved]:
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: it lacks {', '.join(missing)}")
     if not isinstance(saved["args"], dict) or not isinstance(saved["global_step"], int):
         raise UserError(f"{path} is not a checkpoint of train_dual_head.py: malformed args or global_step")
@@ -101,9 +96,7 @@ def require(saved: dict, path, keys=OPENED) -> dict:
 
 def newest_good(paths, check, warn=warn) -> tuple[Path, dict] | None:
     """(path, its content) of the newest file in `paths` that verifies, or None; the others are warned about.
-
-    check: called with (content, path), raises UserError for what can't be resumed. warn: takes a sentence.
-    """
+    check: called with (content, path), raises UserError for what can't be resumed. warn: takes a sentence."""
     for path in sorted(paths, key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             state = load_checkpoint(path)

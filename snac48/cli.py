@@ -64,8 +64,7 @@ class TooManyBadFiles(Ending):
 
 
 def read_config(path: str | Path, known) -> dict:
-    """A JSON object (`//` comments allowed) as {key: value}; a key that is not in `known` is a UserError that
-    names the nearest one."""
+    """A JSON object, `//` comments allowed; a key not in `known` is a UserError naming the nearest one."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         text = re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*', lambda m: m[1] or "", text)
@@ -134,27 +133,33 @@ def one_line_errors(parser) -> None:
     parser.error = error
 
 
-def at_least(parser, args, **lowest) -> None:
-    """An error for the first flag below its lowest value: at_least(parser, args, batch_size=1)."""
+def read_flags(parser, argv=None, **lowest):
+    """The parser's args, by one_line_errors; a flag below its lowest value (batch_size=1) is one, too."""
+    one_line_errors(parser)
+    args = parser.parse_args(argv)
     for name, low in lowest.items():
         if not getattr(args, name) >= low:  # so that nan is one, too
             parser.error(f"--{name} must be at least {low}, not {getattr(args, name)}")
+    return args
 
 
 def warn(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def complain(text: str) -> None:
+    warn(f"{Path(sys.argv[0]).name}: {text}")
+
+
 def guarded(function, *args):
-    """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen keeps its
-    traceback."""
+    """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen a traceback."""
     try:
         return function(*args)
     except UserError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
+        complain(f"error: {e}")
         leave(e.code)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        complain("interrupted")
         leave(EXIT_STOPPED)
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -164,9 +169,8 @@ def guarded(function, *args):
             raise
         where = f"{e.filename} could not be written" if e.filename else "a file could not be written"
         with contextlib.suppress(OSError):  # stderr may lie on the same disk
-            print(f"{Path(sys.argv[0]).name}: error: {where}: {e.strerror}; free some space, then run "
-                  "the same command again (a training: with --resume auto)",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            complain(f"error: {where}: {e.strerror}; free some space, then run the same command again "
+                     "(a training: with --resume auto)")  # fmt: skip
         leave(EXIT_ERROR)
 
 
@@ -197,10 +201,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def stop_at_once() -> None:
     """While a program starts, a stop signal ends it at once with EXIT_STOPPED: there is nothing to save yet.
-
     A thread does it, told by the C part of Python's signal handling: the main thread may be inside a long
-    call (importing torch, waiting for the other processes), where no Python handler runs. Until StopFlag.
-    """
+    call (importing torch, waiting for the other processes), where no Python handler runs. Until StopFlag."""
     read, write = os.pipe()
     os.set_blocking(write, False)
 
@@ -208,8 +210,7 @@ def stop_at_once() -> None:
         name = signal.Signals(os.read(read, 1)[0]).name
         note_exit(EXIT_STOPPED)
         with contextlib.suppress(OSError):
-            print(f"{Path(sys.argv[0]).name}: stopped by {name} while starting; nothing was changed, the "
-                  "same command starts again", file=sys.stderr, flush=True)  # fmt: skip
+            complain(f"stopped by {name} while starting; nothing was changed, the same command starts again")
         os._exit(EXIT_STOPPED)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -58,11 +58,8 @@ class FullCodec(nn.Module):
 
 def quantize(quantizer, z):
     """SNAC's residual quantization with gradients: z [B, D, T] -> (z' [B, D, T], losses, codes, latents as of
-    FullCodec).
-
-    Nearest entries, straight-through; commitment pulls latents to their entries, codebook entries to their
-    latents (van den Oord et al. 2017).
-    """
+    FullCodec). Nearest entries, straight-through; commitment pulls latents to their entries, codebook entries
+    to their latents (van den Oord et al. 2017)."""
     residual, total, codes, latents, losses = z, 0, [], [], {"commitment": 0, "codebook": 0}
     for vq in quantizer.quantizers:
         e = vq.in_proj(F.avg_pool1d(residual, vq.stride, vq.stride))  # [B, 8, T / stride]
@@ -116,10 +113,8 @@ def restart_dead_entries(vq, counts, latents, optimizer, generator) -> int:
 
 def features(audio, channels: int, frames: int):
     """What we want the latents of a codec from scratch to be: audio [B, 1, N] -> [B, channels, frames].
-
-    Natural log of min(80, channels) mel bands, halved to about unit variance, two hops long, frame t
-    centred on its hop of N / frames samples; further channels are 0.
-    """
+    Natural log of min(80, channels) mel bands, halved to about unit variance, two hops long, frame t centred
+    on its hop of N / frames samples; further channels are 0."""
     hop, bands = audio.shape[-1] // frames, min(80, channels)
     size = 2 * hop
     x = F.pad(audio[:, 0].float(), ((size - hop) // 2, size - hop - (size - hop) // 2))
@@ -147,10 +142,8 @@ def start_from_features(snac, audio, seed: int) -> None:
 @torch.no_grad()
 def fit_quantizers(quantizer, z, seed: int) -> None:
     """Quantizers for latents z [B, D, T]: each takes principal components of the rest, entries by k-means.
-
     SNAC looks entries up by direction. One latent value is therefore a constant, so large that directions are
-    as far apart as the other values are.
-    """
+    as far apart as the other values are."""
     generator = torch.Generator().manual_seed(seed)
     for vq in quantizer.quantizers:
         points = F.avg_pool1d(z, vq.stride, vq.stride).transpose(1, 2).flatten(0, 1)  # [N, D]
@@ -167,8 +160,7 @@ def fit_quantizers(quantizer, z, seed: int) -> None:
 
 
 def kmeans(points, k: int, generator, rounds: int = 15):
-    """points [N, D] -> centres [k, D], by direction as SNAC compares; an empty cluster restarts at a random
-    point."""
+    """points [N, D] -> centres [k, D], by direction as SNAC; an empty cluster restarts at a random point."""
     centres = points[torch.randperm(len(points), generator=generator)[torch.arange(k) % len(points)]]
     for _ in range(rounds):
         directions = F.normalize(centres).T
@@ -196,12 +188,8 @@ def unit_variance(module, x, last: float) -> None:
     """One pass of x through `module` in which every convolution is scaled to outputs of mean 0 and std 1
     (residual branches 0.4, noise gains 0.5, the last one `last`)."""
     convs = [m for m in module.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)]
-    wanted = {}
-    for m in module.modules():
-        if isinstance(m, ResidualUnit):
-            wanted[m.block[-1]] = 0.4
-        if isinstance(m, NoiseBlock):
-            wanted[m.linear] = 0.5
+    wanted = {m.block[-1]: 0.4 for m in module.modules() if isinstance(m, ResidualUnit)}
+    wanted |= {m.linear: 0.5 for m in module.modules() if isinstance(m, NoiseBlock)}
     wanted[convs[-1]] = last
 
     def rescale(conv, _, out):
@@ -211,11 +199,10 @@ def unit_variance(module, x, last: float) -> None:
         # a channel that gets nothing (latents beyond the mel bands) keeps its gain: 1 / 0 would explode later
         scale = torch.where(std > 1e-3 * std.max(), wanted.get(conv, 1.0) / std, 1.0)
         conv.parametrizations.weight.original0.mul_(scale.view(-1, 1, 1) if by_channel else scale)
-        column = scale[:, None] if by_channel else scale
-        if conv.bias is None:
-            return out * column
-        conv.bias.copy_((conv.bias - mean) * scale)
-        return (out - mean[:, None]) * column
+        if conv.bias is not None:
+            conv.bias.copy_((conv.bias - mean) * scale)
+            out = out - mean[:, None]
+        return out * (scale[:, None] if by_channel else scale)
 
     hooks = [c.register_forward_hook(rescale) for c in convs]
     module(x)

@@ -84,9 +84,10 @@ class Geometry:
         """Samples at the model's rate that one coarse (scale-0) code covers."""
         return self.vq_strides[0] * self.hop_length
 
-    def frames_per_coarse(self, k: int) -> int:
-        """Codes of scale k in one coarse code."""
-        return self.vq_strides[0] // self.vq_strides[k]
+    @property
+    def per_coarse(self) -> list[int]:
+        """Codes of each scale in one coarse code."""
+        return [self.vq_strides[0] // stride for stride in self.vq_strides]
 
     def coarse_len(self, segment_seconds: float) -> int:
         """Coarse codes in a segment of nominally `segment_seconds`, at least 1."""
@@ -114,47 +115,38 @@ class Geometry:
 
 
 def slice_at(start: int, coarse_len: int, hop_length: int, vq_strides) -> dict:
-    """Where `coarse_len` coarse codes from coarse code `start` lie: in every scale and in the audio.
-
-    Returns {scale_start: [K], scale_len: [K], start_sample_24k, samples_24k, start_sample_48k, samples_48k};
-    samples are exact (no nominal seconds), 48 kHz values are twice the 24 kHz ones.
-    """
+    """Where `coarse_len` coarse codes from coarse code `start` lie: in every scale and in the audio. Returns
+    {scale_start: [K], scale_len: [K], start_sample_24k, samples_24k, start_sample_48k, samples_48k}; samples
+    are exact (no nominal seconds), 48 kHz values are twice the 24 kHz ones."""
     s = vq_strides[0]
     first, n = start * s * hop_length, coarse_len * s * hop_length
-    return {
-        "scale_start": [start * (s // v) for v in vq_strides],
-        "scale_len": [coarse_len * (s // v) for v in vq_strides],
+    scales = {"scale_start": [start * (s // v) for v in vq_strides],
+              "scale_len": [coarse_len * (s // v) for v in vq_strides]}  # fmt: skip
+    samples = {
         "start_sample_24k": first,
         "samples_24k": n,
         "start_sample_48k": 2 * first,
         "samples_48k": 2 * n,
     }
+    return scales | samples
 
 
 def load_snac(name: str, device="cpu"):
     """A frozen SNAC in eval mode from a folder (config.json, pytorch_model.bin) or the hub (pinned revision).
-
-    name: DIR, hub id, or hub id@REVISION. Raises UserError saying what is missing.
-    """
-    path = Path(name)
+    name: DIR, hub id, or hub id@REVISION. Raises UserError saying what is missing."""
+    repo, _, revision = name.partition("@")
+    revision = revision or PINNED_REVISIONS.get(repo)
+    if Path(name).is_dir():
+        repo = name
+        if missing := [f for f in ("config.json", "pytorch_model.bin") if not (Path(name) / f).is_file()]:
+            raise UserError(f"model folder {name} lacks {' and '.join(missing)}")
+    elif name.startswith((".", "/")) or name.count("/") != 1:
+        known = next(iter(PINNED_REVISIONS))
+        raise UserError(f"model {name} is neither a folder nor a hub id such as {known}")
+    elif not revision:
+        raise UserError(f"no pinned revision is known for {repo}: say {repo}@COMMIT")
     try:
-        if path.is_dir():
-            missing = [f for f in ("config.json", "pytorch_model.bin") if not (path / f).is_file()]
-            if missing:
-                raise UserError(f"model folder {name} lacks {' and '.join(missing)}")
-            model = SNAC.from_pretrained(name)
-        else:
-            if name.startswith((".", "/")) or name.count("/") != 1:
-                raise UserError(
-                    f"model {name} is neither a folder nor a hub id such as {next(iter(PINNED_REVISIONS))}"
-                )
-            repo, _, revision = name.partition("@")
-            revision = revision or PINNED_REVISIONS.get(repo)
-            if not revision:
-                raise UserError(f"no pinned revision is known for {repo}: say {repo}@COMMIT")
-            model = SNAC.from_pretrained(repo, revision=revision)
-    except UserError:
-        raise
+        model = SNAC.from_pretrained(repo, revision=revision)  # of a folder: ignored
     except Exception as e:  # hub, network, config and weights each have their own exception classes
         raise UserError(f"model {name} could not be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
                         "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "
@@ -195,17 +187,14 @@ def fold_weight_norm(module):
 
 
 def align_samples(model) -> int:
-    """SNAC pads to, and chunks are cut at, multiples of this: hop x lcm(coarsest stride, attention
-    window)."""
+    """SNAC pads to, and chunks are cut at, multiples of hop x lcm(coarsest stride, attention window)."""
     return int(model.hop_length) * math.lcm(int(model.vq_strides[0]), model.attn_window_size or 1)
 
 
 def receptive_reach(layers, jump: float = 1.0) -> tuple[float, float]:
-    """(reach on each side in input samples, output jump) of a stack of convolutions in order.
-
-    jump: input samples a step at the first layer; strided convs multiply it, transposed ones divide it.
-    Residual branches are covered because every convolution on the longest path is counted.
-    """
+    """(reach on each side in input samples, output jump) of a stack of convolutions in order. jump: input
+    samples a step at the first layer; strided convs multiply it, transposed ones divide it. Residual branches
+    are covered because every convolution on the longest path is counted."""
     reach = 0.0
     for layer in layers:
         for m in layer.modules():
@@ -227,10 +216,8 @@ def encode_context(model) -> int:
 
 def encode(model, audio, max_seconds: float = 60.0):
     """Codes of equally long clips: audio [B, 1, N] at the model's rate -> [codes_k [B, T_k]], as SNAC.encode.
-
-    Clips longer than max_seconds are encoded in chunks with as much real context as the encoder can see,
-    so the memory is bounded and the codes are those of one pass (up to rounding).
-    """
+    Clips longer than max_seconds are encoded in chunks with as much real context as the encoder can see, so
+    the memory is bounded and the codes are those of one pass (up to rounding)."""
     align = align_samples(model)
     chunk = max(1, int(max_seconds * model.sampling_rate) // align) * align
     if audio.shape[-1] <= chunk:
@@ -268,20 +255,11 @@ def load_weights(model, state: dict, path) -> None:
 
 def model_config(snac) -> dict:
     """Arguments of SNAC(**config): with them a checkpoint opens without the pretrained folder."""
-    quantizer = snac.quantizer.quantizers[0]
-    noise = any(isinstance(m, NoiseBlock) for m in snac.decoder.modules())
     first_unit = next(m for m in snac.encoder.modules() if isinstance(m, ResidualUnit))
-    return {
-        "sampling_rate": snac.sampling_rate,
-        "encoder_dim": snac.encoder_dim,
-        "encoder_rates": list(snac.encoder_rates),
-        "latent_dim": snac.latent_dim,
-        "decoder_dim": snac.decoder_dim,
-        "decoder_rates": list(snac.decoder_rates),
-        "attn_window_size": snac.attn_window_size,
-        "codebook_size": snac.codebook_size,
-        "codebook_dim": quantizer.codebook_dim if hasattr(quantizer, "codebook_dim") else snac.codebook_dim,
-        "vq_strides": list(snac.vq_strides),
-        "noise": noise,
+    names = ("sampling_rate", "encoder_dim", "encoder_rates", "latent_dim", "decoder_dim", "decoder_rates",
+             "attn_window_size", "codebook_size", "codebook_dim", "vq_strides")  # fmt: skip
+    found = {name: getattr(snac, name) for name in names}
+    return {k: list(v) if k.endswith(("rates", "strides")) else v for k, v in found.items()} | {
+        "noise": any(isinstance(m, NoiseBlock) for m in snac.decoder.modules()),
         "depthwise": first_unit.block[1].groups > 1,
     }

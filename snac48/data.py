@@ -71,24 +71,17 @@ class Targets:
             raise UserError(f"48 kHz folder {folder} does not exist; make it with precompute_48k.py")
         self.allowed = link_roots(folder)
         manifest, table = self.folder / "manifest.jsonl", None
-        if not manifest.is_file():
-            present, rows = set(find_audio(folder)), [path(r) for r in range(n)]
-            names, copied = target_names(rows), KINDS.index("copied")
-            data = self._table(
-                rows, {r: (t, copied, 1.0) for r in rows for t in (r, names[r]) if t in present}
-            )
-        else:
+        if index_folder and manifest.is_file():
             stat = manifest.stat()
             key = f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-            if index_folder:
-                table = index_folder / f"targets-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-            if table and table.exists():
-                data = np.load(table)
-            else:
-                data = self._table([path(r) for r in range(n)], self._read_manifest(manifest))
-                if table:
-                    with atomic_file(table) as f:
-                        np.savez(f, **data)
+            table = index_folder / f"targets-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        if table and table.exists():
+            data = np.load(table)
+        else:
+            data = self._table([path(r) for r in range(n)], manifest)
+            if table:
+                with atomic_file(table) as f:
+                    np.savez(f, **data)
         self.kinds, self.levels = data["kinds"], data["levels"]
         self.paths = PathBlob([])
         self.paths.blob, self.paths.ends = data["blob"], data["ends"]
@@ -108,33 +101,17 @@ class Targets:
                                     "precompute_48k.py again to rewrite it") from None  # fmt: skip
         return found
 
-    @staticmethod
-    def _table(rows: list[str], found: dict) -> dict:
+    def _table(self, rows: list[str], manifest: Path) -> dict:
+        if manifest.is_file():
+            found = self._read_manifest(manifest)
+        else:
+            names, copied, present = target_names(rows), KINDS.index("copied"), set(find_audio(self.folder))
+            found = {r: (t, copied, 1.0) for r in rows for t in (r, names[r]) if t in present}
         table = [found.get(r, ("", 0, 1.0)) for r in rows]
         paths = PathBlob([name for name, _, _ in table])
-        return {
-            "kinds": np.array([kind for _, kind, _ in table], np.uint8),
-            "levels": np.array([level for _, _, level in table], np.float32),
-            "blob": paths.blob,
-            "ends": paths.ends,
-        }
-
-    def usable(self, data: "SliceDataset", include_unfaithful: bool, max_bad_fraction: float):
-        """Mask of the rows that have a (faithful) target; the others are counted in data.left_out. Raises
-        UserError where more than max_bad_fraction have none."""
-        keep, n = self.kinds != 0, len(self.kinds)
-        missing = int((~keep).sum())
-        if missing > max_bad_fraction * n:
-            raise UserError(f"48 kHz folder {self.folder} lacks {missing} of {n} files, first "
-                            f"{data.path(int(np.flatnonzero(~keep)[0]))}; run precompute_48k.py on the "
-                            "recordings (or raise --max_bad_fraction to leave them out)")  # fmt: skip
-        if missing:
-            data.left_out["no 48 kHz target"] = missing
-        unfaithful = self.kinds == KINDS.index("unfaithful")
-        if unfaithful.any() and not include_unfaithful:
-            keep &= ~unfaithful
-            data.left_out["unfaithful 48 kHz target"] = int(unfaithful.sum())
-        return keep
+        kinds = np.array([kind for _, kind, _ in table], np.uint8)
+        levels = np.array([level for _, _, level in table], np.float32)
+        return {"kinds": kinds, "levels": levels, "blob": paths.blob, "ends": paths.ends}
 
     def read(self, row: int, start: int, count: int, rate: int, need: int):
         """Samples [start, start + count) of the row's target at `rate`, at the source's level: float32. At
@@ -165,6 +142,30 @@ class SliceDataset:
         self.heads = {name: head for name, head in HEADS.items() if name in heads or head.factor == 1}
         self.left_out: dict[str, int] = {}
         self.set_segment_length(segment_length)
+
+    def choose_rows(self, name, n: int, limit, folder: str, include_unfaithful: bool,
+                    max_bad_fraction: float, index_folder: Path | None = None) -> None:  # fmt: skip
+        """Set `targets`, those in `folder` if it is given, and `rows`, int64: at most `limit` of the n rows
+        that have a (faithful) one; the others are counted in `left_out`. Raises UserError where more than
+        max_bad_fraction have none, or where no row of `name`, the data, is left."""
+        self.targets, keep = None, np.ones(n, bool)
+        if folder:
+            self.targets = Targets(str(folder), self.path, n, index_folder)
+            kinds = self.targets.kinds
+            keep, unfaithful = kinds != KINDS.index("missing"), kinds == KINDS.index("unfaithful")
+            if missing := int((~keep).sum()):
+                self.left_out["no 48 kHz target"] = missing
+            if missing > max_bad_fraction * n:
+                raise UserError(f"48 kHz folder {self.targets.folder} lacks {missing} of {n} files, first "
+                                f"{self.path(int(np.flatnonzero(~keep)[0]))}; run precompute_48k.py on the "
+                                "recordings (or raise --max_bad_fraction to leave them out)")  # fmt: skip
+            if unfaithful.any() and not include_unfaithful:
+                keep &= ~unfaithful
+                self.left_out["unfaithful 48 kHz target"] = int(unfaithful.sum())
+        self.rows = np.flatnonzero(keep)[: limit if limit is not None and limit >= 0 else None]
+        if not len(self.rows):
+            left_out = f": {self.left_out}" if self.left_out else ""
+            raise UserError(f"nothing in {name} can be used{left_out}")
 
     def set_segment_length(self, seconds: float) -> None:
         self.coarse_len = self.geometry.coarse_len(seconds)
@@ -216,8 +217,7 @@ class SliceDataset:
 
 class CachedCodesDataset(SliceDataset):
     """Slices of a cache of cache_codes.py: items also have codes [K int64 tensors], filled with -1 past the
-    end, which the model takes as silence there. Without audio_48k_dir: for a decoder without a 48 kHz head.
-    """
+    end, which the model takes as silence there. Without audio_48k_dir: for a decoder of 24 kHz alone."""
 
     def __init__(self, cache_dir, audio_48k_dir, segment_length, limit=None, *, audio_24k_dir="", seed=42,
                  fixed=False, include_unfaithful=False, max_bad_fraction=0.01):  # fmt: skip
@@ -231,12 +231,9 @@ class CachedCodesDataset(SliceDataset):
             raise UserError(f"{bad} of {n + bad} rows of cache {cache_dir} are bad ({self.index.bad}), "
                             f"more than --max_bad_fraction {max_bad_fraction:g}: see "
                             f"{self.index.folder}/bad_rows.jsonl", EXIT_BAD_INPUT)  # fmt: skip
-        self.targets, keep = None, np.ones(n, bool)
-        if audio_48k_dir:
-            self.targets = Targets(str(audio_48k_dir), self.index.path, n, self.index.folder)
-            keep = self.targets.usable(self, include_unfaithful, max_bad_fraction)
+        self.choose_rows(cache_dir, n, limit, audio_48k_dir, include_unfaithful, max_bad_fraction,
+                         self.index.folder)  # fmt: skip
         self.force_24k = bool(audio_24k_dir) or self.targets is None
-        self.rows = limited(keep, limit, cache_dir, self.left_out)
         originals = self.force_24k or (self.targets.kinds[self.rows] != KINDS.index("copied")).any()
         if originals and not Path(self.audio_24k_dir).is_dir():
             raise UserError(f"originals folder {self.audio_24k_dir or '(not recorded in the cache)'} does "
@@ -254,16 +251,12 @@ class CachedCodesDataset(SliceDataset):
         return {"coarse": coarse, "samples": samples, "kind": kind}
 
     def slice(self, row: int, utterance: dict, start: int, take: int, at: dict) -> dict:
-        codes = []
-        for part, n in zip(self.index.slice(row, start, take), at["scale_len"]):
-            padded = np.full(n, -1, np.int64)
-            padded[: len(part)] = part
-            codes.append(torch.from_numpy(padded))
-        return {"codes": codes}
+        parts = zip(self.index.slice(row, start, take), at["scale_len"])
+        codes = [np.pad(part.astype(np.int64), (0, n - len(part)), constant_values=-1) for part, n in parts]
+        return {"codes": [torch.from_numpy(scale) for scale in codes]}
 
     def audio(self, row: int, utterance: dict, at: dict) -> dict:
-        found, rate = {}, self.geometry.sampling_rate
-        low, n = at["start_sample_24k"], at["samples_24k"]
+        found, rate, low, n = {}, self.geometry.sampling_rate, at["start_sample_24k"], at["samples_24k"]
         need = min(n, utterance["samples"] - low)
         for name, head in self.heads.items():
             f = head.factor
@@ -297,13 +290,11 @@ class RawAudioDataset(SliceDataset):
         found = [(root, rel) for root, (d, _) in enumerate(self.roots) for rel in find_audio(d)]
         self.files = PathBlob([rel for _, rel in found])
         self.root_of = np.array([root for root, _ in found], np.int16)
-        self.targets, keep = None, np.ones(len(found), bool)
-        if self.full_band and audio_48k_dir:
-            if len(data_dirs) > 1:
-                raise UserError("--audio_48k_dir goes with one --data_dir")
-            self.targets = Targets(str(audio_48k_dir), self.files.__getitem__, len(found))
-            keep = self.targets.usable(self, include_unfaithful, max_bad_fraction)
-        self.rows = limited(keep, limit, ", ".join(map(str, data_dirs)), self.left_out)
+        folder = audio_48k_dir if self.full_band else ""
+        if folder and len(data_dirs) > 1:
+            raise UserError("--audio_48k_dir goes with one --data_dir")
+        name = ", ".join(map(str, data_dirs))
+        self.choose_rows(name, len(found), limit, folder, include_unfaithful, max_bad_fraction)
 
     def path(self, row: int) -> str:
         return self.files[row]
@@ -333,10 +324,8 @@ class RawAudioDataset(SliceDataset):
 
     def audio(self, row: int, utterance: dict, at: dict) -> dict:
         def cut(x, first, n):
-            out = np.zeros(n, np.float32)
-            part = x[first : first + n]
-            out[: len(part)] = part
-            return out
+            part = x[first : first + n].astype(np.float32)
+            return np.pad(part, (0, n - len(part)))
 
         low, n, (x, rate), found = at["start_sample_24k"], at["samples_24k"], utterance["source"], {}
         for name, head in self.heads.items():
@@ -351,15 +340,6 @@ class RawAudioDataset(SliceDataset):
             else:
                 found[f"audio_{name}"] = cut(resample(x, rate, head.rate), f * low, f * n)
         return found
-
-
-def limited(keep, limit, name, left_out: dict):
-    """Row numbers that stay, int64 [rows]: those marked in `keep`, at most `limit` of them, at least one."""
-    rows = np.flatnonzero(keep)
-    rows = rows[:limit] if limit is not None and limit >= 0 else rows
-    if not len(rows):
-        raise UserError(f"nothing in {name} can be used{f': {left_out}' if left_out else ''}")
-    return rows
 
 
 def collate(items: list[dict]) -> dict:
@@ -377,7 +357,7 @@ def collate(items: list[dict]) -> dict:
         "valid_24k": torch.tensor([it["valid_24k"] for it in items]),
         "phase_true": torch.tensor([it["kind"] in ("copied", "sinc") for it in items]),
         "noise_key": torch.tensor([it["noise_key"] for it in items]),
-        "bad": [(it["file_path"], it["error"]) for it in items if it["error"]],
+        "bad_file": [(it["file_path"], it["error"]) for it in items if it["error"]],
         "left_out": [(it["file_path"], it["left_out"]) for it in items if it["left_out"]],
         "sources": {i: it["source"] for i, it in enumerate(items) if it["source"]},
         "names": [it["file_path"] for it in items],
@@ -390,10 +370,8 @@ def collate(items: list[dict]) -> dict:
 
 def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: int) -> list[list[int]]:
     """Dataset indices of this rank's micro-batches from global step `first_step` to the end of the epoch; a
-    Filler where a rank has none.
-
-    Every step has `accum` micro-batches; the split of a batch over ranks and micro-batches changes no result.
-    """
+    Filler where a rank has none. Every step has `accum` micro-batches; the split of a batch over ranks and
+    micro-batches changes no result."""
     found = []
     for step in range(first_step - epoch.first_step, epoch.steps):
         batch = order[step * epoch.batch : (step + 1) * epoch.batch]
@@ -430,8 +408,7 @@ def encode_spans(snac, spans, places, samples: int, geometry: Geometry, device) 
     lengths: dict[int, list[int]] = {}
     for b, span in enumerate(spans):
         lengths.setdefault(len(span), []).append(b)
-    coarse = samples // geometry.coarse_samples
-    per = [geometry.frames_per_coarse(k) for k in range(len(geometry.vq_strides))]
+    coarse, per = samples // geometry.coarse_samples, geometry.per_coarse
     out = [torch.full((len(spans), coarse * f), -1, device=device) for f in per]
     for rows in lengths.values():  # only equal lengths share a batch: padding would change last frames
         codes = encode(snac, torch.stack([spans[b] for b in rows])[:, None].to(device))

@@ -21,30 +21,11 @@ from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d, WNConv1
 from torch import nn
 
 if __package__:
-    from .cli import UserError, pick_device
-    from .codec import (
-        Geometry,
-        encode,
-        fold_weight_norm,
-        geometry_of,
-        load_snac,
-        load_weights,
-        receptive_reach,
-        replace_snakes,
-    )
+    from . import codec
 else:  # copied beside a server
-    from codec import (
-        Geometry,
-        UserError,
-        encode,
-        fold_weight_norm,
-        geometry_of,
-        load_snac,
-        load_weights,
-        pick_device,
-        receptive_reach,
-        replace_snakes,
-    )
+    import codec
+
+UserError = codec.UserError
 
 # ---- heads: what comes out of the shared trunk ----
 
@@ -90,7 +71,7 @@ def counter_noise(key, layer: int, start: int, length: int):
 
 
 class PositionedNoise(NoiseBlock):
-    """SNAC's NoiseBlock: fresh noise like it, unless `noise_key` is set: then position-keyed noise."""
+    """SNAC's NoiseBlock: fresh noise like it, but position-keyed noise where `noise_key` is set."""
 
     noise_key, noise_start, noise_layer = None, 0, 0
 
@@ -120,27 +101,23 @@ class DualHeadDecoder(nn.Module):
     def __init__(self, pretrained_snac, heads=tuple(HEADS), taps=None, with_encoder=False):
         super().__init__()
         if pretrained_snac.sampling_rate != TRUNK_RATE:
-            raise UserError(
-                f"this model runs at {pretrained_snac.sampling_rate} Hz: the heads assume {TRUNK_RATE} Hz, "
-                "so only a 24 kHz SNAC can be the trunk"
-            )
+            raise UserError(f"this model runs at {pretrained_snac.sampling_rate} Hz: the heads assume "
+                            f"{TRUNK_RATE} Hz, so only a 24 kHz SNAC can be the trunk")  # fmt: skip
         layers = list(pretrained_snac.decoder.model)
         self.heads = tuple(heads)
         self.encoder = pretrained_snac.encoder.requires_grad_(False) if with_encoder else None
         self.quantizer = pretrained_snac.quantizer.requires_grad_(False)
         self.trunk = nn.Sequential(*layers[:-3]).requires_grad_(True)
         for name in self.heads:
-            old = HEADS[name].factor == 1
-            head = (
-                nn.Sequential(*layers[-3:]) if old else new_head(layers, HEADS[name], (taps or {}).get(name))
-            )
+            old, n = HEADS[name].factor == 1, (taps or {}).get(name)
+            head = nn.Sequential(*layers[-3:]) if old else new_head(layers, HEADS[name], n)
             self.add_module(f"head_{name}", head.requires_grad_(True))
         self.noises = []  # (noise layer, its samples a latent frame)
         trunk_rate = self._find_noises(self.trunk, 1)
         for name in self.heads:
             self._find_noises(self.head(name), trunk_rate)
         self.trunk_frozen = False
-        replace_snakes(self)
+        codec.replace_snakes(self)
 
     def head(self, name: str) -> nn.Module:
         return getattr(self, f"head_{name}")
@@ -162,8 +139,7 @@ class DualHeadDecoder(nn.Module):
             block.noise_key, block.noise_start = key, start_frame * rate
 
     def codes_to_z(self, codes):
-        """codes [K] of [B, T_k] -> z [B, D, T]. A code of -1 lies past the end: z is 0 there, like conv
-        padding."""
+        """codes [K] of [B, T_k] -> z [B, D, T]. Code -1 lies past the end: z is 0 there, as padding is."""
         z = self.quantizer.from_codes([c.clamp(min=0) for c in codes])
         real = (codes[0] >= 0).repeat_interleave(self.quantizer.quantizers[0].stride, dim=1)  # [B, T]
         return z * real[:, None].to(z.dtype)
@@ -212,13 +188,11 @@ def taps_of(state: dict) -> dict[str, int]:
 
 class DualHead:
     """A trained decoder with its geometry. `heads`: names of those that are there, `rates`: theirs in Hz.
-
     `encode` also needs the codec's encoder: loaded when asked, unless the checkpoint has its own, as those of
-    phase 10 do.
-    """
+    phase 10 do."""
 
-    def __init__(self, model, geometry: Geometry, config: dict, device, encoder_from: str):
-        self.model = fold_weight_norm(model.to(device).eval().requires_grad_(False))
+    def __init__(self, model, geometry: codec.Geometry, config: dict, device, encoder_from: str):
+        self.model = codec.fold_weight_norm(model.to(device).eval().requires_grad_(False))
         self.geometry, self.config, self.device, self.encoder_from = geometry, config, device, encoder_from
         self.heads = model.heads
         self.rates = tuple(HEADS[name].rate for name in model.heads)
@@ -227,29 +201,24 @@ class DualHead:
             self.snac = SNAC(**config).to(device).eval().requires_grad_(False)
             self.snac.encoder, self.snac.quantizer = model.encoder, model.quantizer
         stride = geometry.vq_strides[0]
-        # the head with the most layers reaches furthest
-        reach = max(
-            receptive_reach([*model.trunk, *model.head(name)])[0] for name in model.heads
-        )  # latent frames
+        heads = map(model.head, model.heads)  # the one with the most layers reaches furthest
+        reach = max(codec.receptive_reach([*model.trunk, *head])[0] for head in heads)  # latent frames
         self.align = math.lcm(stride, config["attn_window_size"] or 1) // stride  # coarse codes
         self.context = math.ceil(math.ceil(reach) / stride / self.align) * self.align
 
     def encode(self, audio_24k):
-        """audio [B, 1, N] at the model's rate -> codes [K] of [B, T_k] (like `SNAC.encode`; long clips in
-        chunks)."""
+        """audio [B, 1, N] -> codes [K] of [B, T_k], as `SNAC.encode`; long clips in chunks."""
         if self.snac is None:
-            self.snac = load_snac(self.encoder_from, self.device)
-            differs = self.geometry.difference(geometry_of(self.snac, self.encoder_from))
-            if differs:
+            self.snac = codec.load_snac(self.encoder_from, self.device)
+            if differs := self.geometry.difference(codec.geometry_of(self.snac, self.encoder_from)):
                 raise UserError(f"encoder {self.encoder_from} is not the one this decoder was trained with "
                                 f"({differs}); give the right one as --pretrained_model")  # fmt: skip
-            fold_weight_norm(self.snac)
+            codec.fold_weight_norm(self.snac)
         with torch.inference_mode():
-            return encode(self.snac, audio_24k.to(self.device))
+            return codec.encode(self.snac, audio_24k.to(self.device))
 
     def decode(self, codes, heads=None, chunk_seconds=20.0, noise_seed=0):
-        """codes [K] of [B, T_k] -> (audio_24k [B, 1, N] | None, audio_48k [B, 1, 2N] | None); heads: as in
-        `stream`."""
+        """codes [K] of [B, T_k] -> (audio_24k [B, 1, N] | None, audio_48k [B, 1, 2N] | None); see stream."""
         parts = list(self.stream([codes], chunk_seconds, noise_seed, heads))
         return tuple(torch.cat(p, -1) if p[0] is not None else None for p in zip(*parts))
 
@@ -263,15 +232,8 @@ class DualHead:
         """
         g, pending = self.geometry, iter(code_chunks)
         chunk = max(1, g.coarse_len(chunk_seconds) // self.align) * self.align
-        cut = lambda codes, a, b: [
-            c[:, a * g.frames_per_coarse(k) : b * g.frames_per_coarse(k)] for k, c in enumerate(codes)
-        ]
-        held, first, done, ended = (
-            None,
-            0,
-            0,
-            False,
-        )  # codes kept; positions in coarse codes: held[0], decoded
+        cut = lambda codes, a, b: [c[:, a * f : b * f] for c, f in zip(codes, g.per_coarse)]
+        held, first, done, ended = None, 0, 0, False  # codes kept; coarse codes: where held begins, decoded
         while True:
             while not ended and (held is None or first + held[0].shape[1] < done + chunk + self.context):
                 part = next(pending, None)
@@ -297,20 +259,18 @@ class DualHead:
 
 def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
     """Open a checkpoint of train_dual_head.py, a folder of infer.py --export, or that on the hub (id@COMMIT).
-
     device: cpu, cuda:0 or a torch.device. pretrained_model: where the encoder is, when not where the training
-    found it. Raises UserError.
-    """
-    device = pick_device(device) if isinstance(device, str) else device
+    found it. Raises UserError."""
+    device = codec.pick_device(device) if isinstance(device, str) else device
     path = str(path)
     state, config, geometry = (read_checkpoint if path.endswith(".pt") else read_export)(path)
-    geometry = Geometry.from_json(json.dumps(geometry, default=str), path)
+    geometry = codec.Geometry.from_json(json.dumps(geometry, default=str), path)
     try:
         model = from_state(state, config)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
         reason = str(e).partition("\n")[0]
         raise UserError(f"{path} describes no model ({type(e).__name__}: {reason})") from None
-    load_weights(model, state, path)
+    codec.load_weights(model, state, path)
     return DualHead(model, geometry, config, device, pretrained_model or geometry.pretrained_model)
 
 
@@ -330,10 +290,8 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
 
     folder = Path(path) if Path(path).is_dir() else fetch(path)
     if not (folder / "model.safetensors").is_file():
-        raise UserError(
-            f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
-            "given by --pretrained_model; train_dual_head.py trains its heads)"
-        )
+        raise UserError(f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
+                        "given by --pretrained_model; train_dual_head.py trains its heads)")  # fmt: skip
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return load_file(folder / "model.safetensors"), described["model_config"], described["geometry"]
@@ -349,8 +307,7 @@ def fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=["config.json", "model.safetensors"])
-        )
+        wanted = ["config.json", "model.safetensors"]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as e:  # network and hub errors have many classes; all mean the same to the user
         raise UserError(f"{name} could not be fetched from the hub ({str(e).splitlines()[0]})") from e

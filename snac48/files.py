@@ -41,20 +41,10 @@ def sweep_leftovers(folder: str | Path) -> int:
     return found
 
 
-def fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb", **kwargs):
-    """A file object whose content appears at `path` whole or not at all.
-
-    Written beside it, fsynced, renamed, folder fsynced. A failed body (disk full, say) leaves the old file.
-    """
+    """A file object whose content appears at `path` whole or not at all. Written beside it, fsynced, renamed,
+    folder fsynced. A failed body (disk full, say) leaves the old file."""
     path = Path(path)
     tmp = temporary(path)
     try:
@@ -63,7 +53,11 @@ def atomic_file(path: str | Path, mode: str = "wb", **kwargs):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-        fsync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
         tmp.unlink(missing_ok=True)
 

@@ -10,18 +10,13 @@ import torch.nn.functional as F
 
 from .decoder import HEADS
 
-_WINDOWS: dict = {}
+hann = functools.cache(lambda n_fft, device: torch.hann_window(n_fft, device=device))
 
 
 def spectrum(x, n_fft: int, hop: int):
-    """STFT of [B, N] with a Hann window, complex [B, F, T]. Zero padding: reflect is not deterministic on
-    CUDA."""
-    key = (n_fft, x.device)
-    if key not in _WINDOWS:
-        _WINDOWS[key] = torch.hann_window(n_fft, device=x.device)
-    return torch.stft(
-        x, n_fft, hop, window=_WINDOWS[key], center=True, pad_mode="constant", return_complex=True
-    )
+    """Hann STFT of [B, N], complex [B, F, T]. Zero padding: reflect is not deterministic on CUDA."""
+    window = hann(n_fft, x.device)
+    return torch.stft(x, n_fft, hop, window=window, center=True, pad_mode="constant", return_complex=True)
 
 
 def masked(x, valid):
@@ -70,13 +65,11 @@ def mel_loss(pred, target, valid, rate: int):
 
 
 def halve_rate(x):
-    """[B, 2N] at 48 kHz -> [B, N] at 24 kHz: zero-phase half-band FIR (127 taps, Kaiser 8: -80 dB from
-    12.7 kHz)."""
+    """[B, 2N] at 48 kHz -> [B, N]: zero-phase half-band FIR (127 taps, Kaiser 8: -80 dB from 12.7 kHz)."""
     n = torch.arange(127, device=x.device, dtype=torch.float32) - 63
     taps = torch.special.sinc(n / 2) / 2 * torch.kaiser_window(127, False, 8.0, device=x.device)
-    return F.conv1d(x[:, None], (taps / taps.sum())[None, None], stride=2, padding=63)[
-        :, 0, : x.shape[-1] // 2
-    ]
+    low = F.conv1d(x[:, None], (taps / taps.sum())[None, None], stride=2, padding=63)
+    return low[:, 0, : x.shape[-1] // 2]
 
 
 # ---- the terms of a head's loss ----
@@ -121,50 +114,44 @@ def weighted(losses: dict, weights: dict):
     return sum(weight * losses[name] for name, weight in weights.items())
 
 
+def judged(audio, batch, **options):
+    """(name, Judged) of every head that there is audio of: audio [B, 1, N] of each of HEADS, or None."""
+    for (name, head), x in zip(HEADS.items(), audio):
+        if x is not None:
+            valid = head.factor * batch["valid_24k"]
+            yield name, Judged(masked(x[:, 0].float(), valid), batch[f"audio_{name}"][:, 0], valid, head.rate,
+                               batch["audio_24k"][:, 0], batch["phase_true"], **options)  # fmt: skip
+
+
 def head_losses(audio, batch, weights: dict, **options) -> dict:
     """Every loss of each item, fp32 [B], by the names of logs and flags: l1_24k, stft_24k, loss_24k, …_48k.
-
-    audio: [B, 1, N] of each of HEADS, or None. weights: {term: weight}; of those of weight 0 only REPORTED
-    are computed. options: of Judged.
-    """
-    out, valid, weights = {}, batch["valid_24k"], {t: w for t, w in weights.items() if w or t in REPORTED}
-    for (name, head), x in zip(HEADS.items(), audio):
-        if x is None:
-            continue
-        own, original = head.factor * valid, batch["audio_24k"][:, 0]
-        judged = Judged(masked(x[:, 0].float(), own), batch[f"audio_{name}"][:, 0], own, head.rate, original,
-                        batch["phase_true"], **options)  # fmt: skip
-        terms = {term: TERMS[term](judged) for term in weights}
+    audio: as for judged. weights: {term: weight}; of those of weight 0 only REPORTED are computed. options:
+    of Judged."""
+    out, weights = {}, {term: weight for term, weight in weights.items() if weight or term in REPORTED}
+    for name, x in judged(audio, batch, **options):
+        terms = {term: TERMS[term](x) for term in weights}
         out |= {f"{term}_{name}": loss for term, loss in terms.items()}
         out[f"loss_{name}"] = weighted(terms, weights)
-    return {k: torch.where(valid > 0, v, torch.zeros_like(v)) for k, v in out.items()}
+    return {k: torch.where(batch["valid_24k"] > 0, v, torch.zeros_like(v)) for k, v in out.items()}
 
 
 # ---- measures ----
 
 
 def distances(audio, batch) -> dict:
-    """Log-spectral distances of each item [B], by name: lsd_24k, lsd_48k and, above 12 kHz, lsd_12_24k.
-
-    audio: as for head_losses."""
-    out, counted = {}, batch["valid_24k"] > 0
-    for (name, head), x in zip(HEADS.items(), audio):
-        if x is None:
-            continue
-        valid, target = head.factor * batch["valid_24k"], batch[f"audio_{name}"][:, 0]
-        pred = masked(x[:, 0].float(), valid)
-        out[f"lsd_{name}"] = lsd(pred, target, valid, head.rate) * counted
+    """Log-spectral distances of each item [B], by name: lsd_24k, lsd_48k and, above 12 kHz, lsd_12_24k."""
+    out = {}
+    for name, x in judged(audio, batch):
+        out[f"lsd_{name}"] = lsd(x.audio, x.target, x.valid, x.rate)
         if name == "48k":
-            out["lsd_12_24k"] = lsd(pred, target, valid, head.rate, 12000) * counted
-    return out
+            out["lsd_12_24k"] = lsd(x.audio, x.target, x.valid, x.rate, 12000)
+    return {k: v * (batch["valid_24k"] > 0) for k, v in out.items()}
 
 
 def lsd(pred, target, valid, rate: int, above_hz: float = 0.0):
-    """Log-spectral distance as AP-BWE defines it (Lu et al. 2024): [B, N] x 2 -> [B].
-
-    Hann 2048, hop 512; log10 of |S|² clamped at 1e-8; root of the mean over frequency, mean over frames.
-    above_hz restricts the mean over frequency to the bins from there up.
-    """
+    """Log-spectral distance as AP-BWE defines it (Lu et al. 2024): [B, N] x 2 -> [B]. Hann 2048, hop 512;
+    log10 of |S|² clamped at 1e-8; root of the mean over frequency, mean over frames. above_hz restricts the
+    mean over frequency to the bins from there up."""
     first = math.ceil(above_hz * 2048 / rate)
     p, t = (spectrum(x, 2048, 512).abs().square().clamp(min=1e-8).log10()[:, first:] for x in (pred, target))
     return frame_mean((p - t).square().mean(1, keepdim=True).sqrt(), valid, 512)

@@ -36,10 +36,8 @@ def versions() -> dict:
 
 
 class RunLog:
-    """`metrics.jsonl` (one flushed object a line) and `training.log` (one human line) in a run directory.
-
-    The human line also goes to stdout, which the launcher sends to logs/NAME.log. Rank > 0: `quiet=True`.
-    """
+    """`metrics.jsonl` (one flushed object a line) and `training.log` (one human line) in a run directory. The
+    human line also goes to stdout, which the launcher sends to logs/NAME.log. Rank > 0: `quiet=True`."""
 
     def __init__(self, output_dir: str | Path, log_name: str = "training.log", quiet: bool = False):
         self.dir = Path(output_dir)
@@ -86,11 +84,9 @@ def write_all(f, text: str) -> None:
 
 
 class SampleLog:
-    """`step epoch row row …` for each committed optimiser step: the rows that the weights have seen.
-
-    Cut to `step` when a run starts or resumes, so that what was lost by a kill is not counted twice; rank 0
-    does so for all ranks, which may have been more.
-    """
+    """`step epoch row row …` for each committed optimiser step: the rows that the weights have seen. Cut to
+    `step` when a run starts or resumes, so that what was lost by a kill is not counted twice; rank 0 does so
+    for all ranks, which may have been more."""
 
     def __init__(self, folder: Path, rank: int, step: int):
         for path in folder.glob("samples.rank*.log") if rank == 0 else ():

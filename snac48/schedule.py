@@ -87,11 +87,8 @@ def adam_betas(args) -> tuple[float, float]:
 
 
 def one_cycle(step: int, total: int, peak: float, rise=0.3, div=25.0, final_div=1e4) -> float:
-    """Rate at `step` of 0 … total-1: cosine from peak/div up to peak, then down to peak/div/final_div.
-
-    The formula of torch.optim.lr_scheduler.OneCycleLR (Smith & Topin 2018), as a function: nothing to
-    restore.
-    """
+    """Rate at `step` of 0 … total-1: cosine from peak/div up to peak, then down to peak/div/final_div. The
+    formula of torch.optim.lr_scheduler.OneCycleLR (Smith & Topin 2018), as a function: nothing to restore."""
     top, end = max(rise * total - 1, 0), total - 1
     if step <= top and top > 0:
         lo, hi, x = peak / div, peak, step / top
@@ -119,13 +116,12 @@ def groups_of(args, phase: str) -> list[str]:
     if phase == "warmup":
         return [f"head_{name}" for name in chosen_heads(args.heads) if name != HEAD_NAMES[0]]
     heads = [f"head_{name}" for name in reversed(chosen_heads(args.heads))]
-    codec = ["encoder"]  # it learns the features, whatever is frozen afterwards
-    if phase == "main":
-        frozen = {"encoder": args.freeze_encoder, "quantizer": args.freeze_vq}
-        codec = [name for name in frozen if not frozen[name]]
     if not trains_codec(args):
-        codec = []
-    return ["trunk", *heads, *codec]
+        return ["trunk", *heads]
+    if phase == "features":  # the encoder learns them, whatever is frozen afterwards
+        return ["trunk", *heads, "encoder"]
+    frozen = {"encoder": args.freeze_encoder, "quantizer": args.freeze_vq}
+    return ["trunk", *heads, *(name for name in frozen if not frozen[name])]
 
 
 def rates_at(args, plan: list[Epoch], step: int) -> dict[str, float]:
@@ -149,18 +145,15 @@ def plan_lines(args, plan: list[Epoch]) -> list[str]:
     for e in plan:
         first, last = (rates_at(args, plan, e.first_step + n) for n in (0, e.steps - 1))
         rates = ", ".join(f"{g} {first[g]:.3g} to {last[g]:.3g}" for g in first)
-        lines.append(
-            f"epoch {e.number}: {e.phase}, {e.segment:g} s, batch {e.batch}, {e.steps} steps, {rates}"
-        )
+        about = f"{e.phase}, {e.segment:g} s, batch {e.batch}, {e.steps} steps"
+        lines.append(f"epoch {e.number}: {about}, {rates}")
     return lines
 
 
 def judge_norm(value: float, usual: float | None, factor: float) -> tuple[bool, float | None]:
-    """(skip this step?, running gradient norm afterwards). factor: -1 skips only what is not finite.
-
-    The running norm is a geometric mean. An outlier moves it too, and faster, so that a lasting change of
-    scale is accepted within a few steps; NaN and infinity never enter it.
-    """
+    """(skip this step?, running gradient norm afterwards). factor: -1 skips only what is not finite. The
+    running norm is a geometric mean. An outlier moves it too, and faster, so that a lasting change of scale
+    is accepted within a few steps; NaN and infinity never enter it."""
     if not math.isfinite(value):
         return True, usual
     if usual is None or value <= 0:

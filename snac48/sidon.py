@@ -80,11 +80,9 @@ def sinc_kernel(old: int, new: int):
 
 class SincResampler:
     """torchaudio.functional.resample (Hann-windowed sinc, width 6, rolloff 0.99) over pieces, in numpy.
-
     SIDON was trained behind it, and soxr's sharper filter shifts the two top mel bins by 0.1 to 0.3 standard
     deviations. torchaudio itself is not used: without its C extension, which wants CUDA's libraries, it
-    imports only through a stub, and its high-pass then costs 0.30 CPU seconds an audio second.
-    """
+    imports only through a stub, and its high-pass then costs 0.30 CPU seconds an audio second."""
 
     def __init__(self, rate: int, new_rate: int):
         common = math.gcd(rate, new_rate)
@@ -143,10 +141,8 @@ def kaldi_mel_filters():
 
 
 class Fbank:
-    """SeamlessM4TFeatureExtractor(padding_value=1.0) over pieces of a 16 kHz signal, in numpy.
-
-    The same numbers in a fifth of the time, and a 2-hour file needs no more memory than its features.
-    """
+    """SeamlessM4TFeatureExtractor(padding_value=1.0) over pieces of a 16 kHz signal, in numpy: the same
+    numbers in a fifth of the time, and a 2-hour file needs no more memory than its features."""
 
     def __init__(self):
         self.window = np.hanning(400) ** 0.85  # povey
@@ -168,13 +164,9 @@ class Fbank:
             self.rows.append(np.log(np.maximum(mel, 1.192092955078125e-07)).astype(np.float32))
 
     def features(self):
-        """[ceil(n / 320), 160] float32: per bin mean 0 and variance 1 over the file, two mel frames a row.
-
-        The signal is followed by zeros to a whole frame and no more: a long silent tail would spoil mean and
-        variance, and SIDON was trained without one.
-        """
-        n = self.n
-        self(np.zeros(PAD + -n % 320, np.float32))
+        """[ceil(n / 320), 160] float32: per bin mean 0 and variance 1 over the file, two mel frames a row."""
+        # zeros to a whole frame and no more: SIDON was trained without a silent tail that spoils the variance
+        self(np.zeros(PAD + -self.n % 320, np.float32))
         rows = np.concatenate(self.rows)  # [mel frames, 80]
         rows -= rows.mean(axis=0, dtype=np.float64).astype(np.float32)
         variance = np.einsum("ij,ij->j", rows, rows, dtype=np.float64) / max(1, len(rows) - 1)
@@ -216,11 +208,8 @@ class Source:
 
 
 def front_end(blocks, rate: int):
-    """What SIDON needs of a recording (features [T, 160]), and what its output is compared with (Source).
-
-    blocks(): a fresh iterator over mono float32 pieces (called twice: the peak comes first).
-    Peak to 0.9, 50 Hz high-pass, 16 kHz, log mel features; digital silence is only marked.
-    """
+    """(features [T, 160] for SIDON, Source) of a recording: peak to 0.9, 50 Hz high-pass, 16 kHz, log mel.
+    blocks(): a fresh iterator over mono float32 pieces (called twice: the peak comes first)."""
     n, peak = 0, 0.0
     for x in blocks():
         n, peak = n + len(x), max(peak, float(np.abs(x).max(initial=0.0)))
@@ -263,10 +252,8 @@ def correlate(a, b, max_lag: int) -> tuple[float, float]:
 
 def compare(source: tuple, output: tuple) -> dict:
     """Lag, correlation and level of SIDON's output against its source, each as Band.done() gives it.
-
     envelope_corr: Pearson, of 20 ms RMS envelopes, where they lie (not shifted). rms_scale: what brings the
-    output to the source's RMS in its band. Lags are in samples at 48 kHz, > 0: the output is late.
-    """
+    output to the source's RMS in its band. Lags are in samples at 48 kHz, > 0: the output is late."""
     n = min(len(source[0]), len(output[0]))
     fine = [source[0][:n], output[0][:n]]
     power = [np.square(np.pad(e, (0, -n % 40))).reshape(-1, 40).mean(axis=1) for e in fine]
@@ -289,11 +276,9 @@ def compare(source: tuple, output: tuple) -> dict:
 
 
 class Restored:
-    """SIDON's raw output `waves`, fitted to its source: iterate once over float32 pieces, then `measured()`.
-
-    The pieces are round(n * 48000 / rate) samples in all; times the measured `scale` they have the source's
-    level (the gain of the peak normalisation undone, the rest by RMS in the source's band).
-    """
+    """SIDON's raw output `waves`, fitted to its source: iterate once over float32 pieces, round(n * 48000 /
+    rate) samples in all, then `measured()`; times the measured `scale` they have the source's level (the gain
+    of the peak normalisation undone, the rest by RMS in the source's band)."""
 
     kind = "sidon"
 
@@ -324,22 +309,17 @@ class Restored:
 
     def measured(self) -> dict:
         """scale, peak_gain and what `compare` finds; after the last piece."""
-        source = self.source
-        if source.silent:
-            return {"scale": 1.0, "peak_gain": 1.0} | compare(source.band, source.band)
-        found = compare(source.band, self.band.done())
-        return {"scale": found["rms_scale"] / source.peak_gain, "peak_gain": source.peak_gain} | found
+        source, gain = self.source, self.source.peak_gain  # of silence: 1
+        found = compare(source.band, source.band if source.silent else self.band.done())
+        return {"scale": found["rms_scale"] / gain, "peak_gain": gain} | found
 
 
 # ---- the model ----
 
 
 def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Sidon:
@@ -357,8 +337,7 @@ class Sidon:
 
         self.device = str(pick_device(device))
         kind = "cpu" if self.device == "cpu" else "cuda"
-        names = [f"feature_extractor_{kind}.pt", f"decoder_{kind}.pt"]
-        paths = self._find(names, sidon_dir, revision)
+        paths = self._find([f"feature_extractor_{kind}.pt", f"decoder_{kind}.pt"], sidon_dir, revision)
         if sha256 is None and sidon_dir is None and revision == SIDON_REVISION:
             sha256 = SIDON_SHA256
         self.sha256 = {path.name: sha256_of(path) for path in paths}
@@ -379,14 +358,14 @@ class Sidon:
     def _find(names: list[str], sidon_dir, revision: str) -> list[Path]:
         both = " and ".join(names)
         if sidon_dir is not None:
-            folder = Path(sidon_dir)
-            missing = [name for name in names if not (folder / name).is_file()]
+            paths = [Path(sidon_dir) / name for name in names]
+            missing = " and ".join(p.name for p in paths if not p.is_file())
             if missing:
-                there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "no .pt file"
-                lacks = f"--sidon_dir {folder} lacks {' and '.join(missing)} (it holds {there})"
+                there = ", ".join(sorted(p.name for p in Path(sidon_dir).glob("*.pt"))) or "no .pt file"
+                lacks = f"--sidon_dir {Path(sidon_dir)} lacks {missing} (it holds {there})"
                 todo = f"add {both}, or choose the --device that yours are for"
                 raise UserError(f"{lacks}; SIDON's files are traced for one kind of device: {todo}")
-            return [folder / name for name in names]
+            return paths
         if not re.fullmatch(r"[0-9a-f]{40}", revision):
             what = "no full commit SHA (40 hex digits); a branch or tag can change under a long run"
             raise UserError(f"--sidon_revision {revision!r} is {what}")
@@ -414,9 +393,7 @@ class Sidon:
 
     def _run(self, features, start: int, stop: int):
         """features [B, T, 160] -> raw output of frames start..stop: [B, 960 * (stop - start)] (LOST: fewer).
-
-        The extractor sees CONTEXT frames beyond them on each side, the decoder EDGE, where there are any.
-        """
+        The extractor sees CONTEXT frames beyond them on each side, the decoder EDGE, where there are any."""
         import torch
 
         lo, hi = max(0, start - CONTEXT), min(features.shape[1], stop + CONTEXT)
@@ -449,10 +426,7 @@ class Sidon:
 
     def upsample(self, audio, rate: int) -> tuple:
         """Restore one recording: float [n] or [channels, n], numpy or torch -> (float32 numpy [n_48k], info).
-
-        n_48k = round(n * 48000 / rate). info: lag_samples, envelope_corr, band_lag_samples, band_corr,
-        rms_scale, peak_gain, scale. Raises ValueError for no samples, or NaN among them.
-        """
+        n_48k = round(n * 48000 / rate); info: Restored.measured. Raises ValueError for no samples, or NaN."""
         x = np.asarray(audio.detach().cpu() if hasattr(audio, "detach") else audio, dtype=np.float32)
         x = x if x.ndim == 1 else x.mean(axis=0)
         if len(x) == 0 or not np.isfinite(x).all():

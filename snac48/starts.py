@@ -51,10 +51,8 @@ def from_last_block(model: DualHeadDecoder, pretrained, halve) -> None:
     first_snake, up, *rest = block.block
     source = model.trunk[-1].block
     if source[1].stride[0] != 2:
-        raise UserError(
-            "--init first and average copy the last decoder block, which must have stride 2 but has "
-            f"{source[1].stride[0]} in this model; use --init interpolate"
-        )
+        raise UserError("--init first and average copy the last decoder block, which must have stride 2 but "
+                        f"has {source[1].stride[0]} in this model; use --init interpolate")  # fmt: skip
     first_snake.alpha.copy_(halve(source[0].alpha[0]).reshape(1, -1, 1))
     up.weight = halve(source[1].weight)  # [2C, C, 4] -> [C, C, 4]
     up.bias.copy_(source[1].bias)
@@ -73,10 +71,8 @@ STARTS = {
 
 @torch.no_grad()
 def start_head(model: DualHeadDecoder, snac, init: str) -> None:
-    """Set `model.head_48k` in place from the model's trunk and the pretrained 24 kHz head of `snac`.
-
-    Raises UserError where a start doesn't fit the model.
-    """
+    """Set `model.head_48k` in place from the model's trunk and the pretrained 24 kHz head of `snac`. Raises
+    UserError where a start doesn't fit the model."""
     if STARTS[init]:
         pretrained = list(snac.decoder.model)[-3:]  # Snake1d, Conv, Tanh
         STARTS[init](model, pretrained)

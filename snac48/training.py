@@ -16,35 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from . import codec, schedule
 from .checkpoint import load_checkpoint, prune, require, save_checkpoint
 from .cli import StopFlag, UserError, first_line, pick_device
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
-from .codec import (
-    Geometry,
-    align_samples,
-    encode_context,
-    geometry_of,
-    load_snac,
-    load_weights,
-    model_config,
-    new_snac,
-    weights_hash,
-)
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
 from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
 from .runlog import RunLog, SampleLog, git_sha, human_time, step_line, versions
-from .schedule import (
-    Epoch,
-    adam_betas,
-    chosen_heads,
-    epoch_order,
-    groups_of,
-    make_plan,
-    plan_lines,
-    rates_at,
-    trains_codec,
-)
+from .schedule import Epoch
 from .starts import start_head
 
 # ---- the run ----
@@ -58,7 +38,7 @@ class Run:
     rank: int
     world: int  # processes
     device: torch.device
-    geometry: Geometry
+    geometry: codec.Geometry
     config: dict  # SNAC's arguments
     data: CachedCodesDataset | RawAudioDataset
     val: CachedCodesDataset | RawAudioDataset
@@ -76,7 +56,7 @@ class Run:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        return chosen_heads(self.args.heads)
+        return schedule.chosen_heads(self.args.heads)
 
     @property
     def total(self) -> int:
@@ -86,18 +66,20 @@ class Run:
     @property
     def full(self) -> bool:
         """Whether the codec itself trains: codes then change at every step."""
-        return trains_codec(self.args)
+        return schedule.trains_codec(self.args)
 
     def loader(self, data, index_lists):
         return loader(data, index_lists, self.args.num_workers, pin_memory=self.device.type == "cuda")
 
-    def reduce_sum(self, values) -> list[float]:
-        """Sums over all ranks."""
-        if self.world > 1:
-            shared = torch.as_tensor(values, dtype=torch.float64).to(self.device)
-            dist.all_reduce(shared)
-            values = shared.tolist()
-        return list(map(float, values))
+    def reduce_sum(self, values):
+        """Sums over all ranks, on the CPU: a tensor of a tensor, floats of a list."""
+        if not torch.is_tensor(values):
+            return self.reduce_sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        if self.world == 1:
+            return values
+        shared = values.to(self.device)
+        dist.all_reduce(shared)
+        return shared.cpu()
 
 
 def open_run(args, saved: dict | None) -> "tuple[Run, State]":
@@ -115,11 +97,11 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
-    snac = new_snac(args.from_scratch) if args.from_scratch else load_snac(args.pretrained_model)
-    geometry = geometry_of(snac, args.from_scratch or args.pretrained_model)
+    snac = codec.new_snac(args.from_scratch) if args.from_scratch else codec.load_snac(args.pretrained_model)
+    geometry = codec.geometry_of(snac, args.from_scratch or args.pretrained_model)
     data, val = (open_data(args, snac, geometry, prefix) for prefix in ("", "val_"))
-    plan = make_plan(args, len(data))
-    run = Run(args, rank, world, device, geometry, model_config(snac), data, val, plan)
+    plan = schedule.make_plan(args, len(data))
+    run = Run(args, rank, world, device, geometry, codec.model_config(snac), data, val, plan)
     if args.from_scratch and not saved:
         start_from_features(snac, some_speech(run, 12 * geometry.codebook_size), args.seed)
     if args.phase10_checkpoint and not saved:
@@ -130,7 +112,7 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         start_head(model, snac, args.init)
     if args.data_dir and not run.full:
         run.snac = snac.to(device).requires_grad_(False)  # before a phase opens what it shares with the model
-    state = State(model.to(device), FullCodec(model, align_samples(snac)) if run.full else None)
+    state = State(model.to(device), FullCodec(model, codec.align_samples(snac)) if run.full else None)
     state.codes = torch.zeros(2, len(geometry.vq_strides), geometry.codebook_size, dtype=torch.int64)
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
     state.best = dict.fromkeys(["loss", *each], math.inf)
@@ -149,24 +131,23 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     return run, state
 
 
-def open_data(args, snac, geometry: Geometry, prefix: str):
+def open_data(args, snac, geometry: codec.Geometry, prefix: str):
     """The dataset of --cache_dir or --data_dir (prefix "") or of their val_ twins."""
     fixed, at = prefix == "val_", lambda name: getattr(args, prefix + name)
-    audio_48k_dir = "" if args.heads == "24k" else at("audio_48k_dir")
+    targets = "" if args.heads == "24k" else at("audio_48k_dir")
     limit = args.val_limit if fixed else args.limit
     shared = {"seed": args.seed, "fixed": fixed, "include_unfaithful": args.include_unfaithful,
               "max_bad_fraction": args.max_bad_fraction}  # fmt: skip
     if args.data_dir:
         return RawAudioDataset(
-            at("data_dir").split(","), args.val_segment, limit, geometry=geometry,
-            context=encode_context(snac), align=align_samples(snac), audio_48k_dir=audio_48k_dir,
-            heads=chosen_heads(args.heads), upsampler=args.upsampler, native_rate=args.native_rate, **shared,
+            at("data_dir").split(","), args.val_segment, limit, audio_48k_dir=targets, geometry=geometry,
+            context=codec.encode_context(snac), align=codec.align_samples(snac), upsampler=args.upsampler,
+            heads=schedule.chosen_heads(args.heads), native_rate=args.native_rate, **shared,
         )  # fmt: skip
     data = CachedCodesDataset(
-        at("cache_dir"), audio_48k_dir, args.val_segment, limit, audio_24k_dir=at("audio_24k_dir"), **shared
+        at("cache_dir"), targets, args.val_segment, limit, audio_24k_dir=at("audio_24k_dir"), **shared
     )
-    differs = geometry.difference(data.geometry)
-    if differs:
+    if differs := geometry.difference(data.geometry):
         raise UserError(f"cache {at('cache_dir')} was made by another model "
                         f"({data.geometry.pretrained_model}: {differs}); make it anew with "
                         f"--pretrained_model {args.pretrained_model}")  # fmt: skip
@@ -176,7 +157,7 @@ def open_data(args, snac, geometry: Geometry, prefix: str):
 def some_speech(run: Run, coarse_codes: int):
     """Segments of the training data in the order of epoch 0, about that many coarse codes: [B, 1, N]."""
     n = math.ceil(coarse_codes / run.data.coarse_len)
-    rows = [int(i) for i in epoch_order(run.args.seed, 0, len(run.data))[:n]]
+    rows = [int(i) for i in schedule.epoch_order(run.args.seed, 0, len(run.data))[:n]]
     parts = []
     for batch in run.loader(run.data, [rows[i : i + 64] for i in range(0, len(rows), 64)]):
         parts.append(batch["audio_24k"][batch["valid_24k"] == batch["audio_24k"].shape[-1]])
@@ -187,19 +168,15 @@ def some_speech(run: Run, coarse_codes: int):
     return speech
 
 
-def take_phase10(snac, path: str, geometry: Geometry) -> None:
-    """Put trunk and 24 kHz head of a phase10 checkpoint into `snac`, whose codes they must have been made
-    for."""
+def take_phase10(snac, path: str, geometry: codec.Geometry) -> None:
+    """Put trunk and 24 kHz head of a phase10 checkpoint of the same encoder into `snac`."""
     saved = require(load_checkpoint(path), path)
-    differs = geometry.difference(Geometry.from_json(json.dumps(saved["geometry"])))
-    if differs:
-        raise UserError(
-            f"--phase10_checkpoint {path} has another encoder than the cache "
-            f"({differs}): write it out (infer.py --checkpoint {path} --export DIR), "
-            "cache the codes with --pretrained_model DIR, and train on those"
-        )
+    if differs := geometry.difference(codec.Geometry.from_json(json.dumps(saved["geometry"]))):
+        raise UserError(f"--phase10_checkpoint {path} has another encoder than the cache ({differs}): write "
+                        f"it out (infer.py --checkpoint {path} --export DIR), cache the codes with "
+                        "--pretrained_model DIR, and train on those")  # fmt: skip
     model = DualHeadDecoder(snac, ("24k",), with_encoder=True)  # shares its modules with snac
-    load_weights(model, saved["model"], path)
+    codec.load_weights(model, saved["model"], path)
 
 
 # ---- the state ----
@@ -220,30 +197,25 @@ class State:
     norm: float | None = None  # running gradient norm of this phase
     skipped: int = 0
     in_a_row: int = 0  # skipped steps since the last good one
-    codes: torch.Tensor | None = (
-        None  # int64 [2, K, size]: how often each entry occurred this epoch, since restarts
-    )
+    codes: torch.Tensor | None = None  # int64 [2, K, size]: uses of each entry this epoch, since restarts
     # not resumed: derived, read from the folder, or found anew
     wrapped: nn.Module | None = None  # model or codec as it is called in training: DDP, compiled
     baseline: dict = field(default_factory=dict)  # baseline_metrics.json
     first_step: int = 0  # where this process began
     saved_at: float = field(default_factory=time.time)  # the last checkpoint by the clock
     bad_files: dict[str, str] = field(default_factory=dict)  # name: reason
-    left_out: set[str] = field(default_factory=set)
+    left_out: dict[str, str] = field(default_factory=dict)  # likewise
     unfaithful: set[str] = field(default_factory=set)
 
     def state_dict(self, run: Run) -> dict:
         """What a checkpoint holds: all that is resumed, and what readers of the file want to know."""
-        epoch, geometry = self.epoch(run), run.geometry
+        epoch, geometry, plan = self.epoch(run), run.geometry, [asdict(e) for e in run.plan]
         if run.full:
-            geometry = replace(geometry, weights_sha256=weights_hash(self.model.state_dict()))
+            geometry = replace(geometry, weights_sha256=codec.weights_hash(self.model.state_dict()))
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {
-                "plan": [asdict(e) for e in run.plan],
-                "rates": rates_at(run.args, run.plan, self.step),
-            },
+            "scheduler": {"plan": plan, "rates": schedule.rates_at(run.args, run.plan, self.step)},
             "ema": self.ema,
             "epoch": epoch.number,
             "global_step": self.step,
@@ -263,26 +235,24 @@ class State:
     def load_state_dict(self, run: Run, saved: dict) -> None:
         """Go on from `saved`, the content of run.args.resume. Raises UserError if it doesn't fit."""
         path = run.args.resume
-        theirs = Geometry.from_json(json.dumps(saved["geometry"], default=str), str(path))
+        theirs = codec.Geometry.from_json(json.dumps(saved["geometry"], default=str), str(path))
         if run.full:  # the codec itself trains: its weights may differ
             theirs = replace(theirs, weights_sha256=run.geometry.weights_sha256)
-        differs = run.geometry.difference(theirs)
-        if differs:
+        if differs := run.geometry.difference(theirs):
             raise UserError(f"{path} was trained on another model ({theirs.pretrained_model}: {differs}); "
                             "give that one as --pretrained_model")  # fmt: skip
         try:
             self._take_over(run, saved, path)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise UserError(
-                f"{path} can't be resumed: malformed ({type(e).__name__}: {first_line(e)})"
-            ) from None
+            reason = f"{type(e).__name__}: {first_line(e)}"
+            raise UserError(f"{path} can't be resumed: malformed ({reason})") from None
 
     def _take_over(self, run: Run, saved: dict, path) -> None:
         if saved["scheduler"]["plan"] != [asdict(e) for e in run.plan]:
             raise UserError(f"{path} belongs to a run with another schedule or number of rows "
                             f"({sum(e['steps'] for e in saved['scheduler']['plan'])} steps there, "
                             f"{run.total} here): resume it with its own flags and data")  # fmt: skip
-        load_weights(self.model, saved["model"], path)
+        codec.load_weights(self.model, saved["model"], path)
         self.step = self.first_step = saved["global_step"]
         self.validated = saved["validated_epoch"]
         if not 0 <= self.step <= run.total:
@@ -318,19 +288,18 @@ def enter_phase(run: Run, state: State, phase: str) -> None:
     """Freeze, build the optimiser, wrap for DDP and compile; a no-op where the state is in that phase."""
     if state.phase == phase:
         return
-    state.phase, args, groups = phase, run.args, groups_of(run.args, phase)
+    state.phase, args, groups = phase, run.args, schedule.groups_of(run.args, phase)
     state.model.requires_grad_(False)
     for group in groups:
         getattr(state.model, group).requires_grad_(True)
     state.model.trunk_frozen = "trunk" not in groups
     state.optimizer = torch.optim.AdamW(
-        [part for g in groups for part in parameters_of(state.model, g, bool(args.from_scratch))],
-        lr=0.0, betas=adam_betas(args), weight_decay=args.weight_decay, fused=run.device.type == "cuda",
+        [part for g in groups for part in parameters_of(state.model, g, bool(args.from_scratch))], lr=0.0,
+        betas=schedule.adam_betas(args), weight_decay=args.weight_decay, fused=run.device.type == "cuda",
     )  # fmt: skip
-    state.wrapped = state.model
+    state.wrapped = state.codec or state.model
     if state.codec:
         state.codec.from_features = phase == "features"
-        state.wrapped = state.codec
     if run.world > 1:
         ids = [run.device.index] if run.device.type == "cuda" else None
         state.wrapped = nn.parallel.DistributedDataParallel(state.wrapped, device_ids=ids)
@@ -342,12 +311,10 @@ def enter_phase(run: Run, state: State, phase: str) -> None:
 def parameters_of(model, group: str, from_scratch: bool) -> list[dict]:
     """Parameter groups of AdamW; from scratch Snake's alpha gets a tenth of the rate, because 1/alpha
     explodes when a large step takes it near 0."""
-    named = [(k, p) for k, p in getattr(model, group).named_parameters() if p.requires_grad]
-    if not from_scratch:
-        return [{"params": [p for _, p in named], "name": group, "share": 1.0}]
-    parts = [([p for k, p in named if k.endswith("alpha") == small], 0.1 if small else 1.0)
-             for small in (False, True)]  # fmt: skip
-    return [{"params": params, "name": group, "share": share} for params, share in parts if params]
+    parts = {1.0: [], 0.1: []}  # by their share of the rate
+    for name, p in getattr(model, group).named_parameters():
+        parts[0.1 if from_scratch and name.endswith("alpha") else 1.0].append(p)
+    return [{"params": params, "name": group, "share": share} for share, params in parts.items() if params]
 
 
 # ---- weights: averaged, saved ----
@@ -359,18 +326,13 @@ def averaged_weights(state: State):
     if state.ema is None:
         yield
         return
-    own = {k: v.detach().clone() for k, v in state.model.named_parameters()}
-    set_parameters(state.model, state.ema)
+    used = {k: p.detach() for k, p in state.model.named_parameters()}
+    own = {k: p.clone() for k, p in used.items()}
+    torch._foreach_copy_(list(used.values()), [state.ema[k] for k in used])
     try:
         yield
     finally:
-        set_parameters(state.model, own)
-
-
-@torch.no_grad()
-def set_parameters(model, values: dict) -> None:
-    for k, p in model.named_parameters():
-        p.copy_(values[k])
+        torch._foreach_copy_(list(used.values()), list(own.values()))
 
 
 @torch.no_grad()
@@ -378,13 +340,12 @@ def average_weights(state: State, decay: float) -> None:
     """One step of the moving average, which begins at the first step's weights."""
     if state.ema is None:
         state.ema = {k: v.detach().clone() for k, v in state.model.named_parameters()}
-    current = [p.detach() for _, p in state.model.named_parameters()]
+    current = [p.detach() for p in state.model.parameters()]
     torch._foreach_lerp_(list(state.ema.values()), current, 1 - decay)
 
 
 def save(run: Run, state: State, name: str, pruned: str = "") -> None:
-    """Write output_dir/name; then delete all but the newest --keep_checkpoints that match the glob
-    `pruned`."""
+    """Write output_dir/name, then delete all but the newest --keep_checkpoints of the glob `pruned`."""
     if run.rank == 0:
         save_checkpoint(run.folder / name, state.state_dict(run))
         run.log.metric(event="checkpoint", step=state.step, path=name)
@@ -434,14 +395,13 @@ def announce(run: Run, state: State) -> None:
                    {"args": vars(a), "git": git_sha(), "versions": versions(), "world": run.world,
                     "geometry": asdict(run.geometry), "model_config": run.config,
                     "plan": [asdict(e) for e in run.plan]})  # fmt: skip
-    log.say(
-        f"{event}: recipe {a.recipe}, {len(run.data)} rows ({len(run.val)} validation), {run.total} steps, "
-        f"from step {state.step}, {run.world} process(es) on {run.device}, init {a.init}"
-    )
+    log.say(f"{event}: recipe {a.recipe}, {len(run.data)} rows ({len(run.val)} validation), {run.total} "
+            f"steps, from step {state.step}, {run.world} process(es) on {run.device}, "
+            f"init {a.init}")  # fmt: skip
     for which, data in (("training", run.data), ("validation", run.val)):
         for reason, n in data.left_out.items():
             log.say(f"  left out of {which}: {n} rows, {reason}")
-    for line in plan_lines(a, run.plan):
+    for line in schedule.plan_lines(a, run.plan):
         log.say("  " + line)
     log.metric(event=event, kind="train", recipe=a.recipe, step=state.step, total_steps=run.total,
                epochs=a.epochs, rows=len(run.data), val_rows=len(run.val), git=git_sha())  # fmt: skip
@@ -450,16 +410,12 @@ def announce(run: Run, state: State) -> None:
 def prepare(run: Run, state: State, batch: dict) -> dict:
     """The batch on the device, recordings encoded and restored where the dataset left that to us. Files that
     could not be read, are left out of the loss, or are unfaithful: named once, counted in the state."""
-    for name, reason in batch["left_out"]:
-        if name not in state.left_out:
-            state.left_out.add(name)
-            run.log.say(f"left out {name}: {reason}")
-            run.log.metric(event="left_out", file_path=name, reason=reason, step=state.step)
-    for name, reason in batch["bad"]:
-        if name not in state.bad_files:
-            state.bad_files[name] = reason
-            run.log.say(f"bad file {name}: {reason}")
-            run.log.metric(event="bad_file", file_path=name, reason=reason, step=state.step)
+    for event, known in (("left_out", state.left_out), ("bad_file", state.bad_files)):
+        for name, reason in batch[event]:
+            if name not in known:
+                known[name] = reason
+                run.log.say(f"{event.replace('_', ' ')} {name}: {reason}")
+                run.log.metric(event=event, file_path=name, reason=reason, step=state.step)
     batch = to_device(batch, run.device)
     if run.snac is not None:
         spans, places, n = batch["encode"], batch["encode_at"], batch["audio_24k"].shape[-1]
@@ -477,11 +433,7 @@ def note_codes(run: Run, state: State, seen: list) -> None:
     entries that 10 x codebook_size codes in a row passed by (by chance that happens to one in e^10 of equally
     likely ones)."""
     counts, step = sum(count_codes(codes, valid, run.geometry) for codes, _, valid in seen), state.step - 1
-    if run.world > 1:
-        shared = counts.to(run.device)
-        dist.all_reduce(shared)
-        counts = shared.cpu()
-    state.codes += counts
+    state.codes += run.reduce_sum(counts)
     for k, vq in enumerate(state.model.quantizer.quantizers):
         if run.args.freeze_vq or state.codes[1, k].sum() < 10 * run.geometry.codebook_size:
             continue
@@ -507,15 +459,19 @@ def report_codes(run: Run, state: State, epoch: Epoch | None) -> None:
 
 def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed: float) -> None:
     """The line of a step, in the log and in metrics.jsonl; one more metric goes into the latter."""
-    a, rates = run.args, rates_at(run.args, run.plan, state.step - 1)
+    a, rates = run.args, schedule.rates_at(run.args, run.plan, state.step - 1)
     pace = (time.time() - run.began) / max(state.step - state.first_step, 1)
     # steps of later epochs are as long as their segments: scale the pace by audio still to come
     todo = sum((e.first_step + e.steps - max(e.first_step, state.step)) * e.segment * e.batch
                for e in run.plan if e.first_step + e.steps > state.step)  # fmt: skip
     eta, rate = pace * todo / (epoch.segment * epoch.batch), rates.get("head_48k", rates.get("head_24k"))
-    shown = {"loss": means.get("loss"), "24k": means.get("loss_24k"), "48k": means.get("loss_48k")}
-    shown = {k: v for k, v in shown.items() if v is not None}
-    shown |= {"lr": rate, "norm": norm, "audio-s/s": speed, "eta": human_time(eta)}
+    names = {"loss": "loss", "24k": "loss_24k", "48k": "loss_48k"}
+    shown = {k: means[name] for k, name in names.items() if name in means} | {
+        "lr": rate,
+        "norm": norm,
+        "audio-s/s": speed,
+        "eta": human_time(eta),
+    }
     run.log.say(step_line(state.step, run.total, epoch.number, a.epochs, epoch.phase, shown))
     run.log.metric(step=state.step, total_steps=run.total, epoch=epoch.number, epochs=a.epochs,
                    phase=epoch.phase, segment_length=epoch.segment, batch_size=epoch.batch, **means,

@@ -1,15 +1,19 @@
 """A list of files shared among any number of processes on any machines, without server and locks."""
 
 import collections
+import itertools
 import json
+import multiprocessing
 import os
 import socket
 import threading
 import time
 import uuid
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
-from .cli import UserError
+from .cli import UserError, ignore_stop_signals
 from .files import read_json, sweep_leftovers, temporary, write_json
 from .process import start_time
 
@@ -31,12 +35,10 @@ class SharedWork:
         self.dir = Path(output_dir) / "work"
         self.dir.mkdir(parents=True, exist_ok=True)
         sweep_leftovers(self.dir)
-        self.unit_size, self.warn = unit_size, warn
-        self.token = uuid.uuid4().hex
+        self.warn, self.token = warn, uuid.uuid4().hex
         self.claims: dict[int, Path] = {}  # units that are ours now
         self.agree("settings.json", settings | {"unit_size": unit_size})
-        self.units: list[list[str]] = []
-        self._plan(files)
+        self.units = self._plan(files, unit_size)
         self._stop = threading.Event()
         threading.Thread(target=self._heartbeat, daemon=True).start()
 
@@ -69,21 +71,19 @@ class SharedWork:
                 todo += f", or delete {self.dir}: no file is done yet"
             raise UserError(f"{self.dir.parent} was begun with other settings ({'; '.join(differ)}); {todo}")
 
-    def _plan(self, files: list[str]) -> None:
-        wanted = list(files)
-        planned: set[str] = set()
-        number = 0
-        while True:
+    def _plan(self, files: list[str], size: int) -> list[list[str]]:
+        """The units of all plans, after a plan of our own for files that none has."""
+        units, planned = [], set()
+        for number in itertools.count():
             path = self.dir / f"plan_{number:03d}.bin"
             if not path.exists():
-                new = [f for f in wanted if f not in planned]
+                new = [f for f in files if f not in planned]
                 if not new:
-                    return
-                self._create(path.name, b"\0".join(os.fsencode(f) for f in new))
+                    return units
+                self._create(path.name, b"\0".join(map(os.fsencode, new)))
             listed = [os.fsdecode(b) for b in path.read_bytes().split(b"\0")]
-            self.units += [listed[i : i + self.unit_size] for i in range(0, len(listed), self.unit_size)]
+            units += [listed[i : i + size] for i in range(0, len(listed), size)]
             planned.update(listed)
-            number += 1
 
     # -- claims --
 
@@ -112,27 +112,21 @@ class SharedWork:
         """True when the unit is ours to do now; False when it is done or a live process works on it."""
         if self.result_path(unit).exists():
             return False
-        number = 0  # of the next generation; no listing of the folder, it may hold 100,000 files
-        while (self.dir / f"unit_{unit:06d}.{number:04d}.claim").exists():
-            number += 1
-        if number and self._owner_alive(self.dir / f"unit_{unit:06d}.{number - 1:04d}.claim"):
+        generations = (self.dir / f"unit_{unit:06d}.{n:04d}.claim" for n in itertools.count())
+        last, claim = None, next(generations)
+        while claim.exists():  # no listing of the folder, it may hold 100,000 files
+            last, claim = claim, next(generations)
+        if last and self._owner_alive(last):
             return False
-        name = f"unit_{unit:06d}.{number:04d}.claim"
         me = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_time(os.getpid())}
-        if not self._create(name, json.dumps(me).encode()):
-            return False
-        if self.result_path(unit).exists():  # its owner committed between our two looks
-            return False
-        self.claims[unit] = self.dir / name
+        if not self._create(claim.name, json.dumps(me).encode()) or self.result_path(unit).exists():
+            return False  # taken, or even committed, between our two looks
+        self.claims[unit] = claim
         return True
 
-    def still_ours(self, unit: int | None = None) -> bool:
-        """False when we slept so long that another took the unit over: then our output must not land.
-
-        unit: default the one claimed last.
-        """
-        claim = self.claims[unit if unit is not None else next(reversed(self.claims))]
-        stem, number, _ = claim.name.split(".")
+    def still_ours(self, unit: int) -> bool:
+        """False when we slept so long that another took the unit over: then our output must not land."""
+        stem, number, _ = self.claims[unit].name.split(".")
         return not (self.dir / f"{stem}.{int(number) + 1:04d}.claim").exists()
 
     def commit(self, unit: int, result: dict) -> None:
@@ -146,18 +140,29 @@ class SharedWork:
                 self.claims[u].unlink(missing_ok=True)
             del self.claims[u]
 
-    def results(self) -> list[dict] | None:
-        """Results of all units in order, or None while some are not done."""
-        paths = [self.result_path(u) for u in range(len(self.units))]
-        if not all(p.exists() for p in paths):
-            return None
-        return [read_json(p) for p in paths]
+    def results(self) -> list[dict]:
+        """Results of the units that are done, by whomever, in order."""
+        paths = map(self.result_path, range(len(self.units)))
+        return [read_json(p) for p in paths if p.exists()]
 
     def unfinished(self) -> int:
         return sum(not self.result_path(u).exists() for u in range(len(self.units)))
 
     def close(self) -> None:
         self._stop.set()
+
+
+def start_process() -> None:
+    """Signals are the parent's business; a process whose parent was killed (-9 too) goes at once."""
+    ignore_stop_signals()
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait_for([parent]), os._exit(1)), daemon=True).start()
+
+
+def processes(number: int, method: str) -> ProcessPoolExecutor | None:
+    """A pool for in_order. method: spawn or forkserver; a fork would copy threads and CUDA's state."""
+    context = multiprocessing.get_context(method)
+    return ProcessPoolExecutor(number, context, start_process) if number else None
 
 
 def in_order(pool, function, jobs, ahead: int):

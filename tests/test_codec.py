@@ -39,9 +39,7 @@ def test_audio_slice_is_where_the_codes_are(changes):
     model = make_snac(3, noise=False, **changes)
     g = geometry_of(model, "x")
     total = 40
-    codes = [
-        torch.randint(g.codebook_size, (1, total * g.frames_per_coarse(k))) for k in range(len(g.vq_strides))
-    ]
+    codes = [torch.randint(g.codebook_size, (1, total * g.per_coarse[k])) for k in range(len(g.vq_strides))]
     whole = model.decode(codes)[0, 0]
     reach, _ = receptive_reach([*model.decoder.model])
     edge = int(np.ceil(reach / g.vq_strides[0])) * g.coarse_samples

@@ -121,7 +121,7 @@ def test_a_vanished_target_is_an_error_item_not_silence(cache_dir, targets):
     item = data[2]
     assert item["error"] == "file not found" and item["valid_24k"] == 0
     batch = collate([item])
-    assert batch["bad"] == [("a/utt02.ogg", "file not found")]
+    assert batch["bad_file"] == [("a/utt02.ogg", "file not found")]
     audio = torch.ones(1, 1, 5 * 2048), torch.ones(1, 1, 10 * 2048)
     assert all(float(v) == 0 for v in head_losses(audio, batch, {"l1": 1.0, "stft": 1.0}).values())
 

@@ -63,8 +63,8 @@ def test_who_shares_a_pass():
     """Equal lengths, at most batch_size; --batch_slack widens it, a chunk's length bounds it."""
 
     def groups(lengths, size, slack):
-        waiting = [Waiting(f"{i:02d}", None, 24000, np.zeros((n, 1))) for i, n in enumerate(lengths)]
-        *found, last = batches([*waiting, Waiting("x", None, 24000)], size, slack)
+        waiting = [Waiting(f"{i:02d}", "", None, 24000, np.zeros((n, 1))) for i, n in enumerate(lengths)]
+        *found, last = batches([*waiting, Waiting("x", "", None, 24000)], size, slack)
         assert [w.path for w in last] == ["x"]  # not read yet: too long
         return [[w.frames for w in group] for group in found]
 
