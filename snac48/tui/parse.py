@@ -25,7 +25,18 @@ ERROR = re.compile(
 KEYS_SEEN_AS = {"24k": "loss_24k", "24khz": "loss_24k", "48k": "loss_48k", "48khz": "loss_48k",
                 "eta": "eta_s", "segment": "segment_length", "audio_s/s": "audio_s_per_s",
                 "audio-s/s": "audio_s_per_s", "bits/s": "bits_per_s"}  # fmt: skip
-NOT_CURVES = {"t", "step", "total_steps", "epoch", "epochs", "segment_length", "eta_s", "best"}
+NOT_CURVES = {
+    "t",
+    "step",
+    "total_steps",
+    "epoch",
+    "epochs",
+    "segment_length",
+    "eta_s",
+    "best",
+    "epoch_s",
+    "elapsed_s",
+}
 
 
 def number(value) -> float | None:
