@@ -52,7 +52,7 @@ def command(folder: Path, out: Path) -> list[str]:
             "--batch_multiplier", "1.0,1.0",
             "--batch_size", "4", "--val_segment", "0.3", "--val_limit", "2", "--num_workers", "0",
             "--save_every_batches", "1", "--ema", "0.9", "--sample_log", "--log_every", "1",
-            "--main_lr", "1e-3",
+            "--main_lr", "1e-3", "--target_kind", "recordings",
             "--deterministic", "--resume", "auto"]  # fmt: skip
 
 

@@ -86,7 +86,7 @@ RESUMED = (*OPENED, "optimizer", "scheduler", "ema", "validated_epoch", "phase",
 def require(saved: dict, path, keys=OPENED) -> dict:
     """`saved`, or a UserError where it lacks what a checkpoint of train_dual_head.py has."""
     missing = [k for k in keys if k not in saved]
-    if "geometry" in missing and ("model" in saved or "model_state_dict" in saved):
+    if {"geometry", "model_config"} <= set(missing) and {"model", "model_state_dict"} & set(saved):
         raise UserError(
             f"{path} is a checkpoint of older scripts (it holds {', '.join(list(saved)[:6])}): it can't be "
             "resumed or decoded here; where its model is a whole SNAC, save that as pytorch_model.bin beside "

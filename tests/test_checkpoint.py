@@ -64,6 +64,8 @@ def test_a_checkpoint_that_lacks_anything_is_not_resumed(cache_dir, targets_dir,
             require(saved, path, RESUMED)
         if key not in OPENED:
             assert require(saved, path) is saved  # enough to decode with
+    with pytest.raises(UserError, match="is a checkpoint of older scripts"):
+        require({k: whole[k] for k in ("model", "optimizer", "epoch")}, path)
     save_checkpoint(path, {k: v for k, v in whole.items() if k != "codes"})
     with pytest.raises(UserError, match="it lacks codes"):
         T.parse_args([*tiny_args(*flags), "--resume", str(path)])
