@@ -5,7 +5,7 @@
     python cache_codes.py --data_dir corpus/train/audio --output_dir codes/train --device 1  # beside it
     python cache_codes.py --data_dir assets/speech --output_dir codes/demo --device cpu \\
         --pretrained_model assets/codec --min_seconds 0.5                          # tiny, on a CPU
-    python cache_codes.py --import /mnt/data/codes_phase11/train --data_dir corpus/train/audio  # an old cache
+    python cache_codes.py --import older/codes_phase11/train --data_dir corpus/train/audio  # an old cache
 
 --import checks a random sample of an older cache's rows by encoding them again, and writes those of the right
 lengths in our schema; the same command without it then encodes the files that were missing or refused.
