@@ -214,8 +214,13 @@ def flag_parser() -> argparse.ArgumentParser:
     cli.one_line_errors(p)
     p.add_argument("--recipe", choices=sorted(RECIPES), help="(default: phase12)")
     p.add_argument("--config", default="", help="JSON file with values of these options or the older keys")
-    p.add_argument("--print_config", nargs="?", const="text", choices=("text", "json"),
-                   help="print every value, where it came from, and stop")  # fmt: skip
+    p.add_argument(
+        "--print_config",
+        nargs="?",
+        const="text",
+        choices=("text", "json"),
+        help="print every value, where it came from, and stop",
+    )
     p.add_argument("--print_schedule", type=int, metavar="ROWS", help="print the epochs of ROWS rows; stop")
     for group, options in OPTIONS.items():
         g = p.add_argument_group(group)
@@ -290,13 +295,16 @@ def check_values(args) -> None:
     if args.keep_checkpoints == 0:  # it would delete the one just written
         raise UserError("--keep_checkpoints must be at least 1, or -1 for all")
     if args.heads == "24k" and args.warmup_epochs:
-        raise UserError("--warmup_epochs trains the 48 kHz head alone, which --heads 24k does not have: "
-                        "--warmup_epochs 0")  # fmt: skip
+        raise UserError(
+            "--warmup_epochs trains the 48 kHz head alone, which --heads 24k does not have: --warmup_epochs 0"
+        )
     if schedule.trains_codec(args) and args.cache_dir:
         raise UserError("a codec that is trained itself needs recordings: --data_dir and --val_data_dir")
     if schedule.trains_codec(args) and args.heads != "24k":
-        raise UserError("encoder and quantizers train with --recipe phase10 only (--heads 24k): a 48 kHz "
-                        "head needs codes that stay")  # fmt: skip
+        raise UserError(
+            "encoder and quantizers train with --recipe phase10 only (--heads 24k): a 48 kHz "
+            "head needs codes that stay"
+        )
     if args.from_scratch and not args.feature_epochs and (args.freeze_encoder or args.freeze_vq):
         raise UserError("--from_scratch needs --no-freeze_encoder --no-freeze_vq, or --feature_epochs")
     if args.feature_epochs and not args.from_scratch:
@@ -520,10 +528,12 @@ def validate_and_keep(run: Run, state: State, epoch: schedule.Epoch | None) -> N
     better = [k for k in judged if result[k] < state.best[k]]
     state.best.update({k: result[k] for k in better})
     gain = 100 * (1 - result["loss"] / state.baseline["loss"]) if state.baseline.get("loss") else 0.0
-    run.log.say(f"validation after epoch {number} (step {state.step}): "
-                + " ".join(f"{k} {v:.4f}" for k, v in result.items())
-                + (f" ({gain:+.1f} % against the start)" if epoch else "")
-                + (f" best: {', '.join(better)}" if better else ""))  # fmt: skip
+    run.log.say(
+        f"validation after epoch {number} (step {state.step}): "
+        + " ".join(f"{k} {v:.4f}" for k, v in result.items())
+        + (f" ({gain:+.1f} % against the start)" if epoch else "")
+        + (f" best: {', '.join(better)}" if better else "")
+    )
     run.log.metric(event="val", step=state.step, epoch=number, best=better, improved_percent=gain, **result)
     with training.averaged_weights(state):
         for k in better:
@@ -539,8 +549,9 @@ class Progress:
     def __init__(self, run: Run, state: State, epoch: schedule.Epoch):
         title = f"epoch {epoch.number}/{run.args.epochs} {epoch.phase} {epoch.segment:g} s"
         hide = None if run.rank == 0 else True  # None: shown on a terminal only
-        self.bar = tqdm(total=epoch.steps, initial=state.step - epoch.first_step, desc=title, disable=hide,
-                        leave=False)  # fmt: skip
+        self.bar = tqdm(
+            total=epoch.steps, initial=state.step - epoch.first_step, desc=title, disable=hide, leave=False
+        )
         self.clear()
 
     def clear(self) -> None:
@@ -606,12 +617,21 @@ def end(run: Run, state: State, ending: BaseException) -> int:
         keep(run, state)
     spent, gpu = time.time() - run.began, run.device.type == "cuda"
     memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if gpu else ""
-    run.log.say(f"{reason} at step {state.step} after {human_time(spent)}{memory}; {state.skipped} "
-                f"steps skipped, {len(state.bad_files)} bad files"
-                + (f", {len(state.left_out)} left out as too loud" if state.left_out else "")
-                + (f", {len(state.unfaithful)} unfaithful" if state.unfaithful else ""))  # fmt: skip
-    run.log.metric(event="end", reason=reason, code=code, step=state.step, skipped=state.skipped,
-                   bad_files=len(state.bad_files), seconds=round(spent, 1))  # fmt: skip
+    run.log.say(
+        f"{reason} at step {state.step} after {human_time(spent)}{memory}; {state.skipped} "
+        f"steps skipped, {len(state.bad_files)} bad files"
+        + (f", {len(state.left_out)} left out as too loud" if state.left_out else "")
+        + (f", {len(state.unfaithful)} unfaithful" if state.unfaithful else "")
+    )
+    run.log.metric(
+        event="end",
+        reason=reason,
+        code=code,
+        step=state.step,
+        skipped=state.skipped,
+        bad_files=len(state.bad_files),
+        seconds=round(spent, 1),
+    )
     if code in (cli.EXIT_ERROR, cli.EXIT_BAD_INPUT):
         raise UserError(advice, code) from None
     if advice:

@@ -17,13 +17,17 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         with atomic_file(path) as f:
             torch.save(state, f)
     except OSError as e:
-        raise UserError(f"checkpoint {path} could not be written: {e.strerror}; free some space or choose "
-                        "another --output_dir, then --resume the previous checkpoint") from e  # fmt: skip
+        raise UserError(
+            f"checkpoint {path} could not be written: {e.strerror}; free some space or choose "
+            "another --output_dir, then --resume the previous checkpoint"
+        ) from e
     except RuntimeError as e:  # torch's zip writer reports a full disk this way
         if not any(word in str(e) for word in ("write", "PytorchStreamWriter", "inline_container")):
             raise
-        raise UserError(f"checkpoint {path} could not be written (disk full?): {str(e).splitlines()[0]}; "
-                        "free some space, then --resume from the previous checkpoint") from e  # fmt: skip
+        raise UserError(
+            f"checkpoint {path} could not be written (disk full?): {str(e).splitlines()[0]}; "
+            "free some space, then --resume from the previous checkpoint"
+        ) from e
 
 
 def check_zip(path: Path) -> str | None:
@@ -142,5 +146,7 @@ def refuse_overwriting(folder: str, asked: bool) -> None:
     held = sorted(Path(folder).glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
     if held and os.environ.get("RANK", "0") == "0":
         what = "is damaged" if asked else "would be overwritten"
-        raise UserError(f"{folder} holds a run whose {held[-1].name} {what}: go on with it by "
-                        "--resume auto, or name another --output_dir")  # fmt: skip
+        raise UserError(
+            f"{folder} holds a run whose {held[-1].name} {what}: go on with it by "
+            "--resume auto, or name another --output_dir"
+        )

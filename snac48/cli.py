@@ -177,8 +177,10 @@ def guarded(function, *args):
             raise
         where = f"{e.filename} could not be written" if e.filename else "a file could not be written"
         with contextlib.suppress(OSError):  # stderr may lie on the same disk
-            complain(f"error: {where}: {e.strerror}; free some space, then run the same command again "
-                     "(a training: with --resume auto)")  # fmt: skip
+            complain(
+                f"error: {where}: {e.strerror}; free some space, then run the same command again "
+                "(a training: with --resume auto)"
+            )
         leave(EXIT_ERROR)
 
 
@@ -278,6 +280,8 @@ def pick_device(name: str):
         raise UserError(f"--device {name}: say cpu, or a GPU number such as 0")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number) >= count:
-        raise UserError(f"GPU {number} isn't there: torch sees {count} GPU(s) here; use --device cpu"
-                        + (f" or a number below {count}" if count else ""))  # fmt: skip
+        raise UserError(
+            f"GPU {number} isn't there: torch sees {count} GPU(s) here; use --device cpu"
+            + (f" or a number below {count}" if count else "")
+        )
     return torch.device(f"cuda:{number}")

@@ -186,9 +186,11 @@ def load_snac(name: str, device="cpu"):
     try:
         model = SNAC.from_pretrained(name)
     except Exception as e:  # hub, network, config and weights each have their own exception classes
-        raise UserError(f"model {name} could not be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
-                        "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "
-                        "the hub reachable") from e  # fmt: skip
+        raise UserError(
+            f"model {name} could not be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
+            "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "
+            "the hub reachable"
+        ) from e
     return replace_snakes(model).to(device).eval().requires_grad_(False)
 
 
@@ -286,8 +288,10 @@ def load_weights(model, state: dict, path) -> None:
     theirs = {k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else None for k, v in dict(state).items()}
     wrong = sorted(map(str, set(own) ^ set(theirs))) + [k for k in own if k in theirs and own[k] != theirs[k]]
     if wrong:
-        raise UserError(f"weights in {path} don't fit this model: {len(wrong)} tensors differ in name, "
-                        f"shape or dtype, first {wrong[0]}")  # fmt: skip
+        raise UserError(
+            f"weights in {path} don't fit this model: {len(wrong)} tensors differ in name, "
+            f"shape or dtype, first {wrong[0]}"
+        )
     model.load_state_dict(state)
 
 

@@ -102,8 +102,10 @@ class Targets:
                     if row["target"] in present:
                         found[row["path"]] = row["target"], KINDS.index(kind), float(row.get("level", 1.0))
                 except (ValueError, KeyError, TypeError) as e:
-                    raise UserError(f"{manifest} line {number} is not a manifest row ({e}); run "
-                                    "precompute_48k.py again to rewrite it") from None  # fmt: skip
+                    raise UserError(
+                        f"{manifest} line {number} is not a manifest row ({e}); run "
+                        "precompute_48k.py again to rewrite it"
+                    ) from None
         return found
 
     def _table(self, rows: list[str], manifest: Path, kind: str) -> dict:
@@ -149,8 +151,17 @@ class SliceDataset:
         self.left_out: dict[str, int] = {}
         self.set_segment_length(segment_length)
 
-    def choose_rows(self, name, n: int, limit, folder: str, include_unfaithful: bool,
-                    max_bad_fraction: float, index_folder: Path | None = None, kind="") -> None:  # fmt: skip
+    def choose_rows(
+        self,
+        name,
+        n: int,
+        limit,
+        folder: str,
+        include_unfaithful: bool,
+        max_bad_fraction: float,
+        index_folder: Path | None = None,
+        kind="",
+    ) -> None:
         """Set `targets`, those in `folder` if it is given, and `rows`, int64: at most `limit` of the n rows
         that have a (faithful) one; the others are counted in `left_out`. Raises UserError where more than
         max_bad_fraction have none, or where no row of `name`, the data, is left."""
@@ -162,9 +173,11 @@ class SliceDataset:
             if missing := int((~keep).sum()):
                 self.left_out["no 48 kHz target"] = missing
             if missing > max_bad_fraction * n:
-                raise UserError(f"48 kHz folder {self.targets.folder} lacks {missing} of {n} files, first "
-                                f"{self.path(int(np.flatnonzero(~keep)[0]))}; run precompute_48k.py on the "
-                                "recordings (or raise --max_bad_fraction to leave them out)")  # fmt: skip
+                raise UserError(
+                    f"48 kHz folder {self.targets.folder} lacks {missing} of {n} files, first "
+                    f"{self.path(int(np.flatnonzero(~keep)[0]))}; run precompute_48k.py on the "
+                    "recordings (or raise --max_bad_fraction to leave them out)"
+                )
             if unfaithful.any() and not include_unfaithful:
                 keep &= ~unfaithful
                 self.left_out["unfaithful 48 kHz target"] = int(unfaithful.sum())
@@ -226,8 +239,20 @@ class CachedCodesDataset(SliceDataset):
     """Slices of a cache of cache_codes.py: items also have codes [K int64 tensors], filled with -1 past the
     end, which the model takes as silence there. Without audio_48k_dir: for a decoder of 24 kHz alone."""
 
-    def __init__(self, cache_dir, audio_48k_dir, segment_length, limit=None, *, audio_24k_dir="", seed=42,
-                 fixed=False, include_unfaithful=False, max_bad_fraction=0.01, target_kind=""):  # fmt: skip
+    def __init__(
+        self,
+        cache_dir,
+        audio_48k_dir,
+        segment_length,
+        limit=None,
+        *,
+        audio_24k_dir="",
+        seed=42,
+        fixed=False,
+        include_unfaithful=False,
+        max_bad_fraction=0.01,
+        target_kind="",
+    ):
         self.index = CodeIndex(str(cache_dir))
         super().__init__(self.index.geometry, segment_length, seed, fixed, HEADS if audio_48k_dir else ())
         n = len(self.index)
@@ -235,16 +260,29 @@ class CachedCodesDataset(SliceDataset):
         self.left_out = {f"cache: {reason}": count for reason, count in self.index.bad.items()}
         bad = sum(self.index.bad.values())
         if bad > max_bad_fraction * (n + bad):
-            raise UserError(f"{bad} of {n + bad} rows of cache {cache_dir} are bad ({self.index.bad}), "
-                            f"more than --max_bad_fraction {max_bad_fraction:g}: see "
-                            f"{self.index.folder}/bad_rows.jsonl", EXIT_BAD_INPUT)  # fmt: skip
-        self.choose_rows(cache_dir, n, limit, audio_48k_dir, include_unfaithful, max_bad_fraction,
-                         self.index.folder, target_kind)  # fmt: skip
+            raise UserError(
+                f"{bad} of {n + bad} rows of cache {cache_dir} are bad ({self.index.bad}), "
+                f"more than --max_bad_fraction {max_bad_fraction:g}: see "
+                f"{self.index.folder}/bad_rows.jsonl",
+                EXIT_BAD_INPUT,
+            )
+        self.choose_rows(
+            cache_dir,
+            n,
+            limit,
+            audio_48k_dir,
+            include_unfaithful,
+            max_bad_fraction,
+            self.index.folder,
+            target_kind,
+        )
         self.force_24k = bool(audio_24k_dir) or self.targets is None
         originals = self.force_24k or (self.targets.kinds[self.rows] != KINDS.index("copied")).any()
         if originals and not Path(self.audio_24k_dir).is_dir():
-            raise UserError(f"originals folder {self.audio_24k_dir or '(not recorded in the cache)'} does "
-                            "not exist: the 24 kHz target lies there; give --audio_24k_dir")  # fmt: skip
+            raise UserError(
+                f"originals folder {self.audio_24k_dir or '(not recorded in the cache)'} does "
+                "not exist: the 24 kHz target lies there; give --audio_24k_dir"
+            )
         self.allowed_24k = link_roots(self.audio_24k_dir)
 
     def path(self, row: int) -> str:
@@ -286,9 +324,25 @@ class RawAudioDataset(SliceDataset):
     file is bad.
     """
 
-    def __init__(self, data_dirs, segment_length, limit=None, *, geometry, context, align, audio_48k_dir="",
-                 heads=tuple(HEADS), upsampler="", native_rate=48000, seed=42, fixed=False,
-                 include_unfaithful=False, max_bad_fraction=0.01, target_kind=""):  # fmt: skip
+    def __init__(
+        self,
+        data_dirs,
+        segment_length,
+        limit=None,
+        *,
+        geometry,
+        context,
+        align,
+        audio_48k_dir="",
+        heads=tuple(HEADS),
+        upsampler="",
+        native_rate=48000,
+        seed=42,
+        fixed=False,
+        include_unfaithful=False,
+        max_bad_fraction=0.01,
+        target_kind="",
+    ):
         super().__init__(geometry, segment_length, seed, fixed, heads)
         self.full_band = len(self.heads) > 1  # some head needs more than the 24 kHz recording
         self.context, self.align = context, align
@@ -301,8 +355,9 @@ class RawAudioDataset(SliceDataset):
         if folder and len(data_dirs) > 1:
             raise UserError("--audio_48k_dir goes with one --data_dir")
         name = ", ".join(map(str, data_dirs))
-        self.choose_rows(name, len(found), limit, folder, include_unfaithful, max_bad_fraction,
-                         kind=target_kind)  # fmt: skip
+        self.choose_rows(
+            name, len(found), limit, folder, include_unfaithful, max_bad_fraction, kind=target_kind
+        )
 
     def path(self, row: int) -> str:
         return self.files[row]
@@ -319,8 +374,10 @@ class RawAudioDataset(SliceDataset):
             found["kind"] = KINDS[self.targets.kinds[row]]
         elif self.full_band and rate < self.native_rate:
             if not self.upsampler:
-                raise AudioError(f"{rate} Hz is below --native_rate {self.native_rate}: it needs --upsampler "
-                                 "sidon (CD-quality recordings: or --native_rate 44100)")  # fmt: skip
+                raise AudioError(
+                    f"{rate} Hz is below --native_rate {self.native_rate}: it needs --upsampler "
+                    "sidon (CD-quality recordings: or --native_rate 44100)"
+                )
             found["kind"] = self.upsampler
         return found
 
@@ -394,10 +451,14 @@ def loader(data, index_lists, num_workers: int, pin_memory: bool):
     kill_workers_at_exit()
     try:
         yield from torch.utils.data.DataLoader(
-            data, batch_sampler=index_lists, collate_fn=collate, num_workers=num_workers,
-            worker_init_fn=ignore_stop_signals, pin_memory=pin_memory,
+            data,
+            batch_sampler=index_lists,
+            collate_fn=collate,
+            num_workers=num_workers,
+            worker_init_fn=ignore_stop_signals,
+            pin_memory=pin_memory,
             prefetch_factor=4 if num_workers else None,
-        )  # fmt: skip
+        )
     except RuntimeError as e:
         if not str(e).startswith("DataLoader worker"):
             raise

@@ -101,8 +101,10 @@ class DualHeadDecoder(nn.Module):
     def __init__(self, pretrained_snac, heads=tuple(HEADS), taps=None, with_encoder=False):
         super().__init__()
         if pretrained_snac.sampling_rate != TRUNK_RATE:
-            raise UserError(f"this model runs at {pretrained_snac.sampling_rate} Hz: the heads assume "
-                            f"{TRUNK_RATE} Hz, so only a 24 kHz SNAC can be the trunk")  # fmt: skip
+            raise UserError(
+                f"this model runs at {pretrained_snac.sampling_rate} Hz: the heads assume "
+                f"{TRUNK_RATE} Hz, so only a 24 kHz SNAC can be the trunk"
+            )
         layers = list(pretrained_snac.decoder.model)
         self.heads = tuple(heads)
         self.encoder = pretrained_snac.encoder.requires_grad_(False) if with_encoder else None
@@ -211,8 +213,10 @@ class DualHead:
         if self.snac is None:
             self.snac = codec.load_snac(self.encoder_from, self.device)
             if differs := self.geometry.difference(codec.geometry_of(self.snac, self.encoder_from)):
-                raise UserError(f"encoder {self.encoder_from} is not the one this decoder was trained with "
-                                f"({differs}); give the right one as --pretrained_model")  # fmt: skip
+                raise UserError(
+                    f"encoder {self.encoder_from} is not the one this decoder was trained with "
+                    f"({differs}); give the right one as --pretrained_model"
+                )
             codec.fold_weight_norm(self.snac)
         with torch.inference_mode():
             return codec.encode(self.snac, audio_24k.to(self.device))
@@ -297,8 +301,10 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
             )
         folder = codec.fetch(repo, revision, ["config.json", "model.safetensors"], "the folder instead")
     if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
-                        "given by --pretrained_model; train_dual_head.py trains its heads)")  # fmt: skip
+        raise UserError(
+            f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
+            "given by --pretrained_model; train_dual_head.py trains its heads)"
+        )
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return load_file(folder / "model.safetensors"), described["model_config"], described["geometry"]

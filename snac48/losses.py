@@ -119,8 +119,18 @@ def judged(audio, batch, **options):
     for (name, head), x in zip(HEADS.items(), audio):
         if x is not None:
             valid = head.factor * batch["valid_24k"]
-            yield name, Judged(masked(x[:, 0].float(), valid), batch[f"audio_{name}"][:, 0], valid, head.rate,
-                               batch["audio_24k"][:, 0], batch["phase_true"], **options)  # fmt: skip
+            yield (
+                name,
+                Judged(
+                    masked(x[:, 0].float(), valid),
+                    batch[f"audio_{name}"][:, 0],
+                    valid,
+                    head.rate,
+                    batch["audio_24k"][:, 0],
+                    batch["phase_true"],
+                    **options,
+                ),
+            )
 
 
 def head_losses(audio, batch, weights: dict, **options) -> dict:

@@ -35,8 +35,10 @@ def curriculum(args) -> list[tuple[float, int]]:
     except ValueError:
         raise UserError(f'--epoch_ranges {args.epoch_ranges!r} must be ranges such as "1-2,3-4"') from None
     if not len(segments) == len(factors) == len(ranges):
-        raise UserError(f"--segment_schedule has {len(segments)} entries, --batch_multiplier {len(factors)}, "
-                        f"--epoch_ranges {len(ranges)}: they must be equally many")  # fmt: skip
+        raise UserError(
+            f"--segment_schedule has {len(segments)} entries, --batch_multiplier {len(factors)}, "
+            f"--epoch_ranges {len(ranges)}: they must be equally many"
+        )
     found = []
     for epoch in range(1, args.epochs + 1):
         last = max(range(len(ranges)), key=lambda i: ranges[i][1])

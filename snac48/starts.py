@@ -51,8 +51,10 @@ def from_last_block(model: DualHeadDecoder, pretrained, halve) -> None:
     first_snake, up, *rest = block.block
     source = model.trunk[-1].block
     if source[1].stride[0] != 2:
-        raise UserError("--init first and average copy the last decoder block, which must have stride 2 but "
-                        f"has {source[1].stride[0]} in this model; use --init interpolate")  # fmt: skip
+        raise UserError(
+            "--init first and average copy the last decoder block, which must have stride 2 but "
+            f"has {source[1].stride[0]} in this model; use --init interpolate"
+        )
     first_snake.alpha.copy_(halve(source[0].alpha[0]).reshape(1, -1, 1))
     up.weight = halve(source[1].weight)  # [2C, C, 4] -> [C, C, 4]
     up.bias.copy_(source[1].bias)

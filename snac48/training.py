@@ -148,17 +148,27 @@ def open_data(args, snac, geometry: codec.Geometry, prefix: str):
               "max_bad_fraction": args.max_bad_fraction, "target_kind": args.target_kind}  # fmt: skip
     if args.data_dir:
         return RawAudioDataset(
-            at("data_dir").split(","), args.val_segment, limit, audio_48k_dir=targets, geometry=geometry,
-            context=codec.encode_context(snac), align=codec.align_samples(snac), upsampler=args.upsampler,
-            heads=schedule.chosen_heads(args.heads), native_rate=args.native_rate, **shared,
-        )  # fmt: skip
+            at("data_dir").split(","),
+            args.val_segment,
+            limit,
+            audio_48k_dir=targets,
+            geometry=geometry,
+            context=codec.encode_context(snac),
+            align=codec.align_samples(snac),
+            upsampler=args.upsampler,
+            heads=schedule.chosen_heads(args.heads),
+            native_rate=args.native_rate,
+            **shared,
+        )
     data = CachedCodesDataset(
         at("cache_dir"), targets, args.val_segment, limit, audio_24k_dir=at("audio_24k_dir"), **shared
     )
     if differs := geometry.difference(data.geometry):
-        raise UserError(f"cache {at('cache_dir')} was made by another model "
-                        f"({data.geometry.pretrained_model}: {differs}); make it anew with "
-                        f"--pretrained_model {args.pretrained_model}")  # fmt: skip
+        raise UserError(
+            f"cache {at('cache_dir')} was made by another model "
+            f"({data.geometry.pretrained_model}: {differs}); make it anew with "
+            f"--pretrained_model {args.pretrained_model}"
+        )
     return data
 
 
@@ -171,8 +181,9 @@ def some_speech(run: Run, coarse_codes: int):
         parts.append(batch["audio_24k"][batch["valid_24k"] == batch["audio_24k"].shape[-1]])
     speech = torch.cat(parts)  # whole segments only: padding would teach silence
     if not len(speech):
-        raise UserError("--from_scratch found no recording as long as the validation segment; lower "
-                        "--val_segment")  # fmt: skip
+        raise UserError(
+            "--from_scratch found no recording as long as the validation segment; lower --val_segment"
+        )
     return speech
 
 
@@ -180,9 +191,11 @@ def take_phase10(snac, path: str, geometry: codec.Geometry) -> None:
     """Put trunk and 24 kHz head of a phase10 checkpoint of the same encoder into `snac`."""
     saved = require(load_checkpoint(path), path)
     if differs := geometry.difference(codec.Geometry.from_json(json.dumps(saved["geometry"]))):
-        raise UserError(f"--phase10_checkpoint {path} has another encoder than the cache ({differs}): write "
-                        f"it out (infer.py --checkpoint {path} --export DIR), cache the codes with "
-                        "--pretrained_model DIR, and train on those")  # fmt: skip
+        raise UserError(
+            f"--phase10_checkpoint {path} has another encoder than the cache ({differs}): write "
+            f"it out (infer.py --checkpoint {path} --export DIR), cache the codes with "
+            "--pretrained_model DIR, and train on those"
+        )
     model = DualHeadDecoder(snac, ("24k",), with_encoder=True)  # shares its modules with snac
     codec.load_weights(model, saved["model"], path)
 
@@ -250,8 +263,10 @@ class State:
         if run.full:  # the codec itself trains: its weights may differ
             theirs = replace(theirs, weights_sha256=run.geometry.weights_sha256)
         if differs := run.geometry.difference(theirs):
-            raise UserError(f"{path} was trained on another model ({theirs.pretrained_model}: {differs}); "
-                            "give that one as --pretrained_model")  # fmt: skip
+            raise UserError(
+                f"{path} was trained on another model ({theirs.pretrained_model}: {differs}); "
+                "give that one as --pretrained_model"
+            )
         try:
             self._take_over(run, saved, path)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
@@ -261,9 +276,11 @@ class State:
     def _take_over(self, run: Run, saved: dict, path) -> None:
         """Set the fields from `saved`."""
         if saved["scheduler"]["plan"] != [asdict(e) for e in run.plan]:
-            raise UserError(f"{path} belongs to a run with another schedule or number of rows "
-                            f"({sum(e['steps'] for e in saved['scheduler']['plan'])} steps there, "
-                            f"{run.total} here): resume it with its own flags and data")  # fmt: skip
+            raise UserError(
+                f"{path} belongs to a run with another schedule or number of rows "
+                f"({sum(e['steps'] for e in saved['scheduler']['plan'])} steps there, "
+                f"{run.total} here): resume it with its own flags and data"
+            )
         codec.load_weights(self.model, saved["model"], path)
         self.step = self.first_step = saved["global_step"]
         self.validated = saved["validated_epoch"]
@@ -306,9 +323,12 @@ def enter_phase(run: Run, state: State, phase: str) -> None:
         getattr(state.model, group).requires_grad_(True)
     state.model.trunk_frozen = "trunk" not in groups
     state.optimizer = torch.optim.AdamW(
-        [part for g in groups for part in parameters_of(state.model, g, bool(args.from_scratch))], lr=0.0,
-        betas=schedule.adam_betas(args), weight_decay=args.weight_decay, fused=run.device.type == "cuda",
-    )  # fmt: skip
+        [part for g in groups for part in parameters_of(state.model, g, bool(args.from_scratch))],
+        lr=0.0,
+        betas=schedule.adam_betas(args),
+        weight_decay=args.weight_decay,
+        fused=run.device.type == "cuda",
+    )
     state.wrapped = state.codec or state.model
     if state.codec:
         state.codec.from_features = phase == "features"
@@ -403,13 +423,23 @@ def announce(run: Run, state: State) -> None:
     """Provenance first: arguments, versions, geometry, plan, and what was left out."""
     a, log, event = run.args, run.log, "resume" if state.step else "start"
     if run.rank == 0:
-        write_json(run.folder / "args.json",
-                   {"args": vars(a), "git": git_sha(), "versions": versions(), "world": run.world,
-                    "geometry": asdict(run.geometry), "model_config": run.config,
-                    "plan": [asdict(e) for e in run.plan]})  # fmt: skip
-    log.say(f"{event}: recipe {a.recipe}, {len(run.data)} rows ({len(run.val)} validation), {run.total} "
-            f"steps, from step {state.step}, {run.world} process(es) on {run.device}, "
-            f"init {a.init}")  # fmt: skip
+        write_json(
+            run.folder / "args.json",
+            {
+                "args": vars(a),
+                "git": git_sha(),
+                "versions": versions(),
+                "world": run.world,
+                "geometry": asdict(run.geometry),
+                "model_config": run.config,
+                "plan": [asdict(e) for e in run.plan],
+            },
+        )
+    log.say(
+        f"{event}: recipe {a.recipe}, {len(run.data)} rows ({len(run.val)} validation), {run.total} "
+        f"steps, from step {state.step}, {run.world} process(es) on {run.device}, "
+        f"init {a.init}"
+    )
     for which, data in (("training", run.data), ("validation", run.val)):
         for reason, n in data.left_out.items():
             log.say(f"  left out of {which}: {n} rows, {reason}")
@@ -417,8 +447,17 @@ def announce(run: Run, state: State) -> None:
         log.say("  " + line)
     if any(float(factor) * a.batch_size % 1 for factor in a.batch_multiplier.split(",")):
         log.say("  batch sizes are rounded down")
-    log.metric(event=event, kind="train", recipe=a.recipe, step=state.step, total_steps=run.total,
-               epochs=a.epochs, rows=len(run.data), val_rows=len(run.val), git=git_sha())  # fmt: skip
+    log.metric(
+        event=event,
+        kind="train",
+        recipe=a.recipe,
+        step=state.step,
+        total_steps=run.total,
+        epochs=a.epochs,
+        rows=len(run.data),
+        val_rows=len(run.val),
+        git=git_sha(),
+    )
 
 
 def prepare(run: Run, state: State, batch: dict) -> dict:
@@ -464,9 +503,13 @@ def report_codes(run: Run, state: State, epoch: Epoch | None) -> None:
     if not epoch or not state.codes[0].any():
         return
     found = {f"{name}_{k}": v for k, c in enumerate(state.codes[0]) for name, v in usage(c).items()}
-    run.log.say(f"codes of epoch {epoch.number}: " + ", ".join(
-        f"codebook {k} {100 * found[f'usage_{k}']:.1f} % used, perplexity {found[f'perplexity_{k}']:.0f}"
-        for k in range(len(state.codes[0]))))  # fmt: skip
+    run.log.say(
+        f"codes of epoch {epoch.number}: "
+        + ", ".join(
+            f"codebook {k} {100 * found[f'usage_{k}']:.1f} % used, perplexity {found[f'perplexity_{k}']:.0f}"
+            for k in range(len(state.codes[0]))
+        )
+    )
     run.log.metric(event="usage", epoch=epoch.number, step=state.step, **found)
     state.codes[0] = 0
 
@@ -475,8 +518,11 @@ def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed
     """Write a step's line to the log and to metrics.jsonl; another number goes into run.log.metric below."""
     a, rates = run.args, schedule.rates_at(run.args, run.plan, state.step - 1)
     # steps of later epochs are as long as their segments: count the audio still to come
-    todo = sum((e.first_step + e.steps - max(e.first_step, state.step)) * e.segment * e.batch
-               for e in run.plan if e.first_step + e.steps > state.step)  # fmt: skip
+    todo = sum(
+        (e.first_step + e.steps - max(e.first_step, state.step)) * e.segment * e.batch
+        for e in run.plan
+        if e.first_step + e.steps > state.step
+    )
     eta, rate = median_low(state.paces) * todo, rates.get("head_48k", rates.get("head_24k"))
     names = {"loss": "loss", "24k": "loss_24k", "48k": "loss_48k"}
     shown = {k: means[name] for k, name in names.items() if name in means} | {
@@ -486,7 +532,19 @@ def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed
         "eta": human_time(eta),
     }
     run.log.say(step_line(state.step, run.total, epoch.number, a.epochs, epoch.phase, shown))
-    run.log.metric(step=state.step, total_steps=run.total, epoch=epoch.number, epochs=a.epochs,
-                   phase=epoch.phase, segment_length=epoch.segment, batch_size=epoch.batch, **means,
-                   lr=rate, **{f"lr_{k}": v for k, v in rates.items()}, grad_norm=norm,
-                   skipped=state.skipped, audio_s_per_s=speed, eta_s=eta)  # fmt: skip
+    run.log.metric(
+        step=state.step,
+        total_steps=run.total,
+        epoch=epoch.number,
+        epochs=a.epochs,
+        phase=epoch.phase,
+        segment_length=epoch.segment,
+        batch_size=epoch.batch,
+        **means,
+        lr=rate,
+        **{f"lr_{k}": v for k, v in rates.items()},
+        grad_norm=norm,
+        skipped=state.skipped,
+        audio_s_per_s=speed,
+        eta_s=eta,
+    )

@@ -147,8 +147,9 @@ class Monitor(App):
     ENABLE_COMMAND_PALETTE = False
     BINDINGS = tuple(
         Binding(k, f"do('{action}')", text, show=False, priority=k == "ctrl+c")
-        for keys, action, text in KEYS for k in keys.split(",")
-    )  # fmt: skip
+        for keys, action, text in KEYS
+        for k in keys.split(",")
+    )
 
     def __init__(self, fleet: Fleet, ui: Ui, launcher: Path, refresh_s: float = 1.0, bell: bool = True):
         super().__init__(ansi_color=True)  # the terminal's own 16 colours, none under NO_COLOR

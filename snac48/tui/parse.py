@@ -15,8 +15,9 @@ WORDS = re.compile(r"([a-z]\w*) ([-+]?(?:\d[\w.+-]*|nan|inf))\b")
 # older language models: `epoch 3/350 | train 4.21 | val 4.19 | ppl 66.0`, `epoch 3: train_loss=4.21`
 TOKENS = re.compile(
     r"(?<![\w-])(?<!best )(val(?:_loss| loss)?|train(?:ing|_loss| loss)?|(?:val_)?ppl|lr)[=: ]+"
-    r"(\d+\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+|nan|inf)\b", re.I
-)  # fmt: skip
+    r"(\d+\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+|nan|inf)\b",
+    re.I,
+)
 CODEBOOKS = re.compile(r"\bce\b[^=:\[\d]*[=:\[ ]\s*((?:\d+\.\d+[,\s]*){2,})", re.I)  # a number for each
 ERROR = re.compile(
     r"\w*(?:Error|Exception|KeyboardInterrupt)\b(?::|$)|: error: |out of memory|^Killed|Segmentation fault|"

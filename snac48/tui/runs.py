@@ -30,10 +30,16 @@ def last_process(path: Path, proc="/proc") -> tuple[str | None, int | None, floa
     """(state, pid, start by the clock) of a run directory's process: a live one of this machine, else the
     last; (None, None, None) where the file tells of none."""
     size = path.stat().st_size if path.is_file() else 0
-    found = [r for line in read_at(path, max(0, size - (1 << 16)), 1 << 16).splitlines()
-             if (r := parse_json(line.decode("utf-8", "replace"))) and type(r.get("pid")) is int]  # fmt: skip
-    ours = [(alive(r["pid"], r.get("start"), proc), r["pid"], number(r.get("t")))
-            for r in found if r.get("host") == socket.gethostname()]  # fmt: skip
+    found = [
+        r
+        for line in read_at(path, max(0, size - (1 << 16)), 1 << 16).splitlines()
+        if (r := parse_json(line.decode("utf-8", "replace"))) and type(r.get("pid")) is int
+    ]
+    ours = [
+        (alive(r["pid"], r.get("start"), proc), r["pid"], number(r.get("t")))
+        for r in found
+        if r.get("host") == socket.gethostname()
+    ]
     if not ours:
         return None, None, None
     return next((p for p in reversed(ours) if p[0] == "RUNNING"), ours[-1])
