@@ -405,6 +405,7 @@ stop_job() {
   alive "$name" || abort "$name does not run ($(state_of "$name")); nothing was signalled"
   echo "stopping $name (process group $PID); it finishes its step and writes a checkpoint"
   kill -TERM -- "-$PID"
+  kill -CONT -- "-$PID" # one that was paused (SIGSTOP) could not answer
   while alive "$name"; do
     if [ "$waited" -ge $((${STOP_GRACE:-60} * 5)) ]; then
       echo "still alive after ${STOP_GRACE:-60} s: KILL"

@@ -136,6 +136,11 @@ def main(args) -> int:
         many = f", … ({len(both)} in all)" if len(both) > 3 else ""
         hint = "if they are one speaker each, use --group_by top or a regex"
         warn(f"warning: {', '.join(both[:3])}{many} in both parts: {hint}")
+    folders = {p: {rel.partition("/")[0] for rel in files if "/" in rel and part[rel] == p} for p in counts}
+    shared = folders["train"] & folders["valid"]
+    if shared and not (args.group_by or args.valid_list):
+        many = f"{len(shared)} folders, such as {min(shared)}, are"
+        warn(f"warning: {many} in both parts: if they are one speaker each, use --group_by top")
     in_groups = f" in {len(found['train'])} and {len(found['valid'])} groups" if args.group_by else ""
     done = f"{counts['train']} training and {counts['valid']} validation files{in_groups}"
     share = f"{100 * counts['train'] / len(files):.1f} % for training"
