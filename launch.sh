@@ -292,7 +292,7 @@ start_many() { # KIND SCRIPT GPUS ARGS...: one process a GPU, all on the same fo
 # ---- workflow: one job of four stages, each of which goes on where it was ----
 
 start_workflow() {
-  local gpus=${1:-} recipe run_dir input root
+  local gpus=${1:-} config run_dir input root
   local -a prepare precompute cache train
   [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh workflow 0,1 --input_dir RECORDINGS, or cpu"
   shift
@@ -300,10 +300,10 @@ start_workflow() {
   preflight workflow "$gpus" "$@"
   split_flags "$@"
   [ -n "$input" ] || [ -d "$root/corpus" ] || [ -d "$root/combine" ] || abort "there is no corpus/ in $root: give --input_dir RECORDINGS"
-  "$VENV/bin/python" "$ROOT/train_dual_head.py" "${train[@]}" --print_config >/dev/null || exit # days before its stage
-  recipe=$(option --recipe "$@") run_dir=$(option --output_dir "$@")
-  [ -z "$recipe" ] || recipe=checkpoints/${recipe//-/_} # as the recipe names it
-  start_job "$(job_name workflow "$gpus")" workflow "$gpus" "${run_dir:-${recipe:-checkpoints/phase12_dual_head}}" \
+  # the trainer's flags are checked now, not days later in its stage
+  config=$("$VENV/bin/python" "$ROOT/train_dual_head.py" "${train[@]}" --print_config json) || exit $?
+  run_dir=$(ask 'import json; print(json.loads(sys.argv[1])["output_dir"]["value"])' "$config")
+  start_job "$(job_name workflow "$gpus")" workflow "$gpus" "$run_dir" \
     bash "$ROOT/launch.sh" run_workflow "$gpus" "$@"
 }
 

@@ -24,6 +24,16 @@ AGREE = 0.99  # of the codes of a row: other hardware rounds otherwise now and t
 SHARDS = "codes_batch_gpu*_*.parquet"  # of a cache folder
 
 
+def shards_of(cache_dir: str | Path) -> list[Path]:
+    """The parquet files of a cache folder, by name. Raises UserError where there are none."""
+    folder = Path(cache_dir)
+    if not folder.is_dir():
+        raise UserError(f"cache folder {cache_dir} does not exist; make it with cache_codes.py")
+    if shards := sorted(folder.glob(SHARDS)):
+        return shards
+    raise UserError(f"cache folder {cache_dir} holds no {SHARDS}; run cache_codes.py first")
+
+
 class CodeIndex:
     """A cache folder as flat memory-mapped arrays: no per-row Python object, opened at once at any size.
 
@@ -35,12 +45,7 @@ class CodeIndex:
     """
 
     def __init__(self, cache_dir: str):
-        self.cache_dir = Path(cache_dir)
-        if not self.cache_dir.is_dir():
-            raise UserError(f"cache folder {cache_dir} does not exist; make it with cache_codes.py")
-        shards = sorted(self.cache_dir.glob(SHARDS))
-        if not shards:
-            raise UserError(f"cache folder {cache_dir} holds no {SHARDS}; run cache_codes.py first")
+        self.cache_dir, shards = Path(cache_dir), shards_of(cache_dir)
         stats = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
         key = hashlib.sha256(json.dumps(["v1", stats]).encode()).hexdigest()[:16]
         self.folder = self.cache_dir / f"index-{key}"
@@ -158,11 +163,25 @@ def open_shard(path: Path) -> tuple:
         todo = "delete it and run cache_codes.py again (remove its unit in work/ too)"
         raise UserError(f"cache file {path} is corrupt ({first_line(e)}); {todo}") from None
     meta = table.schema.metadata or {}
+    return table, recorded_geometry(meta, path), meta.get(b"data_dir", b"").decode()
+
+
+def recorded(path: Path) -> dict:
+    """Schema metadata of a parquet file, without reading its rows. Raises UserError."""
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(path).metadata or {}
+    except (OSError, ValueError) as e:
+        raise UserError(f"cache file {path} is corrupt ({first_line(e)}): delete it") from None
+
+
+def recorded_geometry(meta: dict, path: Path) -> Geometry:
+    """The geometry in the schema metadata of a parquet file. Raises UserError."""
     if b"snac" not in meta:
         why = "does not say which model made it (no 'snac' metadata)"
         raise UserError(f"cache file {path} {why}; make the cache anew with cache_codes.py")
-    geometry = Geometry.from_json(meta[b"snac"].decode(errors="replace"), f"cache file {path}")
-    return table, geometry, meta.get(b"data_dir", b"").decode()
+    return Geometry.from_json(meta[b"snac"].decode(errors="replace"), f"cache file {path}")
 
 
 def shard_rows(path: Path) -> tuple:
@@ -349,33 +368,15 @@ class OldCache:
 
 def check_ours(folder: Path) -> None:
     """Raises UserError for a folder with a cache of the older schema: ours would be written into it."""
-    import pyarrow.parquet as pq
-
     shard = next(folder.glob(SHARDS), None)
     if not shard or (folder / "work").exists():
         return
-    try:
-        meta = pq.read_schema(shard).metadata or {}
-    except (OSError, ValueError) as e:
-        raise UserError(f"cache file {shard} is corrupt ({first_line(e)}): delete it") from None
-    if b"snac" not in meta:
+    if b"snac" not in recorded(shard):
         todo = f"import it (cache_codes.py --import {folder}), or choose another --output_dir"
         raise UserError(f"{folder} holds a cache that does not say which model made it: {todo}")
 
 
 def recorded_model(cache_dir: str | Path) -> str:
     """Name of the model that a cache was made with. Raises UserError."""
-    import pyarrow.parquet as pq
-
-    shards = sorted(Path(cache_dir).glob("codes_batch_gpu*_*.parquet"))
-    if not shards:
-        raise UserError(
-            f"cache folder {cache_dir} holds no codes_batch_gpu*_*.parquet; run cache_codes.py first"
-        )
-    try:
-        meta = pq.read_schema(shards[0]).metadata or {}
-    except (OSError, ValueError) as e:
-        raise UserError(f"cache file {shards[0]} is corrupt ({first_line(e)})") from None
-    return Geometry.from_json(
-        meta.get(b"snac", b"").decode(errors="replace"), str(shards[0])
-    ).pretrained_model
+    shard = shards_of(cache_dir)[0]
+    return recorded_geometry(recorded(shard), shard).pretrained_model

@@ -103,7 +103,9 @@ STRENGTH = ("default", "recipe", "checkpoint", "config", "flag")
 
 
 def reads_recordings(values: dict) -> bool:
-    """Whether these options mean recordings where neither these nor a cache is named."""
+    """Whether these options mean recordings, named or not, rather than codes."""
+    if values["data_dir"] or values["cache_dir"] or values["codes_dir"]:
+        return bool(values["data_dir"])
     return values["recipe"] in RAW_RECIPES or bool(values["from_scratch"])
 
 
@@ -111,8 +113,8 @@ def settle(values: dict, origin: dict) -> None:
     """Fill in the folders that neither flag nor config names, in place: of recordings, or of codes, and of
     48 kHz targets.
 
-    Of two that exclude each other (--data_dir and
-    --cache_dir, --codes_dir and --cache_dir) that from the stronger source wins. What isn't found stays "".
+    Of two that exclude each other (--data_dir and --cache_dir, --codes_dir and --cache_dir) that from the
+    stronger source wins. What isn't found stays "".
     """
     strong = lambda name: STRENGTH.index(origin[name]) if values[name] else -1
     cached = max(strong("codes_dir"), strong("cache_dir"))
@@ -124,11 +126,8 @@ def settle(values: dict, origin: dict) -> None:
         values |= {"codes_dir": "", "cache_dir": "", "val_cache_dir": ""}
     if values["codes_dir"] and strong("codes_dir") > strong("cache_dir"):
         values |= {"cache_dir": "", "val_cache_dir": ""}
-    root, kinds = data_root(values["data_root"]), []
-    raw = values["data_dir"] or (
-        reads_recordings(values) and not (values["cache_dir"] or values["codes_dir"])
-    )
-    kinds = [("recordings", "data_dir")] if raw else [("codes", "cache_dir")]
+    root = data_root(values["data_root"])
+    kinds = [("recordings", "data_dir")] if reads_recordings(values) else [("codes", "cache_dir")]
     if values["heads"] != "24k" and not values["data_dir"]:
         kinds.append(("targets", "audio_48k_dir"))
     for kind, name in kinds:
@@ -144,7 +143,7 @@ def check_training(args, there: bool = False) -> None:
     """Raises UserError on all that a training still lacks, at once; there: named folders must exist."""
     if args.data_dir and args.cache_dir:
         raise UserError("--data_dir encodes recordings, --cache_dir has their codes: give one of them")
-    raw = args.data_dir or (reads_recordings(vars(args)) and not args.cache_dir)
+    raw = reads_recordings(vars(args))
     needs = {"data_dir": "recordings"} if raw else {"cache_dir": "codes"}
     if args.heads != "24k" and (not raw or args.audio_48k_dir):
         needs["audio_48k_dir"] = "targets"

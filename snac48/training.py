@@ -117,9 +117,8 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     if "48k" in run.heads and not saved:
         start_head(model, snac, args.init)
     if args.data_dir and not run.full:
-        run.snac = snac.to(device).requires_grad_(
-            False
-        )  # before enter_phase opens what it shares with the model
+        # before enter_phase opens what it shares with the model
+        run.snac = snac.to(device).requires_grad_(False)
     state = State(model.to(device), FullCodec(model, codec.align_samples(snac)) if run.full else None)
     state.codes = torch.zeros(2, len(geometry.vq_strides), geometry.codebook_size, dtype=torch.int64)
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
