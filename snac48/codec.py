@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 import torch.nn.utils.parametrize as P
 from snac import SNAC
-from snac.layers import NoiseBlock, ResidualUnit, Snake1d
+from snac.layers import NoiseBlock, ResidualUnit
 
 try:
     from .cli import UserError, pick_device
-except ImportError:  # this file was copied into somebody's server
+    from .layers import add_noise, replace_layers, run
+except ImportError:  # this file was copied into somebody's server: snac's own layers decode the same
     pick_device = torch.device
+    replace_layers, run = lambda module: module, lambda layers, x: layers(x)
+    add_noise = lambda x, noise, linear: x + noise * linear(x)
 
     class UserError(ValueError):
         """Something the caller can mend, in one sentence."""
@@ -27,44 +30,6 @@ except ImportError:  # this file was copied into somebody's server
 
 # of the hub; another model is named with its own: NAME@REVISION
 PINNED_REVISIONS = {"hubertsiuzdak/snac_24khz": "d73ad176a12188fcf4f360ba3bf2c2fbbe8f58ec"}
-
-
-# ---- Snake: one for encoder, decoder, training and inference ----
-
-
-class Snake(torch.autograd.Function):
-    """x + sin(alpha x)² / alpha (Ziyin et al. 2020): x [B, C, T], alpha [1, C, 1]."""
-
-    @staticmethod
-    def forward(ctx, x, alpha):
-        ctx.save_for_backward(x, alpha)
-        return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, alpha = ctx.saved_tensors
-        inverse, slope = (alpha + 1e-9).reciprocal(), torch.sin(2 * alpha * x)
-        of_x = grad * (1 + alpha * inverse * slope)
-        # sin² as it stands: (1 - cos) / 2 is 0 in fp32 for small alpha, where `interpolate` starts
-        square = torch.sin(alpha * x).square()
-        of_alpha = (grad * inverse * (x * slope - inverse * square)).sum((0, 2), keepdim=True)
-        return of_x, of_alpha.to(alpha.dtype)
-
-
-class OwnSnake1d(Snake1d):
-    """snac's layer without its TorchScript function, whose executor changes kernels after the first calls, so
-    that a resumed run differs from the unbroken one in the last bit; torch.compile stops at it, too."""
-
-    def forward(self, x):
-        return Snake.apply(x, self.alpha)
-
-
-def replace_snakes(module):
-    """`module` with OwnSnake1d in the place of every Snake1d: the same parameters and state-dict keys."""
-    for m in module.modules():
-        if type(m) is Snake1d:
-            m.__class__ = OwnSnake1d
-    return module
 
 
 # ---- geometry ----
@@ -191,7 +156,7 @@ def load_snac(name: str, device="cpu"):
             "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "
             "the hub reachable"
         ) from e
-    return replace_snakes(model).to(device).eval().requires_grad_(False)
+    return replace_layers(model).to(device).eval().requires_grad_(False)
 
 
 def weights_hash(state: dict) -> str:
@@ -277,7 +242,7 @@ def encode(model, audio, max_seconds: float = 60.0):
 def new_snac(path: str):
     """A SNAC with fresh weights from a JSON file of its arguments. Raises UserError."""
     try:
-        return replace_snakes(SNAC(**json.loads(Path(path).read_text(encoding="utf-8")))).eval()
+        return replace_layers(SNAC(**json.loads(Path(path).read_text(encoding="utf-8")))).eval()
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"--from_scratch {path} is no SNAC configuration: {e}") from None
 

@@ -79,7 +79,7 @@ class PositionedNoise(NoiseBlock):
         if self.noise_key is None:
             return super().forward(x)
         n = counter_noise(self.noise_key, self.noise_layer, self.noise_start, x.shape[-1])
-        return x + n[:, None].to(x.dtype) * self.linear(x)
+        return codec.add_noise(x, n[:, None].to(x.dtype), self.linear)
 
 
 # ---- the model ----
@@ -119,7 +119,7 @@ class DualHeadDecoder(nn.Module):
         for name in self.heads:
             self._find_noises(self.head(name), trunk_rate)
         self.trunk_frozen = False
-        codec.replace_snakes(self)
+        codec.replace_layers(self)
 
     def head(self, name: str) -> nn.Module:
         return getattr(self, f"head_{name}")
@@ -142,7 +142,8 @@ class DualHeadDecoder(nn.Module):
 
     def codes_to_z(self, codes):
         """codes [K] of [B, T_k] -> z [B, D, T]. Code -1 lies past the end: z is 0 there, as padding is."""
-        z = self.quantizer.from_codes([c.clamp(min=0) for c in codes])
+        with torch.autocast(codes[0].device.type, enabled=False):  # entries as they are, whatever follows
+            z = self.quantizer.from_codes([c.clamp(min=0) for c in codes])
         real = (codes[0] >= 0).repeat_interleave(self.quantizer.quantizers[0].stride, dim=1)  # [B, T]
         return z * real[:, None].to(z.dtype)
 
@@ -153,7 +154,7 @@ class DualHeadDecoder(nn.Module):
             z = codes_or_z if isinstance(codes_or_z, torch.Tensor) else self.codes_to_z(codes_or_z)
             h = self.trunk(z)  # [B, C, hop * T]
         wanted = self.heads if heads is None else [name for name in self.heads if name in heads]
-        return tuple(self.head(name)(h) if name in wanted else None for name in HEADS)
+        return tuple(codec.run(self.head(name), h) if name in wanted else None for name in HEADS)
 
 
 def new_head(layers: list, head: Head, taps: int | None = None):

@@ -100,4 +100,4 @@ def test_a_trained_decoder_opens_with_two_files_of_ours_alone(cache_dir, targets
     assert done.returncode == 0, done.stderr
     served = np.load(tmp_path / "audio.npz").values()
     for mine, theirs in zip(load_dual_head(tmp_path / "run" / "best_model.pt").decode(codes), served):
-        assert np.array_equal(mine.numpy(), theirs) and np.abs(theirs).max() > 1e-3
+        assert np.abs(mine.numpy() - theirs).max() < 1e-5 and np.abs(theirs).max() > 1e-3

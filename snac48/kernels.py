@@ -1,0 +1,291 @@
+"""Snake and the depthwise convolution behind it as single passes over memory: kernels.cpp on a CPU with a
+compiler, Triton (made by torch.compile from the plain formulas) on a GPU, else the plain formulas.
+
+    kernels.prepare("cpu")      # "native (g++)": builds or loads what is there; "plain (no c++ compiler)"
+    y = kernels.ops.snake(x, alpha)
+
+x: [B, C, T] float32 or bfloat16, parameters float32 [C]. Arithmetic is float32 at least, results have x's
+dtype. Nothing here differentiates: layers.py does.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+TAPS, MAX_DILATION = 7, 9  # what kernels.cpp is made for
+SOURCE = Path(__file__).with_name("kernels.cpp")
+BUILD = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+# ---- the formulas ----
+
+
+def parts(x, alpha):
+    """x and alpha [C, 1] in the dtype of the arithmetic, 1 / alpha as SNAC takes it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    alpha = alpha.to(wide)[:, None]
+    return x.to(wide), alpha, (alpha + 1e-9).reciprocal()
+
+
+def plain_snake(x, alpha):
+    """x + sin(alpha x)² / alpha (Ziyin et al. 2020)."""
+    wide, alpha, inverse = parts(x, alpha)
+    return (wide + inverse * torch.sin(alpha * wide).square()).to(x.dtype)
+
+
+def plain_snake_back(grad, x, alpha, again: bool):
+    """(gradient of x, of alpha for each item [B, C], and snake(x) once more where `again`, else empty)."""
+    wide, alpha, inverse = parts(x, alpha)
+    # sin² as it stands: (1 - cos) / 2 is 0 in fp32 for small alpha, where `interpolate` starts
+    square, slope = torch.sin(alpha * wide).square(), torch.sin(2 * alpha * wide)
+    g = grad.to(wide.dtype)
+    of_x = (g * (1 + alpha * inverse * slope)).to(x.dtype)
+    of_alpha = (g * (inverse * (wide * slope - inverse * square))).sum(-1)
+    return of_x, of_alpha, (wide + inverse * square).to(x.dtype) if again else x.new_empty(0)
+
+
+def shifts(x, dilation: int):
+    """The views of x [B, C, T], zero outside, that the taps of the convolution see."""
+    reach, n = TAPS // 2 * dilation, x.shape[-1]
+    padded = F.pad(x, (reach, reach))
+    return [padded[..., k * dilation : k * dilation + n] for k in range(TAPS)]
+
+
+def plain_snake_conv(x, alpha, weight, bias, dilation: int):
+    """Depthwise convolution (weight [C, 7], zero padding, as long as its input) of snake(x)."""
+    wide, alpha, inverse = parts(x, alpha)
+    s = wide + inverse * torch.sin(alpha * wide).square()
+    weight, bias = weight.to(wide.dtype), bias.to(wide.dtype)
+    return sum((w[:, None] * v for w, v in zip(weight.unbind(1), shifts(s, dilation))), bias[:, None]).to(
+        x.dtype
+    )
+
+
+def plain_snake_mix(x, alpha, weight, bias):
+    """Convolution to one channel (weight [C, 7], bias [1], zero padding) of snake(x): [B, 1, T], fp32 at
+    least."""
+    wide, alpha, inverse = parts(x, alpha)
+    s = wide + inverse * torch.sin(alpha * wide).square()
+    return F.conv1d(s, weight.to(wide.dtype)[None], bias.to(wide.dtype), padding=TAPS // 2)
+
+
+def plain_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
+    """The way back of either. grad: [B, C, T] or, of snake_mix, [B, 1, T]. Gradients of x (plus `skip`, one
+    that goes past the two), and, each for every item, of alpha [B, C], weight [B, C, 7] and bias [B, C or 1].
+    """
+    wide, _, _ = parts(x, alpha)
+    g, s = grad.to(wide.dtype), plain_snake(wide, alpha)
+    flipped = zip(weight.to(wide.dtype).flip(1).unbind(1), shifts(g, dilation))
+    of_x, of_alpha, _ = plain_snake_back(sum(w[:, None] * v for w, v in flipped), wide, alpha, False)
+    of_weight = torch.stack([(g * v).sum(-1) for v in shifts(s, dilation)], -1)
+    if skip is not None:
+        of_x = of_x + skip
+    return of_x.to(x.dtype), of_alpha, of_weight, g.sum(-1)
+
+
+# ---- the native kernels ----
+
+
+@functools.cache
+def native() -> tuple[ctypes.CDLL | None, str]:
+    """(the library built of kernels.cpp by this machine's compiler, or None; which, or why not). It is kept
+    in the user's cache folder; processes that build it at once each write a whole one."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if compiler is None:
+        return None, "no C++ compiler"
+    code = SOURCE.read_bytes()
+    with contextlib.suppress(OSError):  # the same home on machines of different instruction sets
+        code += Path("/proc/cpuinfo").read_bytes().partition(b"flags")[2].partition(b"\n")[0]
+    name = f"kernels-{hashlib.sha256(code + repr((compiler, BUILD)).encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snac48"
+    if not (folder / name).exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                built = Path(scratch) / name
+                command = [compiler, *BUILD, "-fopenmp", "-o", str(built), str(SOURCE)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+                if done.returncode:
+                    return None, f"{compiler} fails: {(done.stderr.splitlines() or ['?'])[0][:120]}"
+                os.replace(built, folder / name)
+        except (OSError, subprocess.SubprocessError) as e:
+            return None, f"it can't be built in {folder}: {e}"
+    try:
+        return ctypes.CDLL(str(folder / name)), Path(compiler).name
+    except OSError as e:
+        return None, f"{folder / name} can't be loaded: {e}"
+
+
+def address(x):
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def call(name: str, x, *arguments, sizes=()) -> None:
+    """A function of kernels.cpp over the rows of x; tensors are passed by address, integers as int64."""
+    b, c, n = x.shape
+    made = [
+        ctypes.c_int64(a) if isinstance(a, int) else address(a) for a in (*arguments, b * c, c, n, *sizes)
+    ]
+    getattr(native()[0], f"{name}_{str(x.dtype)[6:]}")(*made)
+
+
+def native_snake(x, alpha):
+    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    call("snake", x, x, alpha, y)
+    return y
+
+
+def native_snake_back(grad, x, alpha, again: bool):
+    grad, x = grad.contiguous(), x.contiguous()
+    of_x, of_alpha = torch.empty_like(x), torch.empty(x.shape[:2])
+    s = torch.empty_like(x) if again else None
+    call("snake_back", x, grad, x, alpha, of_x, of_alpha, s)
+    return of_x, of_alpha, x.new_empty(0) if s is None else s
+
+
+def native_snake_conv(x, alpha, weight, bias, dilation: int):
+    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    call("snake_conv", x, x, alpha, weight, bias, y, sizes=(dilation,))
+    return y
+
+
+def native_snake_mix(x, alpha, weight, bias):
+    x, y = x.contiguous(), x.new_empty(len(x), 1, x.shape[-1], dtype=torch.float32)
+    call("snake_mix", x, x, alpha, weight, bias, y)
+    return y
+
+
+def native_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
+    shared = grad.shape[1] != x.shape[1]
+    grad, x = grad.to(torch.float32 if shared else x.dtype).contiguous(), x.contiguous()
+    skip = None if skip is None else skip.contiguous()
+    of_x, sums = torch.empty_like(x), [torch.empty(*x.shape[:2], *size) for size in ((), (TAPS,), ())]
+    call("snake_conv_back", x, grad, skip, x, alpha, weight, of_x, *sums, sizes=(dilation, int(shared)))
+    return of_x, *sums[:2], sums[2][:, : grad.shape[1]]
+
+
+# ---- on a GPU: the same formulas, made into Triton kernels ----
+
+
+@functools.cache
+def compiled(formula):
+    """`formula` as one kernel for all shapes (a graph for each dtype, dilation and set of arguments)."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(formula, dynamic=True, fullgraph=True)
+
+
+def conv_of(s, weight, bias, dilation: int):
+    """Depthwise convolution as shifted multiply-adds, which fuse."""
+    taps = zip(weight.unbind(1), shifts(s, dilation))
+    return sum((w[:, None] * v.to(w.dtype) for w, v in taps), bias[:, None]).to(s.dtype)
+
+
+def conv_back_of(grad, skip, x, alpha, weight, dilation: int):
+    flipped = zip(weight.flip(1).unbind(1), shifts(grad, dilation))
+    of_s = sum(w[:, None] * v.to(w.dtype) for w, v in flipped)
+    of_x, of_alpha, _ = plain_snake_back(of_s, x, alpha, False)
+    return of_x if skip is None else of_x + skip, of_alpha
+
+
+def weight_back_of(grad, s, dilation: int):
+    grad = grad.float()
+    return torch.stack([(grad * v).sum(-1) for v in shifts(s, dilation)], -1), grad.sum(-1)
+
+
+def compiled_snake(x, alpha):
+    return compiled(plain_snake)(x, alpha)
+
+
+def compiled_snake_back(grad, x, alpha, again: bool):
+    return compiled(plain_snake_back)(grad, x, alpha, again)
+
+
+def compiled_snake_conv(x, alpha, weight, bias, dilation: int):
+    # two kernels: in one, each of the taps would take its own sine
+    return compiled(conv_of)(compiled_snake(x, alpha), weight, bias, dilation)
+
+
+def mix_of(s, weight, bias):
+    taps = zip(weight.unbind(1), shifts(s, 1))
+    return sum(w[:, None] * v for w, v in taps).sum(1, keepdim=True) + bias
+
+
+def compiled_snake_mix(x, alpha, weight, bias):
+    return compiled(mix_of)(compiled_snake(x.float(), alpha), weight, bias)
+
+
+def compiled_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
+    of_weight, of_bias = compiled(weight_back_of)(grad, compiled_snake(x, alpha), dilation)
+    of_x, of_alpha = compiled(conv_back_of)(grad, skip, x, alpha, weight, dilation)
+    return of_x, of_alpha, of_weight, of_bias
+
+
+# ---- one of them ----
+
+FORMULAS = {
+    "snake(Tensor x, Tensor alpha) -> Tensor": (plain_snake, native_snake, compiled_snake),
+    "snake_back(Tensor grad, Tensor x, Tensor alpha, bool again) -> (Tensor, Tensor, Tensor)":
+        (plain_snake_back, native_snake_back, compiled_snake_back),
+    "snake_conv(Tensor x, Tensor alpha, Tensor weight, Tensor bias, int dilation) -> Tensor":
+        (plain_snake_conv, native_snake_conv, compiled_snake_conv),
+    "snake_mix(Tensor x, Tensor alpha, Tensor weight, Tensor bias) -> Tensor":
+        (plain_snake_mix, native_snake_mix, compiled_snake_mix),
+    "snake_conv_back(Tensor grad, Tensor? skip, Tensor x, Tensor alpha, Tensor weight, int dilation)"
+    " -> (Tensor, Tensor, Tensor, Tensor)":
+        (plain_snake_conv_back, native_snake_conv_back, compiled_snake_conv_back),
+}  # fmt: skip
+LIBRARY = torch.library.Library(
+    "snac48", "DEF"
+)  # operators: profilers see them, torch.compile leaves them whole
+ONLY_PLAIN = False
+
+
+def use_plain(only: bool = True) -> None:
+    """From now on the plain formulas alone, or again what is best."""
+    global ONLY_PLAIN
+    ONLY_PLAIN = only
+
+
+def prepare(device: str) -> str:
+    """What computes on this kind of device (cpu, cuda), with the reason; builds what has to be built."""
+    if ONLY_PLAIN:
+        return "plain formulas (asked for)"
+    if device == "cuda":
+        return "Triton kernels" if has_triton() else "plain formulas (no Triton in this Python)"
+    library, told = native() if device == "cpu" else (None, "no kernels for it")
+    return f"native kernels ({told})" if library else f"plain formulas ({told})"
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def on_cpu(plain, made):
+    def run(*arguments):
+        dtypes = {a.dtype for a in arguments if isinstance(a, torch.Tensor)}
+        able = dtypes <= {torch.float32, torch.bfloat16} and not ONLY_PLAIN and native()[0]
+        return (made if able else plain)(*arguments)
+
+    return run
+
+
+def on_cuda(plain, made):
+    return lambda *arguments: (plain if ONLY_PLAIN or not has_triton() else made)(*arguments)
+
+
+for schema, (plain, made_of_cpp, made_of_triton) in FORMULAS.items():
+    name = LIBRARY.define(schema)
+    LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, on_cpu(plain, made_of_cpp), "CPU")
+    LIBRARY.impl(name, on_cuda(plain, made_of_triton), "CUDA")
+ops = torch.ops.snac48
