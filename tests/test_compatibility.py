@@ -136,7 +136,7 @@ def test_a_cache_decodes_to_files(before):
         assert len(list(out.glob(f"*_{rate}k.wav"))) == 2
         ours, _ = sf.read(out / f"g_{rate}k.wav", dtype="float32")
         n = len(wanted) // 2  # beyond, the codes that follow are heard
-        assert np.abs(ours[:n] - wanted[:n]).max() < 1.01 / 32768
+        assert np.abs(ours[:n] - wanted[:n]).max() < 1.1 / 32768
 
 
 def test_an_exported_codec_makes_the_same_codes(before):
