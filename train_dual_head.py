@@ -7,6 +7,7 @@ five recipes.
     python train_dual_head.py --resume auto --output_dir checkpoints/phase12_dual_head            # go on
     python train_dual_head.py --recipe phase10 --data_dir corpus/train/audio --val_data_dir corpus/valid/audio
     python train_dual_head.py --recipe phase11-fast --print_schedule 100000    # epochs, batches, rates; stops
+    python train_dual_head.py --print_memory 24,80,141            # what GPUs of so many GB take of it; stops
 
 phase12 (default): both heads. phase11-standard, -warmup, -fast: the 48 kHz head alone. phase10: the 24 kHz
 codec, its decoder or all of it (--no-freeze_encoder --no-freeze_vq), also --from_scratch MODEL_CONFIG.json.
@@ -39,7 +40,7 @@ from snac48.runlog import human_time
 
 # ---- options: every default stands here once ----
 
-OPTIONS = {  # name: (default, help); the type is the default's
+OPTIONS = {  # name: (default, help[, type]); the type is the default's; None: by device, see snac48/speed.py
     "data": {
         "data_root": ("", "where corpus/, codes/ and targets/ lie (default: DATA_ROOT, else here)"),
         "data_dir": ("", "recordings to encode on the fly, instead of --cache_dir; several: A,B"),
@@ -61,7 +62,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "min_envelope_corr": (0.9, "--upsampler sidon: below this envelope correlation it is unfaithful"),
         "limit": (-1, "only the first N usable rows or recordings (-1 = all)"),
         "val_limit": (-1, "only the first N validation rows (-1 = all)"),
-        "num_workers": (4, "data loader processes a GPU (0 = in this process)"),
+        "num_workers": (None, "data loader processes a GPU (0 = in this process)", int),
         "max_bad_fraction": (0.01, "stop when a larger share of rows or files is bad; fewer are left out"),
         "target_kind": ("", "what 48 kHz folders without a manifest hold: sidon or recordings"),
         "include_unfaithful": (False, "train also on unfaithful rows"),
@@ -95,7 +96,7 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "warmup_epochs": (1, "first epochs that train the 48 kHz head only"),
         "batch_size": (96, "utterances a step over all GPUs, before the multiplier"),
         "eval_batch_size": (16, "utterances a validation batch of each process"),
-        "accum_steps": (1, "micro-batches a step: same result, less memory"),
+        "accum_steps": (None, "micro-batches a step: same result, less memory", int),
         "segment_schedule": ("1.0,2.0,3.0,4.0", "segment seconds of each epoch range"),
         "batch_multiplier": ("2.0,1.0,0.6,0.45", "factor on --batch_size of each epoch range"),
         "epoch_ranges": ("1-2,3-4,5-6,7-15", "epochs of each entry of the two lists above"),
@@ -126,13 +127,17 @@ OPTIONS = {  # name: (default, help); the type is the default's
         "stft": ("magnitude", "magnitude (plus log-magnitude) or complex (real + imaginary L1)"),
     },
     "speed": {
-        "bf16": (False, "bf16 autocast of the decoder (losses stay fp32)"),
-        "tf32": (False, "TF32 matrix products on CUDA"),
-        "compile": (False, "torch.compile the decoder"),
+        "bf16": (None, "bf16 autocast of the decoder (waveforms, quantizers and losses stay fp32)", bool),
+        "tf32": (None, "TF32 matrix products on CUDA", bool),
+        "compile": (None, "torch.compile the decoder", bool),
+        "plain": (False, "none of what makes it fast: fp32, plain formulas of Snake, no compilation"),
         "deterministic": (False, "deterministic kernels: bit-identical reruns, slower on CUDA"),
     },
 }  # fmt: skip
-DEFAULTS = {name: default for group in OPTIONS.values() for name, (default, _) in group.items()}
+DEFAULTS = {name: row[0] for group in OPTIONS.values() for name, row in group.items()}
+TYPES = {
+    name: row[2] if row[0] is None else type(row[0]) for g in OPTIONS.values() for name, row in g.items()
+}
 CHOICES = {
     "init": ("interpolate", "average", "first", "random"),
     "stft": ("magnitude", "complex"),
@@ -205,8 +210,13 @@ def config_values(path: str, recipe: str = "", cached: bool = False) -> dict:
             values["segment_schedule"] = ",".join(str(c["length"]) for c in value)
             values["batch_multiplier"] = ",".join(str(c["batch_multiplier"]) for c in value)
         elif name and name != "recipe":
-            values[name] = cli.as_type(type(DEFAULTS[name]), value, f"config {path}: {key}")
+            values[name] = typed_value(name, value, f"config {path}: {key}")
     return values
+
+
+def typed_value(name: str, value, where: str):
+    """A config's or checkpoint's value of an option; null where that means: by device."""
+    return None if value is None and DEFAULTS[name] is None else cli.as_type(TYPES[name], value, where)
 
 
 def flag_parser() -> argparse.ArgumentParser:
@@ -222,14 +232,18 @@ def flag_parser() -> argparse.ArgumentParser:
         help="print every value, where it came from, and stop",
     )
     p.add_argument("--print_schedule", type=int, metavar="ROWS", help="print the epochs of ROWS rows; stop")
+    p.add_argument(
+        "--print_memory", metavar="GB,GB", help="print how cards of so many GB take these options; stop"
+    )
     for group, options in OPTIONS.items():
         g = p.add_argument_group(group)
-        for name, (default, text) in options.items():
-            kw = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default!r})".replace("%", "%%")}
-            if isinstance(default, bool):
+        for name, (default, text, *_) in options.items():
+            shown = "by device" if default is None else repr(default)
+            kw = {"default": argparse.SUPPRESS, "help": f"{text} (default: {shown})".replace("%", "%%")}
+            if TYPES[name] is bool:
                 g.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **kw)
             else:
-                g.add_argument(f"--{name}", type=type(default), choices=CHOICES.get(name), **kw)
+                g.add_argument(f"--{name}", type=TYPES[name], choices=CHOICES.get(name), **kw)
     return p
 
 
@@ -237,7 +251,7 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     """(options, origin of each: default | recipe | checkpoint | config | flag, content of the checkpoint to
     resume from or None). Precedence: flag, config, resumed checkpoint, recipe, default."""
     typed = vars(flag_parser().parse_args(argv))
-    flags = {k: typed.pop(k) for k in ("recipe", "config", "print_config", "print_schedule")}
+    flags = {k: typed.pop(k) for k in ("recipe", "config", "print_config", "print_schedule", "print_memory")}
     cached = bool(typed.get("codes_dir") or typed.get("cache_dir"))
     config = config_values(flags["config"], flags["recipe"], cached) if flags["config"] else {}
     recipe, kept, saved = flags["recipe"] or config.get("recipe", ""), {}, None
@@ -266,6 +280,11 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     if flags["print_schedule"]:
         print("\n".join(schedule.plan_lines(args, schedule.make_plan(args, flags["print_schedule"]))))
         sys.exit(0)
+    if flags["print_memory"]:
+        from snac48.training import memory_lines  # torch is needed to count
+
+        print("\n".join(memory_lines(args, cli.numbers(float, flags["print_memory"], "--print_memory"))))
+        sys.exit(0)
     check_training(args)
     if not args.resume:
         refuse_overwriting(args.output_dir, "resume" in typed)
@@ -280,7 +299,7 @@ def values_of(saved: dict, path: str, recipe: str) -> tuple[str, dict]:
     if own not in RECIPES:
         raise UserError(f"{path} is of an unknown recipe, {own!r}")
     kept = {k: v for k, v in saved["args"].items() if k in DEFAULTS and k != "resume"}
-    return own, {k: cli.as_type(type(DEFAULTS[k]), v, f"{path}: {k}") for k, v in kept.items()}
+    return own, {k: typed_value(k, v, f"{path}: {k}") for k, v in kept.items()}
 
 
 def check_values(args) -> None:
@@ -290,7 +309,7 @@ def check_values(args) -> None:
             raise UserError(f"{name} must be one of {', '.join(allowed)}, not {getattr(args, name)!r}")
     for name in ("epochs", "batch_size", "eval_batch_size", "accum_steps", "log_every", "save_every",
                  "monitor_24k_every"):  # fmt: skip
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     if args.keep_checkpoints == 0:  # it would delete the one just written
         raise UserError("--keep_checkpoints must be at least 1, or -1 for all")
@@ -375,7 +394,7 @@ def feed(run: Run, state: State, epoch: schedule.Epoch):
     """The batches of the epoch's remaining steps."""
     if state.step >= epoch.first_step + epoch.steps:
         return
-    accum, order = run.args.accum_steps, schedule.epoch_order(run.args.seed, epoch.number, len(run.data))
+    accum, order = run.speed.accum_steps, schedule.epoch_order(run.args.seed, epoch.number, len(run.data))
     parts = iter(run.loader(run.data, batches(order, epoch, state.step, run.rank, run.world, accum)))
     for done in range(state.step - epoch.first_step, epoch.steps):
         size = min(epoch.batch, len(order) - done * epoch.batch)
@@ -420,7 +439,7 @@ def losses_of(run: Run, state: State, module, batch: dict, heads=None):
     latents, both empty unless the codec trains)."""
     a, extra, codes, latents = run.args, {}, [], []
     state.model.set_noise(batch["noise_key"])
-    with torch.autocast(run.device.type, torch.bfloat16) if a.bf16 else contextlib.nullcontext():
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=a.bf16):
         if run.full:
             audio, extra, codes, latents = module(batch["audio_24k"])
         else:
@@ -602,7 +621,7 @@ ENDINGS = {
                       "it, then --resume auto"),
     torch.OutOfMemoryError: ("out of GPU memory", cli.EXIT_ERROR, None,
                              "GPU out of memory ({error}): raise --accum_steps (same result in smaller "
-                             "pieces), lower --batch_size, or use --bf16; then --resume auto"),
+                             "pieces) or lower --batch_size, then --resume auto"),
     LoaderDied: ("a data loader process died", cli.EXIT_ERROR, None,
                  "a data loader process died ({error}): most likely the memory ran out; lower "
                  "--num_workers, then --resume auto"),

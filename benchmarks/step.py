@@ -1,14 +1,15 @@
-"""Time, bytes and memory of one training step of the full-size decoder, ours and a plain loop, in alternation.
+"""Time, bytes and memory of a training step of the full-size decoder, ours and a plain loop, in alternation.
 
     python benchmarks/step.py                      # CPU, main phase and warmup, 7 rounds
     python benchmarks/step.py --device 0 --seconds 4 --batch 24 --modes older,default,compile
     python benchmarks/step.py --before DIR         # a checkout of an earlier commit, as one more mode
 
-older: what people ran before this project, written plainly: snac's TorchScript Snake, a dense DecoderBlock as
-48 kHz head, L1 + complex STFT (1024 to 8192, no window) on both heads, AdamW on all, clip 1, fp32. plain: ours
-with --plain; default: what a run on this device does without a flag; bf16, compile, compile-bf16: with these flags.
-Bytes are counted, not timed: what every operator reads and writes (views are free; inside torch.compile
-nothing is counted). kept: what the forward keeps for the backward.
+older: what people ran before this project, written plainly: snac's TorchScript Snake, a dense DecoderBlock
+as 48 kHz head, L1 + complex STFT (1024 to 8192, no window) on both heads, AdamW on all, clip 1, fp32. plain:
+ours with --plain; default: what a run on this device does without a flag; bf16, compile, compile-bf16: with
+these flags.
+Bytes are counted, not timed: what every operator reads and writes, a kernel of ours being one (views are
+free; torch.compile and --plain are not counted). kept: what the forward keeps for the backward.
 """
 
 import argparse
@@ -56,6 +57,7 @@ def worker(args, mode: str, phase: str) -> None:
     seconds = batch["audio_24k"].numel() / 24000
     for line in sys.stdin:
         if line.strip() == "count":
+            step(batch)  # the first one makes the optimiser's state
             moved, kept = count(step, batch)
             found = {"GB": moved / 1e9 / seconds, "MB": (count(step, twice)[1] - kept) / 1e6 / seconds}
         else:
@@ -180,7 +182,11 @@ def count(step, batch) -> tuple[int, int]:
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if not func.is_view and func._schema.name not in ("aten::detach", "aten::empty", "aten::empty_like"):
+            if not func.is_view and func._schema.name not in (
+                "aten::detach",
+                "aten::empty",
+                "aten::empty_like",
+            ):
                 seen = {}
                 for x in tree_leaves((args, kwargs, out)):
                     if isinstance(x, torch.Tensor):  # an expanded one is read as often as it is stored
@@ -223,10 +229,11 @@ def measure(args, modes: list[str], phase: str) -> None:
         workers[mode].stdin.flush()
         return json.loads(workers[mode].stdout.readline())
 
-    counted = {mode: ask(mode, "count") for mode in modes if "compile" not in mode}
-    times = {mode: [] for mode in modes}
-    for mode in modes:
-        ask(mode)  # warm
+    counted = {mode: ask(mode, "count") for mode in modes if "plain" not in mode and "compile" not in mode}
+    times, losses = (
+        {mode: [] for mode in modes},
+        {mode: ask(mode)["loss"] for mode in modes},
+    )  # the first: warm
     for _ in range(args.rounds):
         for mode in modes:
             times[mode].append(ask(mode)["seconds"])
@@ -234,12 +241,15 @@ def measure(args, modes: list[str], phase: str) -> None:
         each.stdin.close()
         each.wait()
     base = statistics.median(times[modes[0]])
-    print(f"{phase}: seconds a second of audio (median of {args.rounds}, quartiles), speed against {modes[0]}")
+    print(
+        f"{phase}: seconds a second of audio (median of {args.rounds}, quartiles), speed against {modes[0]}"
+    )
     for mode in modes:
         low, middle, high = statistics.quantiles(times[mode], n=4)
         more = counted.get(mode)
         more = f"  {more['GB']:6.2f} GB moved  {more['MB']:6.0f} MB kept" if more else ""
-        print(f"  {mode:14} {middle:7.3f} ({low:.3f} to {high:.3f})  {base / middle:5.2f} x{more}", flush=True)
+        said = f"{middle:7.3f} ({low:.3f} to {high:.3f})  {base / middle:5.2f} x  loss {losses[mode]:.5f}"
+        print(f"  {mode:14} {said}{more}", flush=True)
 
 
 if __name__ == "__main__":

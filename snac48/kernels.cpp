@@ -164,11 +164,12 @@ void snake_mix_rows(const T *x, const float *alpha, const float *weight, const f
 }
 
 // The way back of either: grad of y (of snake_mix_rows: `shared` by the channels), and `skip`, a gradient that
-// goes past the two, added to of_x. of_alpha [rows], of_weight [rows, 7], of_bias [rows]
+// goes past the two, added to of_x. of_alpha [rows], of_weight [rows, 7], of_bias [rows]; of_past [rows]: sums
+// of `skip`
 template <typename G, typename T>
 void snake_conv_back_rows(const G *grad, const T *skip, const T *x, const float *alpha, const float *weight, T *of_x,
-                          float *of_alpha, float *of_weight, float *of_bias, int64_t rows, int64_t channels,
-                          int64_t length, int64_t dilation, int64_t shared) {
+                          float *of_alpha, float *of_weight, float *of_bias, float *of_past, int64_t rows,
+                          int64_t channels, int64_t length, int64_t dilation, int64_t shared) {
     const int64_t reach = TAPS / 2 * dilation;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
@@ -178,7 +179,7 @@ void snake_conv_back_rows(const G *grad, const T *skip, const T *x, const float 
         const int64_t c = row % channels;
         const float a = alpha[c], inverse = 1 / (a + 1e-9f), ratio = a * inverse, *w = weight + c * TAPS;
         float s[TILE + 2 * HALO], g[TILE + 2 * HALO], slope[TILE], of_a[TILE];
-        float alpha_sum = 0, bias_sum = 0, tap_sums[TAPS] = {0};
+        float alpha_sum = 0, bias_sum = 0, past_sum = 0, tap_sums[TAPS] = {0};
         for (int64_t first = 0; first < length; first += TILE) {
             const int64_t end = first + TILE < length ? first + TILE : length;
             const int64_t from = first - reach > 0 ? first - reach : 0, to = end + reach < length ? end + reach : length;
@@ -199,17 +200,20 @@ void snake_conv_back_rows(const G *grad, const T *skip, const T *x, const float 
             }
 #pragma omp simd
             for (int64_t t = end; t < to; t++) s_at[t] = snake(get(in, t), a, inverse);
-            float part = 0, sum = 0;
-#pragma omp simd reduction(+ : part, sum)
+            float part = 0, sum = 0, beyond = 0;
+#pragma omp simd reduction(+ : part, sum, beyond)
             for (int64_t t = first; t < end; t++) {
                 float of_s = 0;
                 for (int k = 0; k < TAPS; k++) of_s = fmaf(w[k], g_at[t - (k - TAPS / 2) * dilation], of_s);
                 part += of_s * of_a[t - first];
                 sum += g_at[t];
-                put(out, t, fmaf(of_s, slope[t - first], past ? get(past, t) : 0.0f));
+                const float p = past ? get(past, t) : 0.0f;
+                beyond += p;
+                put(out, t, fmaf(of_s, slope[t - first], p));
             }
             alpha_sum += part;
             bias_sum += sum;
+            past_sum += beyond;
             float p0 = 0, p1 = 0, p2 = 0, p3 = 0, p4 = 0, p5 = 0, p6 = 0;
 #pragma omp simd reduction(+ : p0, p1, p2, p3, p4, p5, p6)
             for (int64_t t = first; t < end; t++) {
@@ -227,6 +231,7 @@ void snake_conv_back_rows(const G *grad, const T *skip, const T *x, const float 
         }
         of_alpha[row] = alpha_sum;
         of_bias[row] = bias_sum;
+        of_past[row] = past_sum;
         for (int k = 0; k < TAPS; k++) of_weight[row * TAPS + k] = tap_sums[k];
     }
 }
@@ -250,14 +255,14 @@ void snake_conv_back_rows(const G *grad, const T *skip, const T *x, const float 
         snake_mix_rows(x, alpha, w, b, y, rows, c, n);                                                               \
     }                                                                                                                \
     extern "C" void snake_conv_back_##NAME(const void *grad, const T *skip, const T *x, const float *alpha,          \
-                                           const float *w, T *of_x, float *of_alpha, float *of_w, float *of_b,       \
+                                           const float *w, T *of_x, float *of_alpha, float *of_w, float *of_b, float *of_p,   \
                                            int64_t rows, int64_t c, int64_t n, int64_t dilation, int64_t shared) {   \
         if (shared)                                                                                                  \
-            snake_conv_back_rows((const float *)grad, skip, x, alpha, w, of_x, of_alpha, of_w, of_b, rows, c, n,     \
-                                 dilation, shared);                                                                  \
+            snake_conv_back_rows((const float *)grad, skip, x, alpha, w, of_x, of_alpha, of_w, of_b, of_p, rows,   \
+                                 c, n, dilation, shared);                                                            \
         else                                                                                                         \
-            snake_conv_back_rows((const T *)grad, skip, x, alpha, w, of_x, of_alpha, of_w, of_b, rows, c, n,         \
-                                 dilation, shared);                                                                  \
+            snake_conv_back_rows((const T *)grad, skip, x, alpha, w, of_x, of_alpha, of_w, of_b, of_p, rows,       \
+                                 c, n, dilation, shared);                                                            \
     }
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)

@@ -80,7 +80,8 @@ def plain_snake_mix(x, alpha, weight, bias):
 
 def plain_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
     """The way back of either. grad: [B, C, T] or, of snake_mix, [B, 1, T]. Gradients of x (plus `skip`, one
-    that goes past the two), and, each for every item, of alpha [B, C], weight [B, C, 7] and bias [B, C or 1].
+    that goes past the two), and, each for every item, of alpha [B, C], weight [B, C, 7] and bias [B, C or 1];
+    the sums of `skip` [B, C], empty without one.
     """
     wide, _, _ = parts(x, alpha)
     g, s = grad.to(wide.dtype), plain_snake(wide, alpha)
@@ -89,7 +90,11 @@ def plain_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
     of_weight = torch.stack([(g * v).sum(-1) for v in shifts(s, dilation)], -1)
     if skip is not None:
         of_x = of_x + skip
-    return of_x.to(x.dtype), of_alpha, of_weight, g.sum(-1)
+    return of_x.to(x.dtype), of_alpha, of_weight, g.sum(-1), sums_of(skip, x)
+
+
+def sums_of(skip, x):
+    return x.new_empty(0) if skip is None else skip.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- the native kernels ----
@@ -168,9 +173,10 @@ def native_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
     shared = grad.shape[1] != x.shape[1]
     grad, x = grad.to(torch.float32 if shared else x.dtype).contiguous(), x.contiguous()
     skip = None if skip is None else skip.contiguous()
-    of_x, sums = torch.empty_like(x), [torch.empty(*x.shape[:2], *size) for size in ((), (TAPS,), ())]
+    of_x, sums = torch.empty_like(x), [torch.empty(*x.shape[:2], *size) for size in ((), (TAPS,), (), ())]
     call("snake_conv_back", x, grad, skip, x, alpha, weight, of_x, *sums, sizes=(dilation, int(shared)))
-    return of_x, *sums[:2], sums[2][:, : grad.shape[1]]
+    of_alpha, of_weight, of_bias, of_skip = sums
+    return of_x, of_alpha, of_weight, of_bias[:, : grad.shape[1]], x.new_empty(0) if skip is None else of_skip
 
 
 # ---- on a GPU: the same formulas, made into Triton kernels ----
@@ -226,7 +232,7 @@ def compiled_snake_mix(x, alpha, weight, bias):
 def compiled_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
     of_weight, of_bias = compiled(weight_back_of)(grad, compiled_snake(x, alpha), dilation)
     of_x, of_alpha = compiled(conv_back_of)(grad, skip, x, alpha, weight, dilation)
-    return of_x, of_alpha, of_weight, of_bias
+    return of_x, of_alpha, of_weight, of_bias, sums_of(skip, x)
 
 
 # ---- one of them ----
@@ -240,7 +246,7 @@ FORMULAS = {
     "snake_mix(Tensor x, Tensor alpha, Tensor weight, Tensor bias) -> Tensor":
         (plain_snake_mix, native_snake_mix, compiled_snake_mix),
     "snake_conv_back(Tensor grad, Tensor? skip, Tensor x, Tensor alpha, Tensor weight, int dilation)"
-    " -> (Tensor, Tensor, Tensor, Tensor)":
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)":
         (plain_snake_conv_back, native_snake_conv_back, compiled_snake_conv_back),
 }  # fmt: skip
 LIBRARY = torch.library.Library(

@@ -50,22 +50,23 @@ class SnakeConv(torch.autograd.Function):
         ctx, x, alpha, weight, bias, dtype, stride, padding, dilation, transposed, output_padding, groups
     ):
         ctx.conv = (stride, padding, dilation, transposed, output_padding, groups)
-        ctx.save_for_backward(x, alpha, weight)
+        w, ctx.weight_dtype = weight.to(dtype), weight.dtype
+        ctx.save_for_backward(x, alpha, w)
         s = ops.snake(x.to(dtype), alpha.flatten())
-        return torch.convolution(s, weight.to(dtype), None if bias is None else bias.to(dtype), *ctx.conv)
+        return torch.convolution(s, w, None if bias is None else bias.to(dtype), *ctx.conv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, alpha, weight = ctx.saved_tensors
-        w, sizes = weight.to(grad.dtype), [weight.shape[1 if ctx.conv[3] else 0]]
+        x, alpha, w = ctx.saved_tensors
+        sizes = [w.shape[1 if ctx.conv[3] else 0]]
         wide, bias = x.to(grad.dtype), ctx.needs_input_grad[3]
         # the gradient of its input needs no input's values, only its shape
         of_s = conv_back(grad, wide, w, sizes, *ctx.conv, (True, False, False))[0]
         of_x, of_alpha, s = ops.snake_back(of_s, wide, alpha.flatten(), True)
         of_w, of_bias = conv_back(grad, s, w, sizes, *ctx.conv, (False, True, bias))[1:]
-        of_bias = of_bias.to(weight.dtype) if bias else None
-        return of_x.to(x.dtype), of_alpha.sum(0).view_as(alpha), of_w.to(weight.dtype), of_bias, *[None] * 7
+        of_w, of_bias = of_w.to(ctx.weight_dtype), of_bias.to(ctx.weight_dtype) if bias else None
+        return of_x.to(x.dtype), of_alpha.sum(0).view_as(alpha), of_w, of_bias, *[None] * 7
 
 
 class SnakeMix(torch.autograd.Function):
@@ -81,7 +82,7 @@ class SnakeMix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, alpha, weight = ctx.saved_tensors
-        of_x, of_alpha, of_w, of_b = ops.snake_conv_back(grad, None, x, alpha.flatten(), weight[0], 1)
+        of_x, of_alpha, of_w, of_b, _ = ops.snake_conv_back(grad, None, x, alpha.flatten(), weight[0], 1)
         return of_x, of_alpha.sum(0).view_as(alpha), of_w.sum(0)[None], of_b.sum(0)
 
 
@@ -105,14 +106,14 @@ class Unit(torch.autograd.Function):
         of_s = product(w1[..., 0].to(grad.dtype).T, grad)
         of_y, of_alpha1, s = ops.snake_back(of_s, y, alpha1.flatten(), True)
         of_w1 = torch.bmm(grad, s.transpose(1, 2)).sum(0, dtype=w1.dtype)
-        of_b1 = grad.sum((0, 2), dtype=w1.dtype)
         del of_s, s
-        of_x, of_alpha0, of_w0, of_b0 = ops.snake_conv_back(
+        of_x, of_alpha0, of_w0, of_b0, of_b1 = ops.snake_conv_back(
             of_y, grad, x, alpha0.flatten(), w0.flatten(1), ctx.dilation
         )
         of_alpha0, of_alpha1 = of_alpha0.sum(0).view_as(alpha0), of_alpha1.sum(0).view_as(alpha1)
         of_w0 = of_w0.sum(0).view_as(w0)
-        return of_x, of_alpha0, of_w0, of_b0.sum(0), of_alpha1, of_w1[..., None], of_b1, None, None
+        of_b0, of_b1 = of_b0.sum(0), of_b1.sum(0)
+        return of_x, of_alpha0, of_w0, of_b0, of_alpha1, of_w1[..., None], of_b1, None, None
 
 
 class Noise(torch.autograd.Function):

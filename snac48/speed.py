@@ -1,18 +1,78 @@
-"""Speed by device: what a run switches on where it runs, with the reason, and how much memory a step takes.
+"""Speed by device: what a training switches on where it runs, with the reason, and what a step takes of
+memory.
 
-    for line in settle_speed(args, device, plan, rate): ...      # before the model is built
-    memory_plan([24, 80, 141], ...)                              # lines for people who choose a card
+Options that are None (bf16, tf32, compile, num_workers, accum_steps) are decided here; a flag decides itself;
+--plain turns all of it off.
 """
 
 import ctypes
+import math
+import os
+import weakref
+from dataclasses import dataclass, field
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from . import kernels
+from . import kernels, schedule
+from .losses import head_losses
 
-# Options that are None until the machine is known. A resumed run keeps what was found at its start where that
-# changes the numbers (bf16, tf32); the others are found anew.
-FOUND = ("bf16", "tf32", "compile", "num_workers", "accum_steps")
+SHORT_STEP = 30.0  # seconds of audio a GPU below which launching kernels takes longer than computing them
+MARGIN = 0.8  # share of the free memory that a step may fill: fragments, libraries' workspaces
+SURELY = 1e9  # bytes a second of audio that no step takes: where that fits, nothing is measured
+CPU_WORKERS, MOST_WORKERS = 1, 16
+
+
+@dataclass
+class Speed:
+    """What was decided; `told`: lines for the log."""
+
+    bf16: bool
+    compile: bool
+    num_workers: int
+    accum_steps: int = 1
+    told: list[str] = field(default_factory=list)
+
+
+def settle(args, device: torch.device, plan) -> Speed:
+    """Decide what `args` leaves open for this device, and set the switches of torch and of our kernels."""
+    gpu, here = device.type == "cuda", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    able = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    longest = max(e.batch * e.segment for e in plan) / int(os.environ.get("WORLD_SIZE", 1))
+    workers = min(max(1, cores // here), MOST_WORKERS) if gpu else CPU_WORKERS
+    told = [
+        f"device: {torch.cuda.get_device_name(device) if gpu else f'CPU, {torch.get_num_threads()} threads'}"
+    ]
+    rules = {  # option: (what is best here, why)
+        "bf16": (able, "this GPU computes in it" if able else "this GPU cannot" if gpu else "fp32 on a CPU"),
+        "tf32": (gpu, "matrix products keep 10 bits" if gpu else "a matter of GPUs"),
+        "compile": (gpu and longest < SHORT_STEP, f"{longest:.0f} s of audio a step and process"),
+        "num_workers": (workers, f"{cores} cores, {here} GPU(s)" if gpu else "the CPU is for the training"),
+    }
+    found = {}
+    for name, (best, why) in rules.items():
+        given = getattr(args, name)
+        found[name] = (
+            given if given is not None else best if not args.plain or name == "num_workers" else False
+        )
+        reason = "asked for" if given is not None else "--plain" if args.plain else why
+        told.append(f"{name} {found[name]} ({reason})")
+    args.bf16, args.tf32 = found["bf16"], found["tf32"]  # they change the numbers: a resumed run keeps them
+    if args.tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    elif gpu and not args.plain:
+        torch.backends.cudnn.benchmark = True
+        told.append("cudnn.benchmark True (not --deterministic)")
+    if found["compile"]:
+        torch._dynamo.config.recompile_limit = 64  # a graph for every segment length and phase
+    told += set_kernels(device, args.plain)
+    return Speed(args.bf16, found["compile"], found["num_workers"], told=told)
 
 
 def set_kernels(device: torch.device, plain: bool) -> list[str]:
@@ -20,16 +80,138 @@ def set_kernels(device: torch.device, plain: bool) -> list[str]:
     kernels.use_plain(plain)
     told = [f"Snake: {kernels.prepare(device.type)}"]
     if device.type == "cpu" and not plain and keep_heap():
-        told.append("memory: freed blocks are kept (page faults took a fifth of a step)")
+        told.append("malloc keeps what is freed (page faults took a fifth of a step)")
     return told
 
 
 def keep_heap() -> bool:
-    """Tell glibc's malloc to keep what is freed: activations of 20 MB are otherwise mapped, zeroed page by page
-    and unmapped again at every operator. False where there is no glibc."""
+    """Tell glibc's malloc to keep what is freed: activations of 20 MB are otherwise mapped, zeroed page by
+    page and unmapped again at every operator. False where there is no glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+# ---- memory ----
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors made inside the block: `now` and, at their highest, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
+                storage = x.untyped_storage()
+                self.known.add(storage._cdata)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def forget(self, key, size) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def bytes_a_second(model, geometry, args, bf16: bool, codec=None) -> tuple[float, float]:
+    """(bytes that a step of the main phase takes for each second of audio, bytes besides), counted on steps
+    of one and two seconds. codec: the FullCodec where that trains."""
+    device, flags = next(model.parameters()).device, [(p, p.requires_grad) for p in model.parameters()]
+    frozen, model.trunk_frozen = model.trunk_frozen, False
+    model.requires_grad_(False)
+    for group in schedule.groups_of(args, "main"):
+        getattr(model, group).requires_grad_(True)
+    peaks = []
+    for seconds in (1.0, 2.0):
+        coarse = geometry.coarse_len(seconds)
+        n = coarse * geometry.coarse_samples
+        codes = [torch.zeros(1, coarse * f, dtype=torch.int64, device=device) for f in geometry.per_coarse]
+        batch = {"audio_24k": torch.zeros(1, 1, n, device=device), "noise_key": codes[0][:, 0]}
+        batch |= {
+            "audio_48k": torch.zeros(1, 1, 2 * n, device=device),
+            "valid_24k": torch.tensor([n]).to(device),
+        }
+        batch["phase_true"] = torch.zeros(1, dtype=torch.bool, device=device)
+        with Live() as live:
+            model.set_noise(batch["noise_key"])
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                audio = codec(batch["audio_24k"])[0] if codec else model(codes)
+            weights = {"l1": args.l1_weight, "stft": args.stft_weight, "mel": args.mel_weight}
+            losses = head_losses(audio, batch, weights, n_ffts=schedule.fft_sizes(args), stft=args.stft)
+            sum(v.sum() for name, v in losses.items() if name.startswith("loss")).backward()
+        del audio, losses
+        model.zero_grad(set_to_none=True)
+        peaks.append((live.peak, n / geometry.sampling_rate))
+    for p, flag in flags:
+        p.requires_grad_(flag)
+    model.trunk_frozen = frozen
+    (low, short), (high, long) = peaks
+    slope = (high - low) / (long - short)
+    held = sum(p.numel() for p in model.parameters()) * 4 * 3  # weights and AdamW's moments
+    return slope, low - slope * short + held
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        with open("/proc/meminfo") as f:
+            known = dict(line.split(":") for line in f)
+        return 1024 * float(known["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return math.inf
+
+
+def accum_for(plan, world: int, free: float, a_second: float, besides: float) -> int:
+    """The fewest micro-batches a step with which every epoch's fit into `free` bytes; with one utterance in
+    each it is as small as it gets."""
+    accum = 1
+    for epoch in plan:
+        each = math.ceil(epoch.batch / world)
+        room = max(1, int((MARGIN * free - besides) / (a_second * epoch.segment)))  # utterances that fit
+        accum = max(accum, math.ceil(each / room))
+    return accum
+
+
+def settle_accum(speed: Speed, args, plan, world: int, model, geometry, codec=None) -> None:
+    """Set speed.accum_steps and say why."""
+    device = next(model.parameters()).device
+    free = free_memory(device)
+    largest = max(e.segment * math.ceil(e.batch / world) for e in plan)
+    if args.accum_steps is not None or args.plain:
+        speed.accum_steps, why = args.accum_steps or 1, "asked for" if args.accum_steps else "--plain"
+    elif MARGIN * free > SURELY * largest:
+        why = f"{largest:.0f} s of audio fit by far"
+    else:
+        a_second, besides = bytes_a_second(model, geometry, args, speed.bf16, codec)
+        speed.accum_steps = accum_for(plan, world, free, a_second, besides)
+        why = f"{a_second / 1e6:.0f} MB a second of audio, {largest:.0f} s a step, {free / 1e9:.1f} GB free"
+    speed.told.append(f"accum_steps {speed.accum_steps} ({why})")
+
+
+def memory_plan(cards, model, geometry, args, plan, codec=None) -> list[str]:
+    """How cards of so many GB take the steps of `plan`, as a table: micro-batches a step and GB of each."""
+    gpus, rows = (1, 2, 4, 8), []
+    for name, bf16 in (("bf16", True), ("fp32", False)):
+        a_second, besides = bytes_a_second(model, geometry, args, bf16, codec)
+        rows.append(f"{name}: {a_second / 1e6:.0f} MB a second of audio, {besides / 1e9:.1f} GB besides")
+        rows.append("  card    " + "".join(f"{n} GPU{'s' * (n > 1)}".ljust(15) for n in gpus))
+        for card in cards:
+            cells = []
+            for world in gpus:
+                accum = accum_for(plan, world, 1e9 * card, a_second, besides)
+                most = max(e.segment * math.ceil(math.ceil(e.batch / world) / accum) for e in plan)
+                need = (besides + a_second * most) / 1e9
+                cells.append(f"{accum} x {need:.1f} GB" if need < MARGIN * card else "too small")
+            rows.append(f"  {f'{card:g} GB':8}" + "".join(cell.ljust(15) for cell in cells))
+    return [*rows, f"(accum_steps x memory of one; {100 * MARGIN:.0f} % of a card are used)"]

@@ -29,6 +29,7 @@ from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
 from .runlog import RunLog, SampleLog, git_sha, human_time, step_line, versions
 from .schedule import Epoch
+from .speed import Speed, memory_plan, settle, settle_accum
 from .starts import start_head
 
 # ---- the run ----
@@ -47,6 +48,7 @@ class Run:
     data: CachedCodesDataset | RawAudioDataset
     val: CachedCodesDataset | RawAudioDataset
     plan: list[Epoch]
+    speed: Speed
     snac: nn.Module | None = None  # encodes recordings on the fly
     sidon: object = None  # restores them
     log: RunLog | None = None  # opened last: a mistake before leaves no folder
@@ -73,7 +75,7 @@ class Run:
         return schedule.trains_codec(self.args)
 
     def loader(self, data, index_lists):
-        return loader(data, index_lists, self.args.num_workers, pin_memory=self.device.type == "cuda")
+        return loader(data, index_lists, self.speed.num_workers, pin_memory=self.device.type == "cuda")
 
     def reduce_sum(self, values):
         """Sums over all ranks, on the CPU: a tensor gives a tensor, a list gives a list of floats."""
@@ -94,20 +96,12 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if args.tf32:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
-    if not args.pretrained_model:
-        args.pretrained_model = recorded_model(args.cache_dir) if args.cache_dir else DEFAULT_MODEL
-    snac = codec.new_snac(args.from_scratch) if args.from_scratch else codec.load_snac(args.pretrained_model)
-    geometry = codec.geometry_of(snac, args.from_scratch or args.pretrained_model)
+    snac, geometry = open_codec(args)
     data, val = (open_data(args, snac, geometry, prefix) for prefix in ("", "val_"))
     plan = schedule.make_plan(args, len(data))
-    run = Run(args, rank, world, device, geometry, codec.model_config(snac), data, val, plan)
+    speed = settle(args, device, plan)
+    run = Run(args, rank, world, device, geometry, codec.model_config(snac), data, val, plan, speed)
     if args.from_scratch and not saved:
         start_from_features(snac, some_speech(run, 12 * geometry.codebook_size), args.seed)
     if args.phase10_checkpoint and not saved:
@@ -123,6 +117,7 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     state.codes = torch.zeros(2, len(geometry.vq_strides), geometry.codebook_size, dtype=torch.int64)
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
     state.best = dict.fromkeys(["loss", *each], math.inf)
+    settle_accum(speed, args, plan, world, model, geometry, state.codec)
     if saved:
         state.load_state_dict(run, saved)
     else:
@@ -136,6 +131,22 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         run.samples = SampleLog(run.folder, rank, state.step)
     run.stop = StopFlag()  # from here on a signal is answered with a checkpoint
     return run, state
+
+
+def open_codec(args):
+    """(SNAC, its geometry) that --from_scratch, --pretrained_model or the cache names. Raises UserError."""
+    if not args.pretrained_model:
+        args.pretrained_model = recorded_model(args.cache_dir) if args.cache_dir else DEFAULT_MODEL
+    snac = codec.new_snac(args.from_scratch) if args.from_scratch else codec.load_snac(args.pretrained_model)
+    return snac, codec.geometry_of(snac, args.from_scratch or args.pretrained_model)
+
+
+def memory_lines(args, cards: list[float]) -> list[str]:
+    """How GPUs of so many GB take the schedule of `args`, counted with its codec."""
+    snac, geometry = open_codec(args)
+    model = DualHeadDecoder(snac, schedule.chosen_heads(args.heads), with_encoder=args.heads == "24k")
+    whole = FullCodec(model, codec.align_samples(snac)) if schedule.trains_codec(args) else None
+    return memory_plan(cards, model, geometry, args, schedule.make_plan(args, 10**9), whole)
 
 
 def open_data(args, snac, geometry: codec.Geometry, prefix: str):
@@ -326,7 +337,7 @@ def enter_phase(run: Run, state: State, phase: str) -> None:
         lr=0.0,
         betas=schedule.adam_betas(args),
         weight_decay=args.weight_decay,
-        fused=run.device.type == "cuda",
+        fused=not args.plain,  # one pass over weights and moments
     )
     state.wrapped = state.codec or state.model
     if state.codec:
@@ -334,7 +345,7 @@ def enter_phase(run: Run, state: State, phase: str) -> None:
     if run.world > 1:
         ids = [run.device.index] if run.device.type == "cuda" else None
         state.wrapped = nn.parallel.DistributedDataParallel(state.wrapped, device_ids=ids)
-    if args.compile:
+    if run.speed.compile:
         state.wrapped = torch.compile(state.wrapped)
     state.norm = None  # the running gradient norm of another set of parameters
 
@@ -442,7 +453,7 @@ def announce(run: Run, state: State) -> None:
     for which, data in (("training", run.data), ("validation", run.val)):
         for reason, n in data.left_out.items():
             log.say(f"  left out of {which}: {n} rows, {reason}")
-    for line in schedule.plan_lines(a, run.plan):
+    for line in [*run.speed.told, *schedule.plan_lines(a, run.plan)]:
         log.say("  " + line)
     if any(float(factor) * a.batch_size % 1 for factor in a.batch_multiplier.split(",")):
         log.say("  batch sizes are rounded down")

@@ -72,7 +72,8 @@ def test_print_config_says_every_value_and_its_origin(capsys):
     assert found["recipe"]["value"] == "phase10" and set(found) == {"recipe", *T.DEFAULTS}
     assert found["seed"] == {"value": 7, "origin": "flag"}
     assert found["main_lr"] == {"value": 1.5e-5, "origin": "recipe"}
-    assert found["tf32"] == {"value": False, "origin": "default"}
+    assert found["ema"] == {"value": 0.0, "origin": "default"}
+    assert found["tf32"] == {"value": None, "origin": "default"}  # by device
     lines = {words[0]: words[1:] for words in map(str.split, printed["text"].splitlines())}
     assert lines["recipe"] == ["'phase10'"] and set(lines) == set(found)
     assert (lines["seed"], lines["main_lr"]) == (["7", "flag"], ["1.5e-05", "recipe"])
