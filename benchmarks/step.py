@@ -220,8 +220,12 @@ def main() -> None:
 
 def measure(args, modes: list[str], phase: str) -> None:
     own = [a for a in sys.argv[1:] if not a.startswith("--worker")]
-    start = lambda mode: subprocess.Popen([sys.executable, __file__, *own, "--worker", f"{mode}:{phase}"],
-                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    start = lambda mode: subprocess.Popen(
+        [sys.executable, __file__, *own, "--worker", f"{mode}:{phase}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     workers = {mode: start(mode) for mode in modes}
 
     def ask(mode, what="step"):

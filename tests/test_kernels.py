@@ -112,6 +112,20 @@ def test_what_a_gpu_compiles_is_the_same_formula(monkeypatch):
     compare(found, everything(of_kind("plain"), torch.float64, 3, rounded=torch.bfloat16), 2**-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_keep_what_torch_compile_expects_of_them(dtype):
+    """Shapes, strides and dtypes of every result are those of the formula on fake tensors."""
+    x, grad, skip, alpha, weight, bias = inputs(dtype, 60)
+    check = functools.partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    for again in (False, True):
+        check(kernels.ops.snake_back.default, (grad, x, alpha, again))
+    check(kernels.ops.snake.default, (x, alpha))
+    check(kernels.ops.snake_conv.default, (x, alpha, weight, bias, 3))
+    check(kernels.ops.snake_mix.default, (x, alpha, weight, bias[:1]))
+    for g, past in ((grad, skip), (grad, None), (grad[:, :1].float(), None)):
+        check(kernels.ops.snake_conv_back.default, (g, past, x, alpha, weight, 1))
+
+
 def test_the_operators_choose_and_say_what_they_chose(plainly):
     assert kernels.prepare("cpu") == "plain formulas (asked for)"
     x, _, _, alpha, *_ = inputs()
