@@ -403,8 +403,10 @@ def feed(run: Run, state: State, epoch: schedule.Epoch):
 
 def check_stop(run: Run, state: State) -> None:
     """Raises Stopped when any rank got a signal, TooManyBadFiles when too many are bad. Every rank calls it
-    before every batch, so that all leave the loop at the same one."""
-    signalled, bad = run.reduce_sum([float(bool(run.stop)), len(state.bad_files)])
+    before every batch, so that all leave the loop at the same one; what the last step summed is not asked
+    for again."""
+    signalled, bad = state.noted or run.reduce_sum([float(bool(run.stop)), len(state.bad_files)])
+    state.noted = None
     limit = run.args.max_bad_fraction * (len(run.data) + len(run.val))
     if bad > limit and run.world > 1:  # two ranks may have met the same file
         every: list = [None] * run.world
@@ -486,7 +488,10 @@ def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
         seen.append((codes, latents, part["valid_24k"]))
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), a.grad_clip)
     # a loss of NaN can have finite gradients (|x| at NaN), and on one rank only: all skip or none
-    value = float(norm) + 0 * run.reduce_sum([float(total)])[0]  # CPU-GPU sync point
+    flags = torch.tensor([float(bool(run.stop)), len(state.bad_files)]).to(run.device, non_blocking=True)
+    summed = run.reduce_sum(torch.cat([torch.stack([norm / run.world, 0 * total]), flags]).double())
+    value, nothing, *flags = summed.tolist()  # the step's one CPU-GPU sync point
+    value, state.noted = value + nothing, flags if run.world > 1 else None
     outlier, state.norm = schedule.judge_norm(value, state.norm, a.outlier_factor)
     state.step += 1
     if outlier:

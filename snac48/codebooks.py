@@ -44,13 +44,13 @@ class FullCodec(nn.Module):
 
     def forward(self, audio):
         z, codes, latents = self.encode(audio), [], []
-        if self.from_features:
-            with torch.no_grad():
-                wanted = features(audio, z.shape[1], z.shape[-1])
-                z_q, _ = self.model.quantizer(wanted)
-            losses = {"features": (z.float() - wanted).square().mean((1, 2))}
-        else:
-            with torch.autocast(z.device.type, enabled=False):  # bf16 would pick other codes than encode()
+        with torch.autocast(z.device.type, enabled=False):  # bf16 would pick other codes than encode()
+            if self.from_features:
+                with torch.no_grad():
+                    wanted = features(audio, z.shape[1], z.shape[-1])
+                    z_q, _ = self.model.quantizer(wanted)
+                losses = {"features": (z.float() - wanted).square().mean((1, 2))}
+            else:
                 z_q, losses, codes, latents = quantize(self.model.quantizer, z.float())
         heard = [x if x is None else x[..., : audio.shape[-1]] for x in self.model(z_q, ("24k",))]
         return tuple(heard), losses, codes, latents

@@ -176,7 +176,13 @@ def native_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
     of_x, sums = torch.empty_like(x), [torch.empty(*x.shape[:2], *size) for size in ((), (TAPS,), (), ())]
     call("snake_conv_back", x, grad, skip, x, alpha, weight, of_x, *sums, sizes=(dilation, int(shared)))
     of_alpha, of_weight, of_bias, of_skip = sums
-    return of_x, of_alpha, of_weight, of_bias[:, : grad.shape[1]].contiguous(), x.new_empty(0) if skip is None else of_skip
+    return (
+        of_x,
+        of_alpha,
+        of_weight,
+        of_bias[:, : grad.shape[1]].contiguous(),
+        x.new_empty(0) if skip is None else of_skip,
+    )
 
 
 # ---- on a GPU: the same formulas, made into Triton kernels ----

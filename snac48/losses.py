@@ -19,6 +19,32 @@ def spectrum(x, n_fft: int, hop: int):
     return torch.stft(x, n_fft, hop, window=window, center=True, pad_mode="constant", return_complex=True)
 
 
+class Magnitude(torch.autograd.Function):
+    """|spectrum(x)|: [B, N] -> [B, F, T]. Its gradient adds overlapping frames up slice by slice: that of
+    torch.stft scatters them one by one, in no fixed order on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, n_fft, hop):
+        s = spectrum(x, n_fft, hop)
+        magnitude = s.abs()
+        ctx.save_for_backward(s, magnitude)
+        ctx.sizes = n_fft, hop, x.shape[-1]
+        return magnitude
+
+    @staticmethod
+    def backward(ctx, grad):
+        (s, magnitude), (n_fft, hop, n) = ctx.saved_tensors, ctx.sizes
+        # of |s|: s / |s|, 0 at 0; of the real FFT: the inverse one, which counts inner bins twice
+        of_s = s * (grad / magnitude.clamp(min=torch.finfo(grad.dtype).tiny))
+        of_s[:, 1:-1] /= 2
+        frames = torch.fft.irfft(of_s, n_fft, dim=1, norm="forward") * hann(n_fft, s.device)[:, None]
+        b, t = len(s), s.shape[-1]
+        out = frames.new_zeros(b, -(-(n + n_fft) // hop), hop)
+        for i, part in enumerate(frames.split(hop, 1)):  # a frame's i-th hop lies i hops after its first
+            out[:, i : i + t, : part.shape[1]] += part.transpose(1, 2)
+        return out.flatten(1)[:, n_fft // 2 : n_fft // 2 + n], None, None
+
+
 def masked(x, valid):
     """[B, N] with everything from sample valid[b] on set to 0."""
     return x * (torch.arange(x.shape[-1], device=x.device) < valid[:, None]).to(x.dtype)
@@ -47,11 +73,11 @@ def stft_loss(pred, target, valid, n_ffts, mode="magnitude"):
     total = 0
     for n_fft in n_ffts:
         hop = n_fft // 4
-        p, t = spectrum(pred, n_fft, hop), spectrum(target, n_fft, hop)
         if mode == "complex":
+            p, t = spectrum(pred, n_fft, hop), spectrum(target, n_fft, hop)
             d = (p.real - t.real).abs() + (p.imag - t.imag).abs()
         else:
-            p, t = p.abs(), t.abs()
+            p, t = (Magnitude.apply(x, n_fft, hop) for x in (pred, target))
             d = (p - t).abs() + ((p + 1e-3).log() - (t + 1e-3).log()).abs()
         total = total + frame_mean(d, valid, hop)
     return total / len(n_ffts)
@@ -60,7 +86,7 @@ def stft_loss(pred, target, valid, n_ffts, mode="magnitude"):
 def mel_loss(pred, target, valid, rate: int):
     """Mean |difference| of log magnitudes in 80 mel bands (Hann 1024, hop 256): [B, N] x 2 -> [B]."""
     filters = mel_filters(rate, 1024).to(pred.device)
-    p, t = ((filters @ spectrum(x, 1024, 256).abs() + 1e-3).log() for x in (pred, target))
+    p, t = ((filters @ Magnitude.apply(x, 1024, 256) + 1e-3).log() for x in (pred, target))
     return frame_mean((p - t).abs(), valid, 256)
 
 

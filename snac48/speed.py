@@ -122,16 +122,16 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def bytes_a_second(model, geometry, args, bf16: bool, codec=None) -> tuple[float, float]:
+def bytes_a_second(model, geometry, args, bf16: bool, codec=None, lengths=(1.0, 2.0)) -> tuple[float, float]:
     """(bytes that a step of the main phase takes for each second of audio, bytes besides), counted on steps
-    of one and two seconds. codec: the FullCodec where that trains."""
+    of two lengths in seconds. codec: the FullCodec where that trains."""
     device, flags = next(model.parameters()).device, [(p, p.requires_grad) for p in model.parameters()]
     frozen, model.trunk_frozen = model.trunk_frozen, False
     model.requires_grad_(False)
     for group in schedule.groups_of(args, "main"):
         getattr(model, group).requires_grad_(True)
     peaks = []
-    for seconds in (1.0, 2.0):
+    for seconds in lengths:
         coarse = geometry.coarse_len(seconds)
         n = coarse * geometry.coarse_samples
         codes = [torch.zeros(1, coarse * f, dtype=torch.int64, device=device) for f in geometry.per_coarse]

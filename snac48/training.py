@@ -235,6 +235,7 @@ class State:
     wrapped: nn.Module | None = None  # model or codec as it is called in training: DDP, compiled
     baseline: dict = field(default_factory=dict)  # baseline_metrics.json
     first_step: int = 0  # where this process began
+    noted: list | None = None  # [ranks that got a signal, bad files of all] as the last step summed them
     saved_at: float = field(default_factory=time.time)  # the last checkpoint by the clock
     paces: deque = field(default_factory=lambda: deque(maxlen=20))  # seconds a second of audio, latest lines
     bad_files: dict[str, str] = field(default_factory=dict)  # name: reason

@@ -7,7 +7,7 @@ import torch
 from conftest import voice
 
 import train_dual_head as T
-from snac48.losses import REPORTED, TERMS, halve_rate, head_losses, lsd, stft_loss, weighted
+from snac48.losses import REPORTED, TERMS, Magnitude, halve_rate, head_losses, lsd, stft_loss, weighted
 
 WEIGHTS = {"l1": 1.0, "stft": 1.0, "mel": 0.0}
 
@@ -83,3 +83,18 @@ def test_lsd_matches_its_definition():
     assert abs(float(lsd(a, b, torch.tensor([24000]), 48000)) - float(expected)) < 1e-5
     high = d[:, 512:].mean(1).sqrt().mean()  # bin 512 of 2048 at 48 kHz is 12 kHz
     assert abs(float(lsd(a, b, torch.tensor([24000]), 48000, 12000)) - float(high)) < 1e-5
+
+
+def test_the_gradient_of_magnitudes_is_that_of_torch():
+    x = torch.randn(2, 5000, dtype=torch.float64)
+    for n_fft, hop in ((1024, 256), (512, 512), (1022, 255)):
+        one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+        window = torch.hann_window(n_fft, dtype=torch.float64)
+        s = torch.stft(one, n_fft, hop, window=window, center=True, pad_mode="constant", return_complex=True)
+        weight = torch.randn(s.shape, dtype=torch.float64)
+        (s.abs() * weight).sum().backward()
+        (Magnitude.apply(two, n_fft, hop) * weight).sum().backward()
+        assert torch.allclose(one.grad, two.grad, rtol=1e-5, atol=1e-5)  # our window is fp32
+    silent = torch.zeros(1, 4096, requires_grad=True)
+    Magnitude.apply(silent, 1024, 256).sum().backward()
+    assert not silent.grad.any()
