@@ -5,7 +5,10 @@ Snake is computed again in the backward of the convolution behind it, which save
     replace_layers(model)       # in place, every layer of SNAC that has a faster one here
 """
 
+import functools
+
 import torch
+import torch.nn.utils.parametrize as P
 from snac.layers import DecoderBlock, EncoderBlock, ResidualUnit, Snake1d
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -228,3 +231,19 @@ def replace_layers(module):
     for m in module.modules():
         m.__class__ = OWN.get(type(m), type(m))
     return module
+
+
+# ---- weight norm of what is frozen ----
+
+
+def fold_frozen(module) -> None:
+    """Compute the weight norm of frozen layers now, not at every call; of others again at every call.
+    Parameters and state-dict keys stay. To be called when requires_grad or frozen weights have changed."""
+    for m in module.modules():
+        if not P.is_parametrized(m, "weight"):
+            continue
+        norm = m.parametrizations.weight
+        norm.__dict__.pop("forward", None)
+        if not any(p.requires_grad for p in norm.parameters()):
+            with torch.no_grad():
+                norm.forward = functools.partial(torch.Tensor.detach, norm())

@@ -27,6 +27,7 @@ from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
 from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
+from .layers import fold_frozen
 from .runlog import RunLog, SampleLog, git_sha, human_time, step_line, versions
 from .schedule import Epoch
 from .speed import Speed, memory_plan, settle, settle_accum
@@ -333,6 +334,7 @@ def enter_phase(run: Run, state: State, phase: str) -> None:
     for group in groups:
         getattr(state.model, group).requires_grad_(True)
     state.model.trunk_frozen = "trunk" not in groups
+    fold_frozen(state.model)
     state.optimizer = torch.optim.AdamW(
         [part for g in groups for part in parameters_of(state.model, g, bool(args.from_scratch))],
         lr=0.0,

@@ -229,3 +229,19 @@ def test_a_watched_layer_is_called_by_itself():
     assert len(seen) == sum(
         isinstance(m, torch.nn.Conv1d | torch.nn.ConvTranspose1d) for m in model.decoder.modules()
     )
+
+
+def test_weight_norm_of_frozen_layers_is_computed_once():
+    model = layers.replace_layers(make_snac(noise=False)).decoder
+    x, keys = torch.randn(1, next(model.parameters()).shape[0], 8), list(model.state_dict())
+    wanted, calls = model(x), []
+    layers.fold_frozen(model)
+    for name, frozen in (("frozen", True), ("trained", False)):
+        model.requires_grad_(not frozen)
+        layers.fold_frozen(model)
+        with torch.profiler.profile() as profile:
+            assert torch.equal(model(x), wanted), name
+        calls.append(sum("weight_norm_interface" in event.key for event in profile.key_averages()))
+    assert calls[0] == 0 < calls[1] and list(model.state_dict()) == keys
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
