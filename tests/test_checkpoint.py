@@ -8,7 +8,15 @@ from helpers.training import newest, tiny_args, training
 
 import train_dual_head as T
 from snac48 import files
-from snac48.checkpoint import OPENED, RESUMED, load_checkpoint, prune, require, restore_optimizer, save_checkpoint
+from snac48.checkpoint import (
+    OPENED,
+    RESUMED,
+    load_checkpoint,
+    prune,
+    require,
+    restore_optimizer,
+    save_checkpoint,
+)
 from snac48.cli import UserError
 
 
@@ -86,8 +94,8 @@ def test_the_newest_good_one_is_found_and_the_oldest_are_pruned(tmp_path, capsys
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_an_optimisers_options_are_the_new_runs(fused):
-    """Torch puts `step` where the kernel wants it only if the flags are right before it loads; a checkpoint of
-    a CPU (fused=False) would otherwise turn a GPU's fused kernel off."""
+    """Torch puts `step` where the kernel wants it only if the flags are right before it loads; a checkpoint
+    of a CPU (fused=False) would otherwise turn a GPU's fused kernel off."""
 
     def optimizer(**options):
         torch.manual_seed(0)
