@@ -220,16 +220,15 @@ def plain_ce(model, dataset: Windows, batch: int, device, amp: bool, poll=lambda
     poll: called before every batch; what it raises ends the measurement.
     """
     model.eval()
-    total, frames = torch.zeros(model.K, dtype=torch.float64, device=device), 0
+    total, frames = torch.zeros(model.K, dtype=torch.float64), 0
     order = np.argsort(-dataset.table[:, 2], kind="stable")
     for i in range(0, len(order), batch):
         poll()
-        codes = pad_batch([dataset[j] for j in order[i : i + batch]])
-        frames += int((codes[..., 0] >= 0).sum())  # on the CPU: the GPU is waited for once, at the end
-        codes = codes.to(device)
+        codes = pad_batch([dataset[j] for j in order[i : i + batch]]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(codes)
-        total += token_losses(logits, codes, model.sizes)[0].double().sum((0, 1))
+        total += token_losses(logits, codes, model.sizes)[0].double().sum((0, 1)).cpu()
+        frames += int((codes[..., 0] >= 0).sum())
     return (total / frames).tolist()
 
 
