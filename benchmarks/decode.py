@@ -3,9 +3,10 @@
     python benchmarks/decode.py                        # one thread of the CPU
     python benchmarks/decode.py --device 0 --seconds 20 --batch 8
 
-Base SNAC is the package as it comes: TorchScript Snake, weight norm computed at every call, fresh noise; it too
-gains from the memory that cli.pick_device keeps on a CPU. Both have snac_24khz's sizes and random weights. The systems take turns; a row is the median of --rounds turns, its
-ratio that of the medians. The stream's samples are compared with those of one pass.
+Base SNAC is the package as it comes: TorchScript Snake, weight norm computed at every call, fresh noise; on a
+CPU it gains as ours does from the memory that cli.pick_device keeps. Both have snac_24khz's sizes and random
+weights. The systems take turns; a row is the median of --rounds turns, its ratio that of the medians. The
+stream's samples are compared with those of one pass.
 """
 
 import argparse

@@ -272,8 +272,7 @@ def sample(model, frames, prompt=None, batch=1, temperature=1.0, top_k=0, top_p=
     prompt = torch.empty(batch, 0, K) if prompt is None else prompt
     codes = F.pad(prompt.to(device, torch.long), (0, 0, 0, frames), value=-1)  # -1: to be chosen
     P, total = prompt.shape[1], codes.shape[1]
-    chosen = np.zeros((total, K), bool)
-    chosen[:P] = True
+    chosen = np.repeat(np.arange(total)[:, None] < P, K, 1)  # [total, K]
     keep = min(max(ctx // 2, K), ctx - 1)
     if pattern == "delay" and ctx <= K:
         raise UserError(f"the delay pattern needs a --ctx above its {K} codebooks")
