@@ -27,6 +27,7 @@ import shutil
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from snac48 import DEFAULT_MODEL
@@ -54,20 +55,22 @@ def parse_args(argv=None):
     add("--data_root", default="", metavar="DIR", help="where corpus/ and codes/ lie; default: DATA_ROOT, .")
     add("--pretrained_model", default=DEFAULT_MODEL, help="SNAC folder, hub id, or hub id@COMMIT")
     add("--device", default="", help="GPU number or cpu; default: a GPU where there is one")
-    add("--batch_size", type=int, default=32, help="clips of one length encoded together, at most")
+    clips = "clips of one length encoded together, at most; default: 32 on a GPU, 1 on a CPU"
+    add("--batch_size", type=int, default=None, help=clips)
     rows = "audio files a parquet file (and a claim); default: a 64th of all, 1000 at most"
     add("--rows_per_file", type=int, default=None, help=rows)
     add("--min_seconds", type=float, default=1.0, help="shorter files are skipped, and listed")
     add("--limit", type=int, default=-1, help="only the first N files of the sorted listing (-1 = all)")
-    add("--num_workers", type=int, default=4, help="decoding processes (0 = in this process)")
+    workers = "decoding processes, 0 = in this process; default: cores / GPUs, 1 beside a CPU"
+    add("--num_workers", type=int, default=None, help=workers)
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more files than this are bad")
     add("--import", dest="old", metavar="OLD", help="a cache of the older schema, instead of encoding")
     add("--import_sample", type=int, default=64, help="rows of it to encode again; -1 = all, keep the right")
     add("--segment_length", type=float, help="not needed: whole files are encoded, for every length")
-    lowest = {"batch_size": 1, "min_seconds": 0, "num_workers": 0, "max_bad_fraction": 0}
-    args = read_flags(p, argv, **lowest)
-    if args.rows_per_file is not None and args.rows_per_file < 1:
-        p.error(f"--rows_per_file must be at least 1, not {args.rows_per_file}")
+    args = read_flags(p, argv, min_seconds=0, max_bad_fraction=0)
+    for name, low in {"rows_per_file": 1, "batch_size": 1, "num_workers": 0}.items():
+        if (value := getattr(args, name)) is not None and value < low:
+            p.error(f"--{name} must be at least {low}, not {value}")
     flags = "--data_dir and --output_dir"
     if args.old:
         root = data_root(args.data_root)
@@ -84,15 +87,22 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     stop_at_once()
     ARGS = guarded(parse_args)
 
-import numpy as np
 import torch
 
 from snac48.audio import AudioError, find_audio, read_audio, resample, resolve_inside
 from snac48.cache import SHARDS, OldCache, check_ours, write_shard
-from snac48.codec import Geometry, align_samples, encode, fold_weight_norm, geometry_of, load_snac
+from snac48.codec import (
+    Geometry,
+    align_samples,
+    encode,
+    encoding_of,
+    fold_weight_norm,
+    geometry_of,
+    load_snac,
+)
 from snac48.files import sweep_leftovers, temporary, write_json, write_jsonl
 from snac48.runlog import RunLog
-from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes, share
+from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes, share, share_of_cores
 
 MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
 MANY_BAD = 10  # more than so many stop a job early, fewer at its end with all of their names
@@ -166,23 +176,51 @@ def equally_long(clips, align: int, rate: int, batch_size: int):
     yield from sorted(waiting.items())
 
 
-def encode_batch(model, length: int, batch: list) -> dict:
-    """{path: (samples, [int16 codes of each scale])} of clips that are padded to `length` samples."""
-    audio = np.stack([np.pad(samples, (0, length - len(samples))) for _, samples in batch])[:, None]
+def begin_batch(model, length: int, batch: list):
+    """Start to encode clips that are padded to `length` samples, and to copy their codes to the CPU. Returns
+    a function that waits for them: {path: (samples, [int16 codes of each scale])}."""
+    device = next(model.parameters()).device
+    gpu = device.type == "cuda"
+    # from and to pinned memory a copy runs beside the codec's kernels
+    audio = torch.zeros(len(batch), 1, length, pin_memory=gpu)
+    for row, (_, samples) in zip(audio, batch):
+        row[0, : len(samples)] = torch.from_numpy(samples)
     with torch.inference_mode():
-        codes = encode(model, torch.from_numpy(audio).to(next(model.parameters()).device))
-    codes = [c.to(torch.int16).cpu().numpy() for c in codes]
-    return {rel: (len(samples), [c[i] for c in codes]) for i, (rel, samples) in enumerate(batch)}
+        codes = encode(model, audio.to(device, non_blocking=True))
+        codes = [c.to(torch.int16).to("cpu", non_blocking=True) for c in codes]
+    done = torch.cuda.current_stream(device).record_event() if gpu else None
+
+    def fetch() -> dict:
+        if done:
+            done.synchronize()
+        scales = [c.numpy() for c in codes]
+        return {rel: (len(samples), [c[i] for c in scales]) for i, (rel, samples) in enumerate(batch)}
+
+    return fetch
+
+
+def one_late(items, begin):
+    """Yield (item, begin(*item)()) of each item in order, where the next one is begun before an item's result
+    is fetched: a GPU has work while the CPU takes results apart and waits for the next batch's files."""
+    held = None
+    for item in items:
+        begun = item, begin(*item)
+        if held:
+            yield held[0], held[1]()
+        held = begun
+    if held:
+        yield held[0], held[1]()
 
 
 def encode_unit(model, clips, args, stop: StopFlag, progress: Progress):
     """({path: (samples, codes)}, [{file_path, reason, bad}] of those left out). Raises Stopped."""
     rows, skipped, rate = {}, [], model.sampling_rate
     clips = long_enough(clips, args.min_seconds, rate, skipped)
-    for length, batch in equally_long(clips, align_samples(model), rate, args.batch_size):
+    batches = equally_long(clips, align_samples(model), rate, args.batch_size)
+    for (_, batch), codes in one_late(batches, partial(begin_batch, model)):
         if stop:
             raise Stopped
-        rows |= encode_batch(model, length, batch)
+        rows |= codes
         for _, samples in batch:
             progress.add(len(samples) / rate)
     for _ in skipped:
@@ -234,7 +272,7 @@ def encode_claimed(unit: int, model, geometry, work: SharedWork, progress: Progr
         stale.unlink()  # of an owner that died before it could commit
     shard = f"codes_batch_{worker}_{unit}.parquet" if rows else None
     if rows:
-        write_shard(out / shard, rows, geometry, args.data_dir)
+        write_shard(out / shard, rows, geometry, args.data_dir, encoding_of(model))
     seconds = sum(length for length, _ in rows.values()) / geometry.sampling_rate
     work.commit(unit, {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped})
     return sum(s["bad"] for s in skipped)
@@ -379,6 +417,10 @@ def settings_of(geometry: Geometry, args) -> dict:
 
 def main(args) -> int:
     device, stop = pick_device(args.device), StopFlag()
+    if args.batch_size is None:  # on a CPU a larger batch is no faster, and takes its share of memory
+        args.batch_size = 32 if device.type == "cuda" else 1
+    if args.num_workers is None:
+        args.num_workers = share_of_cores(device.type)
     for _, output_dir, *_ in args.folders:
         if args.old and output_dir.is_dir() and any(output_dir.iterdir()):
             raise UserError(f"{output_dir} is not empty: choose another --output_dir for the import")
@@ -413,6 +455,7 @@ def cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
     codec = f"{geometry.sampling_rate} Hz, hop {geometry.hop_length}, strides {geometry.vq_strides}"
     todo = f"{progress.total} files in {len(work.units)} units, {len(work.unfinished())} to do"
     log.say(f"cache: {device}; {args.data_dir} -> {args.output_dir}: {todo}; {codec}")
+    log.say(f"batches of up to {args.batch_size} clips, {args.num_workers} decoding processes, IEEE fp32")
     if args.segment_length is not None:
         log.say("--segment_length is not needed: whole files are encoded, their codes serve every length")
     end = lambda reason: log.metric(event="end", reason=reason, kind="cache", **marks)

@@ -1,5 +1,6 @@
 """Look through the checkpoints of a run, of train_rvq.py or train_dual_head.py, and say where it went wrong.
 
+    python doctor.py                               # no checkpoints: can torch use this machine's GPUs?
     python doctor.py --ckpts rvq_ckpts/*.pt
     python doctor.py --ckpts rvq_ckpts/*_e*.pt --probe-data CACHE_DIR --csv health.csv
     python doctor.py --ckpts checkpoints/phase12_dual_head/checkpoint_*.pt
@@ -10,7 +11,7 @@ One row per checkpoint in training order. A checkpoint is sick when
     above the best one before it, or above guessing (ln V; token models only);
     its weights moved more than --stride times the median of the steps before, per optimiser step and relative
     to their size, and its loss does not say that it got better by it.
-Exit code 0: all healthy; 4: the first sick checkpoint is named.
+Exit code 0: all healthy; 1: torch can't use the GPUs that are here; 4: the first sick checkpoint is named.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 from snac48.checkpoint import load_checkpoint
-from snac48.cli import EXIT_DIVERGED, UserError, first_line, main_guard, one_line_errors
+from snac48.cli import EXIT_DIVERGED, UserError, first_line, main_guard, one_line_errors, unusable_gpus
 from snac48.files import atomic_file
 
 COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
@@ -154,17 +155,34 @@ def report(rows: list[dict]) -> None:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
 
 
+def look_at_machine() -> int:
+    """Print torch's version and the GPUs that it sees. Raises UserError where the driver sees more."""
+    import torch
+
+    if not torch.cuda.is_available() and (why := unusable_gpus()):
+        raise UserError(why)
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        print(f"GPU {i}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.device_count():
+        print("no GPU: --device cpu")
+    return 0
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one_line_errors(p)
     add = p.add_argument
-    add("--ckpts", nargs="+", required=True, help="checkpoints of one run: files, globs (required)")
+    add("--ckpts", nargs="+", help="checkpoints of one run: files, globs (default: look at the machine)")
     add("--probe-data", help=".npq glob or cache folder: token models' entropy and loss (default: none)")
     add("--probe-windows", type=int, default=16, help="of up to 256 frames (default: %(default)s)")
     add("--csv", help="write all columns there (default: none)")
     add("--jump", type=float, default=0.5, help="nats above the best loss before (default: %(default)s)")
     add("--stride", type=float, default=10.0, help="times the median step length (default: %(default)s)")
     args, paths = p.parse_args(), set()
+    if not args.ckpts:
+        return look_at_machine()
     for name in args.ckpts:
         found = [name] if Path(name).exists() else glob.glob(name, recursive=True)
         if not found:

@@ -180,6 +180,8 @@ def open_systems(args, device) -> tuple[DualHead, dict[str, DualHead]]:
 
 def timed(tts: DualHead, codes, seed: int) -> dict[str, Signal]:
     """{head: what it makes of the codes}."""
+    if tts.device.type == "cuda":
+        torch.cuda.synchronize(tts.device)  # encoding may still go on there: it is not this decoder's time
     began = time.perf_counter()
     out = tts.decode(codes, noise_seed=seed)
     found = {head: x[0, 0].float().cpu() for head, x in zip(HEADS, out) if x is not None}

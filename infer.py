@@ -132,7 +132,7 @@ class OnnxGraph(torch.nn.Module):
         self.outputs = [f"audio_{head}" for head in tts.heads]
 
     def forward(self, noise_scale, *codes):
-        for block, _ in self.model.noises:
+        for block in self.model.noises:
             block.forward = functools.partial(self.noisy, block, noise_scale)
         return tuple(x for x in self.model(list(codes)) if x is not None)
 

@@ -138,10 +138,11 @@ def our_step(device, mode, phase):
 
     fused = device.type == "cuda"
     if mode != "before":
-        from snac48 import speed
+        from snac48 import cli, kernels
 
         fused = mode != "plain"
-        speed.set_kernels(device, plain=not fused)
+        kernels.use_plain(not fused)
+        cli.pick_device(str(device))  # sets up memory
     model = DualHeadDecoder(SNAC(**MODEL)).to(device).train()
     heads = ("48k",) if phase == "warmup" else ("24k", "48k")
     parts = [model.head_48k] if phase == "warmup" else [model.trunk, model.head_24k, model.head_48k]

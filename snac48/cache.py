@@ -255,8 +255,9 @@ def list_column(column) -> tuple:
     return values, np.asarray(column.value_lengths().fill_null(0).cast("int64")), np.asarray(column.is_null())
 
 
-def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> None:
-    """One parquet file, atomically; rows in the order of their paths, so a re-run gives the same bytes."""
+def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str, encoding=None) -> None:
+    """One parquet file, atomically; rows in the order of their paths, so a re-run gives the same bytes.
+    encoding: codec.encoding_of the model that made the codes; None where nobody knows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -266,6 +267,7 @@ def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str) -> No
     for k, scale in enumerate(zip(*codes)):
         columns[f"codes_scale_{k}"] = pa.array(scale, pa.list_(pa.int16()))
     meta = {"snac": json.dumps(asdict(geometry)), "data_dir": str(Path(data_dir).resolve())}
+    meta |= {"encoding": json.dumps(encoding)} if encoding else {}
     with atomic_file(path) as f:
         table = pa.table(columns).replace_schema_metadata(meta)
         pq.write_table(table, f, write_page_checksum=True)  # a flipped bit is an error, not another code

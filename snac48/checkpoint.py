@@ -30,6 +30,19 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         ) from e
 
 
+def restore_optimizer(optimizer, saved: dict) -> None:
+    """load_state_dict with the options of this run: rates and moments come from the checkpoint, while fused,
+    foreach, capturable, weight decay and betas stay as `optimizer` was built. Torch reads these flags to
+    decide where `step` must lie (fused: on the parameter's device), so they are set before it loads.
+
+    saved: optimizer.state_dict(). Raises ValueError where groups or parameters differ.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in own]
+    groups = [group | mine for group, mine in zip(saved["param_groups"], options, strict=True)]
+    optimizer.load_state_dict(saved | {"param_groups": groups})
+
+
 def check_zip(path: Path) -> str | None:
     """Reason why a torch checkpoint is damaged, or None. torch.load never checks the zip's CRCs."""
     try:

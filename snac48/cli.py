@@ -5,6 +5,7 @@ Imports torch only inside the function that needs it, so that --help and a missp
 
 import atexit
 import contextlib
+import ctypes
 import difflib
 import errno
 import functools
@@ -12,7 +13,9 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -269,11 +272,16 @@ def first_line(e: BaseException) -> str:
 
 def pick_device(name: str):
     """`cpu`, a GPU number (`0`), `cuda:0`, or nothing (the first GPU where there is one, else the CPU) as a
-    torch.device. Raises UserError when a GPU that was asked for isn't there."""
+    torch.device. Raises UserError when a GPU that was asked for isn't there, or when none was named and the
+    driver knows of one that torch can't use: a training that was meant for it would take weeks on the CPU."""
     import torch
 
-    name = str(name or "").lower() or ("0" if torch.cuda.is_available() else "cpu")
+    name = str(name or "").lower()
+    if name != "cpu" and not torch.cuda.is_available() and (why := unusable_gpus()):
+        raise UserError(why)
+    name = name or ("0" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
+        keep_freed_memory()
         return torch.device("cpu")
     number = name.removeprefix("cuda:") if name != "cuda" else "0"
     if not number.isdigit():
@@ -285,3 +293,48 @@ def pick_device(name: str):
             + (f" or a number below {count}" if count else "")
         )
     return torch.device(f"cuda:{number}")
+
+
+def keep_freed_memory() -> None:
+    """glibc returns every block above 32 MB to the kernel when it is freed. Torch's layers on a CPU allocate
+    and free such a block each, and half of their time goes into page faults on fresh, zeroed pages; with
+    memory kept for the next layer it does not. The process then stays at its peak size."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+OLDEST_DRIVER = {"13": 580, "12": 525}  # that runs a wheel for this CUDA (NVIDIA's CUDA release notes)
+
+
+def unusable_gpus() -> str:
+    """Why torch sees no GPU where nvidia-smi does, and what to do; "" where it sees none either, or where
+    CUDA_VISIBLE_DEVICES hides them."""
+    import torch
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not shutil.which("nvidia-smi"):
+        return ""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(ask, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if found.returncode or not (drivers := found.stdout.split()):
+        return ""
+    major, cuda = int(drivers[0].partition(".")[0]), torch.version.cuda  # as in "13.0"; None: for CPUs
+    fits = next((key for key, oldest in OLDEST_DRIVER.items() if major >= oldest), "")
+    wheel = f"install a wheel for CUDA {fits} (https://download.pytorch.org/whl lists cu{fits}x)"
+    needed = OLDEST_DRIVER.get((cuda or "").partition(".")[0], 0)
+    if not cuda:
+        why, todo = "without CUDA", wheel if fits else "update the driver and install a wheel with CUDA"
+    elif major < needed:
+        why = f"for CUDA {cuda}, which needs driver {needed} or newer"
+        todo = f"update the driver, or {wheel}" if fits else "update the driver"
+    else:
+        why = f"for CUDA {cuda}, which this driver runs"
+        todo = "see what python -c 'import torch; torch.cuda.init()' says (in a container: --gpus all)"
+    have = f"nvidia-smi shows {len(drivers)} GPU(s) with driver {drivers[0]}, torch sees none"
+    return f"{have}: torch {torch.__version__} is a wheel {why}; {todo}; to do without a GPU: --device cpu"

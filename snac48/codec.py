@@ -3,6 +3,7 @@
 Imports torch, numpy and snac alone: together with decoder.py this file opens a trained decoder anywhere.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -219,10 +220,40 @@ def encode_context(model) -> int:
     return math.ceil(reach / align_samples(model)) * align_samples(model)
 
 
+@contextlib.contextmanager
+def ieee_fp32(device_type: str):
+    """Matrix products and convolutions in full fp32 for the time of the block, whatever the defaults: cuDNN
+    takes TF32 (10 bits of mantissa) unless told otherwise, and a training may have switched on TF32 or
+    autocast; the latents then move enough to change codes."""
+    backends = torch.backends
+    kinds = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for kind, precision in zip(kinds, before):
+            kind.fp32_precision = precision
+
+
+def encoding_of(model) -> dict:
+    """How `encode` computes here, for the cache's schema metadata: other hardware rounds otherwise."""
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"dtype": "float32", "tf32": False, "torch": torch.__version__, "device": name}
+
+
 def encode(model, audio, max_seconds: float = 60.0):
     """Codes of equally long clips: audio [B, 1, N] at the model's rate -> [codes_k [B, T_k]], as SNAC.encode.
     Clips longer than max_seconds are encoded in chunks with as much real context as the encoder can see, so
-    the memory is bounded and the codes are those of one pass (up to rounding)."""
+    the memory is bounded and the codes are those of one pass (up to rounding). Computes in IEEE fp32."""
+    with ieee_fp32(audio.device.type):
+        return encode_chunks(model, audio, max_seconds)
+
+
+def encode_chunks(model, audio, max_seconds: float):
     align = align_samples(model)
     chunk = max(1, int(max_seconds * model.sampling_rate) // align) * align
     if audio.shape[-1] <= chunk:

@@ -48,38 +48,53 @@ HEADS = {"24k": Head(24000), "48k": Head(48000)}  # the order of every tuple of 
 # ---- noise ----
 
 
-def counter_noise(key, layer: int, start: int, length: int):
-    """Standard normal noise as a function of (key, layer, position): float32 [B, length].
+def counter_noise(key, spans: list[tuple[int, int, int]], device) -> list:
+    """Standard normal noise as a function of (key, layer, position): float32 [B, 1, length] on `device` for
+    each of spans, (layer, first position, length).
 
-    key: int64 [B]. Position-keyed, so a chunk of an utterance gets the noise of the whole, and
-    a sample the same noise on any number of GPUs and after a resume. 32-bit integer mixing (constants of
-    Wellons' "lowbias32") in int64 arithmetic, then Box-Muller.
+    key: int64 [B]. Position-keyed, so a chunk of an utterance gets the noise of the whole, and a sample the
+    same noise on any number of GPUs and after a resume. 32-bit integer mixing, then Box-Muller. The layers
+    share one tensor: a few dozen kernels on a GPU instead of some eighty a layer.
     """
+    layers = torch.tensor([as_int32(layer * 0x9E3779B9) for layer, *_ in spans], dtype=torch.int32)
+    low, high = key.to(torch.int32)[:, None], (key >> 32 & 0x7FFFFFFF).to(torch.int32)[:, None]
+    stream = mix_(mix_(low ^ layers.to(key.device, non_blocking=True)) ^ high)
+    stream = stream.to(device, non_blocking=True)  # [B, layers]
+    position = torch.cat([torch.arange(first, first + n, device=device) for _, first, n in spans])
+    lengths = [n for *_, n in spans]
+    each = lambda per_layer: [x.expand(-1, n) for x, n in zip(per_layer.split(1, 1), lengths)]
+    a = mix_(position.to(torch.int32)) ^ torch.cat(each(stream), 1)  # [B, all positions]
+    if max(first + n for _, first, n in spans) <= 1 << 32:
+        second = torch.cat(each(mix_(stream ^ 0x5BF03635)), 1)
+    else:
+        second = mix_(torch.cat(each(stream), 1) ^ (position >> 32).to(torch.int32) ^ 0x5BF03635)
+    b = mix_(second.bitwise_xor_(mix_(a)))
+    a, b = (x.view(torch.uint32).to(torch.float32) for x in (a, b))
+    radius = a.add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+    return radius.mul_(b.mul_(2 * math.pi * 2.0**-32).cos_())[:, None].split(lengths, 2)
 
-    def mix(x):
-        x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-        x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
-        return x ^ (x >> 16)
 
-    position = torch.arange(start, start + length, device=key.device)
-    low, high = key & 0xFFFFFFFF, (key >> 32) & 0x7FFFFFFF
-    stream = mix(mix(low ^ (layer * 0x9E3779B9 & 0xFFFFFFFF)) ^ high)[:, None]  # [B, 1]
-    a = mix(mix(position & 0xFFFFFFFF) ^ stream)
-    b = mix(a ^ mix(stream ^ (position >> 32) ^ 0x5BF03635))
-    u1, u2 = (a.to(torch.float32) + 0.5) * 2.0**-32, b.to(torch.float32) * 2.0**-32
-    return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)
+def mix_(x):
+    """Wellons' "lowbias32" of int32 x, in place. Products wrap; >> copies the sign, so it is masked off."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << 32 - shift) - 1)).mul_(as_int32(factor))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def as_int32(n: int) -> int:
+    """The signed number with the same 32 low bits."""
+    return (n + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 class PositionedNoise(NoiseBlock):
-    """SNAC's NoiseBlock: fresh noise like it, but position-keyed noise where `noise_key` is set."""
+    """SNAC's NoiseBlock: fresh noise like it, but `noise` [B, 1, T] where the model has set it."""
 
-    noise_key, noise_start, noise_layer = None, 0, 0
+    noise, layer, rate, head = None, 0, 1, ""  # rate: samples a latent frame; head: "" in the trunk
 
     def forward(self, x):
-        if self.noise_key is None:
+        if self.noise is None:
             return super().forward(x)
-        n = counter_noise(self.noise_key, self.noise_layer, self.noise_start, x.shape[-1])
-        return codec.add_noise(x, n[:, None].to(x.dtype), self.linear)
+        return codec.add_noise(x, self.noise.to(x.dtype), self.linear)
 
 
 # ---- the model ----
@@ -114,31 +129,38 @@ class DualHeadDecoder(nn.Module):
             old, n = HEADS[name].factor == 1, (taps or {}).get(name)
             head = nn.Sequential(*layers[-3:]) if old else new_head(layers, HEADS[name], n)
             self.add_module(f"head_{name}", head.requires_grad_(True))
-        self.noises = []  # (noise layer, its samples a latent frame)
-        trunk_rate = self._find_noises(self.trunk, 1)
+        self.noises, self.noise_key, self.noise_start = [], None, 0
+        trunk_rate = self._find_noises(self.trunk, 1, "")
         for name in self.heads:
-            self._find_noises(self.head(name), trunk_rate)
+            self._find_noises(self.head(name), trunk_rate, name)
         self.trunk_frozen = False
         codec.replace_layers(self)
 
     def head(self, name: str) -> nn.Module:
         return getattr(self, f"head_{name}")
 
-    def _find_noises(self, layers, rate: int) -> int:
-        """Give every noise layer its number and its samples a latent frame; returns those after `layers`."""
+    def _find_noises(self, layers, rate: int, head: str) -> int:
+        """Tell every noise layer its number and rate; returns the samples a latent frame after `layers`."""
         for block in [m for m in layers if isinstance(m, DecoderBlock)]:
             rate *= next(m for m in block.modules() if isinstance(m, nn.ConvTranspose1d)).stride[0]
             for m in block.modules():
                 if isinstance(m, NoiseBlock):
                     m.__class__ = PositionedNoise  # the same parameters and state-dict keys
-                    m.noise_layer = len(self.noises)
-                    self.noises.append((m, rate))
+                    m.layer, m.rate, m.head = len(self.noises), rate, head
+                    self.noises.append(m)
         return rate
 
     def set_noise(self, key, start_frame: int = 0) -> None:
-        """Position-keyed noise for the next calls (key: int64 [B]), or None: fresh noise like stock SNAC."""
-        for block, rate in self.noises:
-            block.noise_key, block.noise_start = key, start_frame * rate
+        """Position-keyed noise for the next calls (key: int64 [B], cheapest on the CPU), or None: fresh noise
+        like stock SNAC. start_frame: latent frame of the utterance at which these calls begin."""
+        self.noise_key, self.noise_start = key, start_frame
+
+    def _make_noise(self, frames: int, heads, device) -> None:
+        """Give the noise layers of trunk and `heads` their noise for `frames` latent frames."""
+        layers = [m for m in self.noises if m.head in ("", *heads)]
+        spans = [(m.layer, self.noise_start * m.rate, frames * m.rate) for m in layers]
+        for m, noise in zip(layers, counter_noise(self.noise_key, spans, device)):
+            m.noise = noise
 
     def codes_to_z(self, codes):
         """codes [K] of [B, T_k] -> z [B, D, T]. Code -1 lies past the end: z is 0 there, as padding is."""
@@ -150,11 +172,16 @@ class DualHeadDecoder(nn.Module):
     def forward(self, codes_or_z, heads=None):
         """List of codes or z [B, D, T] -> audio [B, 1, factor * N] of each of HEADS, None where a head is
         absent or not among `heads` (default: all)."""
+        wanted = self.heads if heads is None else [name for name in self.heads if name in heads]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen):
             z = codes_or_z if isinstance(codes_or_z, torch.Tensor) else self.codes_to_z(codes_or_z)
+            if self.noise_key is not None and self.noises:
+                self._make_noise(z.shape[-1], wanted, z.device)
             h = self.trunk(z)  # [B, C, hop * T]
-        wanted = self.heads if heads is None else [name for name in self.heads if name in heads]
-        return tuple(codec.run(self.head(name), h) if name in wanted else None for name in HEADS)
+        audio = tuple(codec.run(self.head(name), h) if name in wanted else None for name in HEADS)
+        for m in self.noises:
+            m.noise = None
+        return audio
 
 
 def new_head(layers: list, head: Head, taps: int | None = None):
@@ -244,7 +271,7 @@ class DualHead:
                 part = next(pending, None)
                 ended = part is None
                 if part is not None:
-                    part = [c.to(self.device, torch.long) for c in part]
+                    part = [c.to(self.device, torch.long, non_blocking=True) for c in part]
                     held = part if held is None else [torch.cat(p, 1) for p in zip(held, part)]
             if held is None:
                 raise UserError("there are no codes to decode")
@@ -253,7 +280,7 @@ class DualHead:
                 return
             lo, stop = max(0, done - self.context), min(done + chunk, total)
             window = cut(held, lo - first, min(stop + self.context, total) - first)
-            key = torch.full((window[0].shape[0],), noise_seed, dtype=torch.int64, device=self.device)
+            key = torch.full((window[0].shape[0],), noise_seed, dtype=torch.int64)
             self.model.set_noise(key, lo * g.vq_strides[0])
             a, b = (done - lo) * g.coarse_samples, (stop - lo) * g.coarse_samples
             out = zip(HEADS.values(), self.model(window, heads))

@@ -39,7 +39,7 @@ def parts(x, alpha):
 def plain_snake(x, alpha):
     """x + sin(alpha x)² / alpha (Ziyin et al. 2020)."""
     wide, alpha, inverse = parts(x, alpha)
-    return (wide + inverse * torch.sin(alpha * wide).square()).to(x.dtype)
+    return (alpha * wide).sin_().square_().mul_(inverse).add_(wide).to(x.dtype)
 
 
 def plain_snake_back(grad, x, alpha, again: bool):
@@ -53,44 +53,47 @@ def plain_snake_back(grad, x, alpha, again: bool):
     return of_x, of_alpha, (wide + inverse * square).to(x.dtype) if again else x.new_empty(0)
 
 
-def shifts(x, dilation: int):
-    """The views of x [B, C, T], zero outside, that the taps of the convolution see."""
-    reach, n = TAPS // 2 * dilation, x.shape[-1]
-    padded = F.pad(x, (reach, reach))
-    return [padded[..., k * dilation : k * dilation + n] for k in range(TAPS)]
+def as_columns(x, dilation: int):
+    """x [B, C, T] as [B, C, T / dilation, dilation], zeros behind its end: dilated taps lie one row apart
+    there, and an undilated convolution of columns is several times faster on a CPU."""
+    x = F.pad(x, (0, -x.shape[-1] % dilation))
+    return x.view(*x.shape[:2], -1, dilation)
 
 
 def plain_snake_conv(x, alpha, weight, bias, dilation: int):
     """Depthwise convolution (weight [C, 7], zero padding, as long as its input) of snake(x)."""
-    wide, alpha, inverse = parts(x, alpha)
-    s = wide + inverse * torch.sin(alpha * wide).square()
-    weight, bias = weight.to(wide.dtype), bias.to(wide.dtype)
-    return sum((w[:, None] * v for w, v in zip(weight.unbind(1), shifts(s, dilation))), bias[:, None]).to(
-        x.dtype
-    )
+    wide, _, _ = parts(x, alpha)
+    s, weight = as_columns(plain_snake(wide, alpha), dilation), weight.to(wide.dtype)[:, None, :, None]
+    y = F.conv2d(s, weight, bias.to(wide.dtype), padding=(TAPS // 2, 0), groups=x.shape[1])
+    return y.flatten(2)[..., : x.shape[-1]].to(x.dtype, memory_format=torch.contiguous_format)
 
 
 def plain_snake_mix(x, alpha, weight, bias):
     """Convolution to one channel (weight [C, 7], bias [1], zero padding) of snake(x): [B, 1, T], fp32 at
     least."""
-    wide, alpha, inverse = parts(x, alpha)
-    s = wide + inverse * torch.sin(alpha * wide).square()
-    return F.conv1d(s, weight.to(wide.dtype)[None], bias.to(wide.dtype), padding=TAPS // 2)
+    wide, _, _ = parts(x, alpha)
+    weight, bias = weight.to(wide.dtype)[None], bias.to(wide.dtype)
+    return F.conv1d(plain_snake(wide, alpha), weight, bias, padding=TAPS // 2)
 
 
 def plain_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
     """The way back of either. grad: [B, C, T] or, of snake_mix, [B, 1, T]. Gradients of x (plus `skip`, one
     that goes past the two), and, each for every item, of alpha [B, C], weight [B, C, 7] and bias [B, C or 1];
-    the sums of `skip` [B, C], empty without one.
-    """
-    wide, _, _ = parts(x, alpha)
-    g, s = grad.to(wide.dtype), plain_snake(wide, alpha)
-    flipped = zip(weight.to(wide.dtype).flip(1).unbind(1), shifts(g, dilation))
-    of_x, of_alpha, _ = plain_snake_back(sum(w[:, None] * v for w, v in flipped), wide, alpha, False)
-    of_weight = torch.stack([(g * v).sum(-1) for v in shifts(s, dilation)], -1)
+    the sums of `skip` [B, C], empty without one."""
+    (b, c, n), (wide, _, _) = x.shape, parts(x, alpha)
+    g = grad.to(wide.dtype)
+    # items as groups: every item's own gradient of the weights
+    each = lambda v: as_columns(v.expand(b, c, n), dilation).flatten(0, 1)[None]
+    taps = weight.to(wide.dtype).repeat(b, 1)[:, None, :, None]
+    how = (None, (1, 1), (TAPS // 2, 0), (1, 1), False, (0, 0), b * c, (True, True, False))
+    of_s, of_weight, _ = torch.ops.aten.convolution_backward(
+        each(g), each(plain_snake(wide, alpha)), taps, *how
+    )
+    of_s = of_s.view(b, c, -1)[..., :n]
+    of_x, of_alpha, _ = plain_snake_back(of_s, wide, alpha, False)
     if skip is not None:
         of_x = of_x + skip
-    return of_x.to(x.dtype), of_alpha, of_weight, g.sum(-1), sums_of(skip, x)
+    return of_x.to(x.dtype), of_alpha, of_weight.view(b, c, TAPS), g.sum(-1), sums_of(skip, x)
 
 
 def sums_of(skip, x):
@@ -193,6 +196,13 @@ def compiled(formula):
     """`formula` as one kernel for all shapes (a graph for each dtype, dilation and set of arguments)."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(formula, dynamic=True, fullgraph=True)
+
+
+def shifts(x, dilation: int):
+    """The views of x [B, C, T], zero outside, that the taps of the convolution see."""
+    reach, n = TAPS // 2 * dilation, x.shape[-1]
+    padded = F.pad(x, (reach, reach))
+    return [padded[..., k * dilation : k * dilation + n] for k in range(TAPS)]
 
 
 def conv_of(s, weight, bias, dilation: int):

@@ -5,7 +5,6 @@ Options that are None (bf16, tf32, compile, num_workers, accum_steps) are decide
 --plain turns all of it off.
 """
 
-import ctypes
 import math
 import os
 import weakref
@@ -71,28 +70,9 @@ def settle(args, device: torch.device, plan) -> Speed:
         told.append("cudnn.benchmark True (not --deterministic)")
     if found["compile"]:
         torch._dynamo.config.recompile_limit = 64  # a graph for every segment length and phase
-    told += set_kernels(device, args.plain)
+    kernels.use_plain(args.plain)
+    told.append(f"Snake: {kernels.prepare(device.type)}")
     return Speed(args.bf16, found["compile"], found["num_workers"], told=told)
-
-
-def set_kernels(device: torch.device, plain: bool) -> list[str]:
-    """Choose the kernels of this process. Returns what was chosen, as lines."""
-    kernels.use_plain(plain)
-    told = [f"Snake: {kernels.prepare(device.type)}"]
-    if device.type == "cpu" and not plain and keep_heap():
-        told.append("malloc keeps what is freed (page faults took a fifth of a step)")
-    return told
-
-
-def keep_heap() -> bool:
-    """Tell glibc's malloc to keep what is freed: activations of 20 MB are otherwise mapped, zeroed page by
-    page and unmapped again at every operator. False where there is no glibc."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 # ---- memory ----

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint import load_checkpoint, newest_good
+from .checkpoint import load_checkpoint, newest_good, restore_optimizer
 from .cli import UserError, first_line
 from .codec import load_weights
 from .decoder import load_dual_head
@@ -28,7 +28,7 @@ DAC_REPO = "descript/dac_44khz@c1bc521685adf9cfe247bc39a5ca58917eda1ac4"
 
 
 class Block(nn.Module):
-    """Pre-norm attention (rotary positions, SDPA) and GELU MLP."""
+    """Pre-norm causal attention (rotary positions) and GELU MLP."""
 
     def __init__(self, d: int, heads: int, dropout: float, layers: int):
         super().__init__()
@@ -48,9 +48,29 @@ class Block(nn.Module):
         if cache is not None:  # filled from position 0 at once, then one position at a time
             cache[0][:, :, at : at + S], cache[1][:, :, at : at + S] = k, v
             k, v = cache[0][:, :, : at + S], cache[1][:, :, : at + S]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=S > 1)
+        attend = short_attention if q.is_cuda and 1 < S <= SHORT else F.scaled_dot_product_attention
+        y = attend(q, k, v, is_causal=S > 1)
         x = x + self.dropout(self.out(y.transpose(1, 2).reshape(B, S, d)))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+SHORT = 16  # positions
+
+
+def short_attention(q, k, v, is_causal: bool):
+    """scaled_dot_product_attention(q, k, v) for a few positions: q, k, v [B, H, S, D].
+
+    The depth transformer attends over K = 7 or 9 tokens. A flash kernel fills a tile of 64 or 128 positions
+    for each head of each frame; two batched products and a softmax touch only what is there. For a GPU: on a
+    CPU torch's own kernel is faster at these sizes, too.
+    """
+    B, H, S, D = q.shape
+    hidden = torch.zeros(S, S, dtype=q.dtype, device=q.device)
+    if is_causal:
+        hidden = torch.full_like(hidden, float("-inf")).triu(1)
+    q, k, v = (x.reshape(B * H, S, D) for x in (q, k, v))
+    scores = torch.baddbmm(hidden.expand(B * H, S, S), q, k.transpose(1, 2), alpha=D**-0.5)
+    return (scores.softmax(-1).to(v.dtype) @ v).view(B, H, S, D)
 
 
 def rotate(x, rope):
@@ -232,9 +252,10 @@ def pick(logits, temperature: float, top_k: int, top_p: float, generator):
     probs = logits.softmax(-1)
     if 0 < top_p < 1:  # the smallest set of most likely tokens that holds top_p
         ranked, index = probs.sort(descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(-1, index, ranked)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    # torch.multinomial(probs, 1) in its own arithmetic, without its checks: they wait for the GPU
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
 
 
 @torch.no_grad()
@@ -243,6 +264,7 @@ def sample(model, frames, prompt=None, batch=1, temperature=1.0, top_k=0, top_p=
 
     Past ctx frames the window is restarted on its last half, as windows start in training.
     on_logits(t, k, logits [B, V], window start): called for every token sampled (tests).
+    Nothing here waits for a GPU: which tokens are chosen already is noted on the CPU.
     """
     model.eval()
     device, K, ctx, pattern = model.out.device, model.K, model.arch["ctx"], model.pattern
@@ -250,12 +272,14 @@ def sample(model, frames, prompt=None, batch=1, temperature=1.0, top_k=0, top_p=
     prompt = torch.empty(batch, 0, K) if prompt is None else prompt
     codes = F.pad(prompt.to(device, torch.long), (0, 0, 0, frames), value=-1)  # -1: to be chosen
     P, total = prompt.shape[1], codes.shape[1]
+    chosen = np.repeat(np.arange(total)[:, None] < P, K, 1)  # [total, K]
     keep = min(max(ctx // 2, K), ctx - 1)
     if pattern == "delay" and ctx <= K:
         raise UserError(f"the delay pattern needs a --ctx above its {K} codebooks")
 
     def choose(t, k, logits):
-        if codes[0, t, k] < 0:
+        if not chosen[t, k]:
+            chosen[t, k] = True
             logits = logits.float()
             logits[:, model.vocab[k] :] = float("-inf")
             if on_logits:
@@ -267,7 +291,7 @@ def sample(model, frames, prompt=None, batch=1, temperature=1.0, top_k=0, top_p=
     while True:
         n = min(ctx, total - t0)
         window = codes[:, t0 : t0 + n]  # a view: tokens chosen appear in it
-        known = int((window[0] >= 0).all(1).sum())  # complete frames
+        known = int(chosen[t0 : t0 + n].all(1).sum())  # complete frames
         j = known * K if pattern == "flatten" else known
         last = model.positions(n) - 1
         if t0 + n < total:  # frames beyond this window exist: do not pretend that they are missing
@@ -363,14 +387,10 @@ class State:
         return weights | {"optimizer": self.optimizer.state_dict(), "guard": guard} | counts | losses
 
     def load_state_dict(self, saved: dict) -> None:
-        """Weight decay and kernel of the optimiser stay: they are options, not state."""
         load_weights(self.model, saved["model"], "the resumed checkpoint")
         if self.ema:  # the checkpoint may come from a run without
             load_weights(self.ema, saved["ema"] or saved["model"], "the resumed checkpoint")
-        own = [{k: group[k] for k in ("weight_decay", "fused")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for group, options in zip(self.optimizer.param_groups, own):
-            group.update(options)
+        restore_optimizer(self.optimizer, saved["optimizer"])
         self.guard.running, self.guard.skipped = saved["guard"]["running"], saved["guard"]["skipped"]
         self.step, self.closed, self.best = saved["global_step"], saved["closed"], saved["best"]
         self.val_loss, self.train_loss = saved["val_loss"], saved["train_loss"]

@@ -21,7 +21,7 @@ from torch import nn
 
 from . import DEFAULT_MODEL, codec, schedule
 from .cache import recorded_model
-from .checkpoint import load_checkpoint, prune, require, save_checkpoint
+from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint
 from .cli import StopFlag, UserError, first_line, pick_device
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
@@ -302,7 +302,7 @@ class State:
             raise ValueError(f"phase {saved['phase']!r} is not in the schedule")
         self.best = {k: float(saved["best"][k]) for k in self.best}
         enter_phase(run, self, saved["phase"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        restore_optimizer(self.optimizer, saved["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             if any(moments[k].shape != parameter.shape for k in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimiser's moments have other shapes than the weights")

@@ -229,6 +229,16 @@ def start_process() -> None:
     threading.Thread(target=lambda: (wait_for([parent]), os._exit(1)), daemon=True).start()
 
 
+def share_of_cores(device_type: str) -> int:
+    """Processes that read and decode for one GPU: this process' cores over the GPUs that it sees. Beside a
+    CPU one: its cores are the model's."""
+    if device_type == "cpu":
+        return 1
+    import torch
+
+    return max(1, len(os.sched_getaffinity(0)) // torch.cuda.device_count())
+
+
 def processes(number: int, method: str) -> ProcessPoolExecutor | None:
     """A pool for in_order. method: spawn or forkserver; a fork would copy threads and CUDA's state."""
     context = multiprocessing.get_context(method)

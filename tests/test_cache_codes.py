@@ -16,6 +16,7 @@ from conftest import ROOT, call, children_cpu, one_sentence, parquet_rows, refus
 
 import cache_codes
 from snac48.audio import find_audio, read_audio, resample
+from snac48.cache import CodeIndex
 from snac48.codec import geometry_of
 
 
@@ -44,6 +45,51 @@ def test_cache_says_which_model_made_it_and_counts(cache_dir, snac):
     assert sorted(p.name for p in cache_dir.glob("*.parquet")) == [
         f"codes_batch_gpu0_{i}.parquet" for i in range(3)
     ]
+
+
+def test_clips_encoded_together_have_the_codes_of_each_alone(snac):
+    clips = [(f"{i}.wav", voice(1.0, 24000, i)[: 24000 - 100 * i]) for i in range(3)]
+    together = cache_codes.begin_batch(snac, 24576, clips)()
+    for rel, samples in clips:
+        n, codes = together[rel]
+        wanted = snac.encode(torch.from_numpy(samples)[None, None])
+        assert n == len(samples) and all(c.dtype == np.int16 for c in codes)
+        assert [c.tolist() for c in codes] == [c[0].tolist() for c in wanted]
+
+
+def test_a_batch_is_fetched_after_the_next_one_has_begun():
+    """So that a GPU has work while codes are taken apart; files are still asked for one batch at a time."""
+    done = []
+
+    def items():
+        for i in range(3):
+            done.append(f"read {i}")
+            yield i, 10 * i
+
+    def begin(i, ten):
+        done.append(f"begin {i}")
+        return lambda: done.append(f"fetch {i}") or ten + 1
+
+    found = []
+    for item, result in cache_codes.one_late(items(), begin):
+        done.append(f"use {item[0]}")
+        found.append((item, result))
+    assert found == [((0, 0), 1), ((1, 10), 11), ((2, 20), 21)]
+    words = (
+        "read 0, begin 0, read 1, begin 1, fetch 0, use 0, read 2, begin 2, fetch 1, use 1, fetch 2, use 2"
+    )
+    assert ", ".join(done) == words and not list(cache_codes.one_late([], begin))
+
+
+def test_cache_says_how_it_was_encoded(cache_dir, tmp_path):
+    shards = sorted(cache_dir.glob("*.parquet"))
+    how = json.loads(pq.read_schema(shards[0]).metadata[b"encoding"])
+    assert how == {"dtype": "float32", "tf32": False, "torch": torch.__version__, "device": "cpu"}
+    for shard in shards:  # an older cache does not say it, and opens as before
+        table = pq.read_table(shard)
+        meta = {k: v for k, v in table.schema.metadata.items() if k != b"encoding"}
+        pq.write_table(table.replace_schema_metadata(meta), tmp_path / shard.name)
+    assert len(CodeIndex(str(tmp_path))) == len(CodeIndex(str(cache_dir))) == 14
 
 
 def test_restart_skips_what_is_done_and_new_files_are_added(audio_dir, snac_dir, tmp_path):
@@ -131,6 +177,10 @@ def test_help_and_mistakes_in_flags_come_before_torch(tmp_path):
     for flags, words in [
         (["--data_dirs", "x"], "--data_dir"),
         (["--data_dir", "x", "--output_dir", tmp_path, "--batch_size", 0], "--batch_size must be at least 1"),
+        (
+            ["--data_dir", "x", "--output_dir", tmp_path, "--num_workers", -1],
+            "--num_workers must be at least 0",
+        ),
     ]:
         assert words in one_sentence(run("cache_codes.py", *flags, code=2))
     assert children_cpu() - start < 1.5  # torch alone takes more than one second
@@ -147,6 +197,7 @@ def test_both_splits_without_a_flag(audio_dir, snac_dir, tmp_path, monkeypatch, 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     assert out.startswith(f"cache: {device}; corpus/train/audio -> codes/train: 7 files in 7 units, 7 to do")
     assert "their codes serve every length" in out
+    assert "batches of up to 1 clips, 0 decoding processes, IEEE fp32" in out or device != "cpu"
     assert [len(parquet_rows(tmp_path / "codes" / split)) for split in ("train", "val")] == [7, 7]
     monkeypatch.chdir("/")
     assert call(cache_codes, *args, "--data_root", tmp_path) == 0  # nothing left to do

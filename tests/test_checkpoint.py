@@ -8,7 +8,15 @@ from helpers.training import newest, tiny_args, training
 
 import train_dual_head as T
 from snac48 import files
-from snac48.checkpoint import OPENED, RESUMED, load_checkpoint, prune, require, save_checkpoint
+from snac48.checkpoint import (
+    OPENED,
+    RESUMED,
+    load_checkpoint,
+    prune,
+    require,
+    restore_optimizer,
+    save_checkpoint,
+)
 from snac48.cli import UserError
 
 
@@ -82,3 +90,31 @@ def test_the_newest_good_one_is_found_and_the_oldest_are_pruned(tmp_path, capsys
     assert len(list(tmp_path.glob("*.pt"))) == 5
     prune(tmp_path.glob("*.pt"), 2)
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["checkpoint_3.pt", "checkpoint_4.pt"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimisers_options_are_the_new_runs(fused):
+    """Torch puts `step` where the kernel wants it only if the flags are right before it loads; a checkpoint
+    of a CPU (fused=False) would otherwise turn a GPU's fused kernel off."""
+
+    def optimizer(**options):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(8))
+        p.grad = torch.randn(8)
+        return p, torch.optim.AdamW([p], **options)
+
+    _, old = optimizer(lr=0.3, fused=not fused, foreach=None if fused else False, weight_decay=0.5)
+    old.step()
+    saved = old.state_dict()
+    saved["state"][0]["step"] = saved["state"][0]["step"].double()  # shows whether torch converts it
+    p, new = optimizer(lr=0.1, fused=fused, weight_decay=0.1)
+    restore_optimizer(new, saved)
+    group, moments = new.param_groups[0], new.state[p]
+    assert (group["fused"], group["foreach"], group["weight_decay"], group["lr"]) == (fused, None, 0.1, 0.3)
+    assert moments["step"].dtype == (torch.float32 if fused else torch.float64) and moments["step"] == 1
+    assert torch.equal(moments["exp_avg"], saved["state"][0]["exp_avg"])
+    assert saved["param_groups"][0]["weight_decay"] == 0.5  # the checkpoint's own content is left alone
+    moments["step"] = moments["step"].float()
+    new.step()
+    with pytest.raises(ValueError):
+        restore_optimizer(new, saved | {"param_groups": saved["param_groups"] * 2})

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from snac48.cli import (
@@ -16,6 +17,7 @@ from snac48.cli import (
     layered,
     numbers,
     one_line_errors,
+    pick_device,
     read_config,
     read_flags,
 )
@@ -107,3 +109,60 @@ feed = iter(loader)
 next(feed)
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "driver, cuda, words",
+    [
+        ("550.54.14", "13.0", "needs driver 580 or newer; update the driver, or install a wheel for CUDA 12"),
+        ("470.82.01", "13.0", "needs driver 580 or newer; update the driver; to do without"),
+        ("580.65.06", None, "is a wheel without CUDA; install a wheel for CUDA 13"),
+        ("535.10", None, "is a wheel without CUDA; install a wheel for CUDA 12"),
+        ("580.65.06", "13.0", "which this driver runs; see what python -c"),
+    ],
+)  # fmt: skip
+def test_gpus_that_only_the_driver_sees_are_explained(driver, cuda, words, tmp_path, monkeypatch, capsys):
+    import doctor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("sys.argv", ["doctor.py"])
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=driver_version ] && echo {driver} && echo {driver}\n')
+    smi.chmod(0o755)
+    for ask in (lambda: pick_device(""), lambda: pick_device("0"), doctor.main):
+        with pytest.raises(UserError) as e:
+            ask()
+        told = str(e.value)
+        assert f"2 GPU(s) with driver {driver}, torch sees none: torch {torch.__version__}" in told
+        assert words in told and "--device cpu" in told and "\n" not in told
+    assert pick_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert pick_device("").type == "cpu" and doctor.main() == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    smi.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
+    assert pick_device("").type == "cpu"
+    with pytest.raises(UserError, match="GPU 0 isn't there"):
+        pick_device("0")
+
+
+def test_on_a_cpu_freed_memory_stays_with_the_process():
+    """Without it every activation above 32 MB is fresh pages from the kernel."""
+    code = """
+import resource, sys, torch
+from snac48.cli import pick_device
+if sys.argv[1] == "kept":
+    pick_device("cpu")
+for _ in range(3):
+    torch.zeros(16 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.zeros(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    ask = lambda how: subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, check=True, text=True,
+                                     stdout=subprocess.PIPE).stdout  # fmt: skip
+    kept, plain = int(ask("kept")), int(ask("plain"))  # a block has 16384 pages of 4 kB
+    assert plain > 20 * 16000 and kept < plain / 3  # the first blocks may still find no room among small ones

@@ -63,5 +63,29 @@ def test_long_files_are_encoded_in_chunks_with_the_same_codes(snac):
         assert torch.equal(a, b)
 
 
+def test_encoding_is_ieee_fp32_whatever_the_process_has_switched_on(snac):
+    """TF32 or bf16 change codes; what a training has chosen stays for the training."""
+    backends, seen = torch.backends, []
+    kinds = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    audio = torch.from_numpy(voice(1.0, 24000, 1))[None, None]
+    wanted = encode(snac, audio)
+    note = lambda *_: seen.append([k.fp32_precision for k in kinds] + [torch.is_autocast_enabled("cpu")])
+    handle = snac.encoder.register_forward_pre_hook(note)
+    before = [k.fp32_precision for k in kinds]
+    try:
+        for kind, precision in zip(kinds, ("tf32", "tf32", "bf16", "bf16")):
+            kind.fp32_precision = precision
+        with torch.autocast("cpu", torch.bfloat16):
+            found = encode(snac, audio)
+            assert torch.is_autocast_enabled("cpu")
+            assert [k.fp32_precision for k in kinds] == ["tf32", "tf32", "bf16", "bf16"]
+    finally:
+        handle.remove()
+        for kind, precision in zip(kinds, before):
+            kind.fp32_precision = precision
+    assert seen == [["ieee"] * 4 + [False]]
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found))
+
+
 def test_another_model_has_another_hash():
     assert geometry_of(make_snac(1), "").weights_sha256 != geometry_of(make_snac(2), "").weights_sha256

@@ -1,5 +1,6 @@
 """snac48/decoder.py: the dual-head model, its noise, and what an exported one needs to be opened."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -35,14 +36,69 @@ def test_a_44_khz_model_is_refused_with_the_reason():
         DualHeadDecoder(make_snac(sampling_rate=44100))
 
 
+def plain_noise(key, layer, start, length):
+    """The definition, an operation after the other in int64: float32 [B, length]. Checkpoints rely on it."""
+
+    def mix(x):
+        x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+        x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    position = torch.arange(start, start + length)
+    low, high = key & 0xFFFFFFFF, (key >> 32) & 0x7FFFFFFF
+    stream = mix(mix(low ^ (layer * 0x9E3779B9 & 0xFFFFFFFF)) ^ high)[:, None]
+    a = mix(mix(position & 0xFFFFFFFF) ^ stream)
+    b = mix(a ^ mix(stream ^ (position >> 32) ^ 0x5BF03635))
+    u1, u2 = (a.to(torch.float32) + 0.5) * 2.0**-32, b.to(torch.float32) * 2.0**-32
+    return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)
+
+
+def test_the_noise_of_all_layers_is_the_definitions_bit_by_bit():
+    key = torch.tensor([0, 42, 2**61 + 3, 2**62 - 1, 0xFFFFFFFF])
+    spans = [(0, 0, 9000), (1, 37, 1), (3, 2**31 - 500, 1000), (7, 24000 * 3600, 4001)]
+    for extra in ([], [(4, 2**32 - 300, 700)]):  # past the 32 bits of a position: 25 hours
+        found = counter_noise(key, spans + extra, "cpu")
+        for (layer, start, n), noise in zip(spans + extra, found, strict=True):
+            assert noise.shape == (5, 1, n) and torch.equal(noise[:, 0], plain_noise(key, layer, start, n))
+    assert key.tolist() == [0, 42, 2**61 + 3, 2**62 - 1, 0xFFFFFFFF]
+
+
 def test_noise_is_a_function_of_key_layer_and_position():
     key = torch.tensor([1, 2**61 + 3])
-    n = counter_noise(key, 2, 0, 100000)
-    assert torch.equal(counter_noise(key, 2, 7000, 50), n[:, 7000:7050])
+    n, other = (x[:, 0] for x in counter_noise(key, [(2, 0, 100000), (3, 0, 100000)], "cpu"))
+    assert torch.equal(counter_noise(key, [(2, 7000, 50)], "cpu")[0][:, 0], n[:, 7000:7050])
     assert abs(n.mean()) < 0.01 and abs(n.std() - 1) < 0.01 and 4 < n.abs().max() < 7
-    other = counter_noise(key, 3, 0, 100000)
     for a, b in ((n[0], n[1]), (n[0], other[0]), (n[0, 1:], n[0, :-1])):
         assert abs(float((a * b).mean())) < 0.02
+
+
+def test_every_noise_layer_gets_its_own_noise_in_few_operations():
+    """At its own rate and place, whichever heads are decoded; it was some 80 operations a layer."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append((function, args))
+            return function(*args, **kwargs or {})
+
+    model, seen, calls = DualHeadDecoder(make_snac()).eval(), {}, []
+    for m in model.noises:
+        m.register_forward_pre_hook(lambda m, x: seen.update({m.layer: m.noise[:, 0]}))
+    key = torch.tensor([7, 2**40])
+    codes = [torch.randint(64, (2, 3 * f)) for f in (1, 2, 4)]
+    for heads, layers in ((None, range(5)), (["24k"], range(4))):
+        seen.clear()
+        model.set_noise(key, start_frame=20)
+        model(codes, heads)
+        assert sorted(seen) == [*layers] and all(m.noise is None for m in model.noises)
+        for i, rate in zip(layers, (8, 64, 256, 512, 1024)):
+            assert torch.equal(seen[i], plain_noise(key, i, 20 * rate, 12 * rate))
+    with Count():
+        counter_noise(key, [(i, 0, 64) for i in range(5)], "cpu")
+    views = ("view", "expand", "split", "slice", "unsqueeze", "detach", "lift")
+    sizes = [max(a.numel() for a in args if torch.is_tensor(a)) for f, args in calls
+             if not any(w in str(f) for w in views) and any(map(torch.is_tensor, args))]  # fmt: skip
+    assert sum(n > 10 for n in sizes) <= 46 and len(sizes) <= 86  # small: on the CPU where the key lies there
 
 
 def test_codes_past_the_end_do_not_change_what_lies_before():

@@ -47,7 +47,6 @@ def test_a_gpu_gets_bf16_tf32_and_compiles_short_steps(monkeypatch):
     """The rules of a GPU, on a machine that has none."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of the test")
-    monkeypatch.setattr(speed, "set_kernels", lambda device, plain: [])
     monkeypatch.setattr(speed.os, "sched_getaffinity", lambda pid: set(range(32)))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

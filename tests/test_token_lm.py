@@ -88,6 +88,22 @@ def test_perplexity_and_bits():
     assert bits["bits_per_frame"] == pytest.approx(84) and bits["bits_per_s"] == pytest.approx(984.4, abs=0.1)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("S", [2, 7, 16])
+def test_attention_over_few_positions_is_torchs(S, causal):
+    """As it is called: views of one projection [B, S, 3, H, D], so not contiguous."""
+    torch.manual_seed(S)
+    found = []
+    for attend in (token_lm.short_attention, torch.nn.functional.scaled_dot_product_attention):
+        torch.manual_seed(S)
+        qkv = torch.randn(5, S, 3, 3, 32, requires_grad=True)
+        y = attend(*qkv.permute(2, 0, 3, 1, 4), is_causal=causal)
+        (y * torch.randn(y.shape)).sum().backward()
+        found.append((y.detach(), qkv.grad))
+    for mine, torchs in zip(*found):
+        assert mine.shape == torchs.shape and (mine - torchs).abs().max() < 1e-6 * torchs.abs().max()
+
+
 # ---- sampling ----
 
 
@@ -115,6 +131,18 @@ def test_cached_sampling_equals_full_forward(pattern, prompt):
         assert torch.allclose(logits, full, atol=2e-4), (t, k, t0)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sampling_never_asks_a_tensor_for_a_number(pattern, monkeypatch):
+    """On a GPU each such question waits for all that was begun."""
+    model, asked = toy(pattern, ctx=6, scale=0.3), []
+    for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "cpu", "nonzero"):
+        own = getattr(torch.Tensor, name)
+        note = lambda self, *args, name=name, own=own: asked.append(name) or own(self, *args)
+        monkeypatch.setattr(torch.Tensor, name, note)
+    token_lm.sample(model, 10, codes_like(model, 1, 2), 1, temperature=0.9, top_k=3, top_p=0.9)
+    assert not asked
+
+
 def test_sampling_filters_and_seed():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
     g = torch.Generator().manual_seed(0)
@@ -126,6 +154,10 @@ def test_sampling_filters_and_seed():
     assert np.allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.03)
     hot = np.bincount(token_lm.pick(logits, 10.0, 0, 0, g), minlength=4) / 4000
     assert hot.max() < 0.32
+    probs = logits.softmax(-1)
+    theirs, ours = (torch.Generator().manual_seed(7) for _ in range(2))
+    wanted = torch.multinomial(probs, 1, generator=theirs)[:, 0]
+    assert torch.equal(token_lm.pick(logits, 1.0, 0, 0, ours), wanted)  # the same draws
     model = toy("depth", scale=0.3)
     assert torch.equal(token_lm.sample(model, 5, seed=1), token_lm.sample(model, 5, seed=1))
     assert not torch.equal(token_lm.sample(model, 5, seed=1), token_lm.sample(model, 5, seed=2))

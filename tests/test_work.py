@@ -7,7 +7,7 @@ import pytest
 import snac48.work
 from snac48.cli import UserError
 from snac48.runlog import RunLog
-from snac48.work import Progress, SharedWork, share
+from snac48.work import Progress, SharedWork, share, share_of_cores
 
 
 def test_two_claims_at_once(tmp_path):
@@ -61,3 +61,13 @@ def test_progress_inside_a_unit(tmp_path, monkeypatch, capsys):
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(m["step"], m["total_steps"], m["worker"]) for m in metrics] == [
         (3, 9, "gpu0"), (4, 9, "gpu0"), (9, 9, "gpu0")]  # fmt: skip
+
+
+def test_decoders_share_the_cores_of_this_process_among_its_gpus(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(snac48.work.os, "sched_getaffinity", lambda pid: set(range(48)))
+    for gpus, wanted in ((1, 48), (8, 6), (64, 1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert share_of_cores("cuda") == wanted
+    assert share_of_cores("cpu") == 1
