@@ -57,11 +57,13 @@ class CodeIndex:
         info = read_json(self.folder / "index.json")
         self.geometry = Geometry.from_json(json.dumps(info["snac"]))
         self.data_dir, self.bad = info["data_dir"], info["bad"]
-        array = lambda name: np.fromfile(self.folder / f"{name}.i64", np.int64)
-        self.offsets, self.lengths, self.path_offsets = map(array, ("offsets", "lengths", "path_offsets"))
-        f = sum(self.geometry.per_coarse)
-        self.codes = np.memmap(self.folder / "codes.i16", np.int16, "r").reshape(-1, f)
-        self.paths = np.memmap(self.folder / "paths.bin", np.uint8, "r")
+        # a plain view of the map: np.memmap itself costs a microsecond at every slice
+        array = lambda name, kind: np.asarray(np.memmap(self.folder / name, kind, "r"))
+        self.offsets, self.lengths, self.path_offsets = (
+            array(f"{name}.i64", np.int64) for name in ("offsets", "lengths", "path_offsets")
+        )
+        self.codes = array("codes.i16", np.int16).reshape(-1, sum(self.geometry.per_coarse))
+        self.paths = array("paths.bin", np.uint8)
 
     def __getstate__(self):  # spawned workers open the files themselves
         return {"folder": self.folder, "cache_dir": self.cache_dir}
@@ -80,10 +82,14 @@ class CodeIndex:
         """Coarse codes of an utterance."""
         return int(self.offsets[row + 1] - self.offsets[row])
 
+    def block(self, row: int, start: int, coarse_len: int):
+        """Codes of an utterance as they lie here: int16 [coarse_len, F]."""
+        first = int(self.offsets[row]) + start
+        return self.codes[first : first + coarse_len]
+
     def slice(self, row: int, start: int, coarse_len: int) -> list:
         """Codes of all scales, int64 numpy [coarse_len * S // vq_strides[k]] each."""
-        first = int(self.offsets[row]) + start
-        return scales_of(self.codes[first : first + coarse_len], self.geometry)
+        return scales_of(self.block(row, start, coarse_len), self.geometry)
 
     def rows(self):
         """Yield (path, codes as slice gives them, samples) of each row."""
