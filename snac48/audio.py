@@ -88,13 +88,13 @@ def open_inside(root: str | Path, rel: str, allowed: tuple[Path, ...]) -> tuple[
     one, its target is opened likewise. Raises AudioError, and OSError where there is no such file."""
     if not is_safe(rel):
         raise AudioError(f"unsafe path {rel!r}: must be relative, without '..'")
-    path = os.path.join(root, rel)
+    path = f"{root}/{rel}"
     for _ in range(40):  # as many links as Linux follows
-        folder, name = os.path.split(path)
+        folder, _, name = path.rpartition("/")
         real = real_folder(folder, allowed)
         if real is None:
             raise AudioError(f"{rel} is a link that leaves {root}")
-        path = os.path.join(real, name)
+        path = f"{real}/{name}"
         try:
             return open_regular(path, os.O_NOFOLLOW)
         except OSError as e:
@@ -279,9 +279,9 @@ SHORT_S = 0.05  # a file may end this much early: encoders' padding and rounding
 
 
 def read_span(out, root, rel: str, allowed, start: int, rate: int, need: int = 0, noted=UNKNOWN) -> None:
-    """Fill `out`, float32 zeros [count], with mono samples [start, start + count) of the file `rel` below
-    `root` (as for open_inside) as if resampled whole to `rate`; what lies before its begin and past its end
-    stays. Raises AudioError.
+    """Fill `out`, float32 [count], with mono samples [start, start + count) of the file `rel` below `root` (as
+    for open_inside) as if resampled whole to `rate`; zeros before its begin and past its end. Raises
+    AudioError.
 
     need: how many of them must lie in the file; a file that ends more than SHORT_S earlier is an AudioError,
     because training on the zeros would teach silence.
@@ -292,58 +292,70 @@ def read_span(out, root, rel: str, allowed, start: int, rate: int, need: int = 0
         fd, found = open_inside(root, rel, allowed)
         try:
             header = noted if noted[0] == found.st_size else header_of(fd, found.st_size, rel)
-            if header[-1]:
-                frames = header[1] // (header[4] * header[5] // 8)
-                read = lambda first, n: plain_frames(fd, header, first, min(n, frames - first))
-                place(out, read, frames, header[3], start, rate, need)
+            _, held, _, file_rate, channels, bits, tag = header
+            if tag:
+                frames = held // (channels * bits // 8)
+                decode = lambda first, part: plain_frames(fd, header, first, part)
+                place(out, decode, frames, file_rate, start, rate, need)
                 return
         finally:
             os.close(fd)
         with open_sound(Path(root) / rel) as f:
 
-            def decode(first: int, n: int):
+            def decode(first: int, part) -> int:
                 f.seek(first)
-                x = f.read(n, dtype="float32", always_2d=True).mean(axis=1)
-                return checked(x)
+                x = checked(f.read(len(part), dtype="float32", always_2d=True).mean(axis=1))
+                part[: len(x)] = x
+                return len(x)
 
             place(out, decode, f.frames, f.samplerate, start, rate, need)
 
 
-def plain_frames(fd: int, header: tuple, first: int, count: int):
-    """Mono float32 samples [first, first + count) of a wav of a kind in PLAIN: one pread."""
-    _, _, offset, _, channels, bits, _ = header
+def plain_frames(fd: int, header: tuple, first: int, out) -> int:
+    """Fill float32 `out` with mono samples from `first` on of a wav of a kind in PLAIN, by one pread; returns
+    how many there are."""
+    _, held, offset, _, channels, bits, _ = header
     width = channels * bits // 8
+    count = min(len(out), held // width - first)
     raw = os.pread(fd, count * width, offset + first * width)
     if len(raw) < count * width:
         raise AudioError("truncated while it was read")
     if bits == 16:
-        x = np.multiply(np.frombuffer(raw, "<i2"), np.float32(2**-15), dtype=np.float32)
+        x, scale = np.frombuffer(raw, "<i2"), 2**-15
     elif bits == 24:
         wide = np.zeros((count * channels, 4), np.uint8)
         wide[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
-        x = wide.view("<i4")[:, 0] * np.float32(2**-31)
+        x, scale = wide.view("<i4")[:, 0], 2**-31
     else:
-        x = checked(np.frombuffer(raw, "<f4"))
-    return x if channels == 1 else x.reshape(-1, channels).mean(axis=1)
+        x, scale = checked(np.frombuffer(raw, "<f4")), 1
+    if channels > 1:
+        x, scale = np.multiply(x, scale, dtype=np.float32).reshape(-1, channels).mean(axis=1), 1
+    np.multiply(x, scale, out=out[:count], dtype=np.float32)
+    return count
 
 
 def place(out, decode, frames: int, file_rate: int, start: int, rate: int, need: int) -> None:
-    """What read_span does with an open file. decode(first, n): samples of the file from `first` on, at
-    most n. Resampled from a span that begins on a common sample of both rates, with a margin longer than the
-    filter."""
+    """What read_span does with an open file of so many frames. decode(first, part): put its samples from
+    `first` on into `part`; returns how many. Resampled from a span that begins on a common sample of both
+    rates, with a margin longer than the filter."""
     ends, needed = frames / file_rate, (start + need) / rate
     if ends < needed - SHORT_S:
         raise AudioError(f"ends after {ends:.2f} s, {needed:.2f} s are needed")
-    out, start = out[max(0, -start) :], max(0, start)
-    g = math.gcd(file_rate, rate)
-    p, q = file_rate // g, rate // g  # q output samples lie exactly on p input samples
-    margin = 0 if p == q else 64 * max(1, math.ceil(rate / file_rate)) + 512
-    first = max(0, (start - margin) // q * q)
-    if first // q * p < frames:
-        x = decode(first // q * p, math.ceil((start + len(out) + margin - first) * p / q))
-        if len(x):
-            y = resample(x, file_rate, rate)[start - first : start - first + len(out)]
-            out[: len(y)] = y
+    out[: max(0, -start)] = 0
+    out, start, n = out[max(0, -start) :], max(0, start), 0
+    if file_rate == rate:
+        n = decode(start, out) if start < frames else 0
+    else:
+        g = math.gcd(file_rate, rate)
+        p, q = file_rate // g, rate // g  # q output samples lie exactly on p input samples
+        margin = 64 * max(1, math.ceil(rate / file_rate)) + 512
+        first = max(0, (start - margin) // q)
+        if first * p < frames:
+            x = np.empty(math.ceil((start + len(out) + margin - first * q) * p / q), np.float32)
+            y = resample(x[: decode(first * p, x)], file_rate, rate)[start - first * q :][: len(out)]
+            n = len(y)
+            out[:n] = y
+    out[n:] = 0
 
 
 # ---- 24 kHz of 48 kHz ----

@@ -126,9 +126,9 @@ class SliceDataset:
         n, numbers = self.coarse_len * self.geometry.coarse_samples, ("valid_24k", "start", "noise_key")
         batch = {name: np.zeros(size, np.int64) for name in numbers}
         batch |= {"phase_true": np.zeros(size, bool), "rows": [], "bad_file": [], "left_out": []}
-        for name, head in self.heads.items():
+        for name, head in self.heads.items():  # every sample of them is written, if only with 0
             samples = head.factor * n + 2 * self.margins.get(name, 0)
-            batch[f"audio_{name}"] = np.zeros((size, 1, samples), np.float32)
+            batch[f"audio_{name}"] = np.empty((size, 1, samples), np.float32)
         return batch
 
     def fill(self, batch: dict, b: int, i: int | Filler) -> None:
@@ -160,14 +160,16 @@ class SliceDataset:
         elif peak > MAX_PEAK:
             why = f"samples reach {peak:.3g} where full scale is 1"
             batch["left_out"].append((self.path(row), why))
+        if not filler:
+            batch["rows"].append(row)
         if filler or error or peak > MAX_PEAK:  # named and counted by the trainer; silence is never a target
-            valid = 0
+            for name in self.heads:
+                batch[f"audio_{name}"][b] = 0
+            return
         batch["valid_24k"][b] = valid
         for name, x in audio.items():
             # past the end of the recording there is nothing to learn: silence there, masked by the loss
             x[self.heads[name].factor * valid + 2 * self.margins.get(name, 0) :] = 0
-        if not filler:
-            batch["rows"].append(row)
 
 
 class CachedCodesDataset(SliceDataset):
@@ -356,6 +358,7 @@ class RawAudioDataset(SliceDataset):
         def cut(out, x, first):
             part = x[first : first + len(out)]
             out[: len(part)] = part
+            out[len(part) :] = 0
 
         low, n, (x, rate) = at["start_sample_24k"], at["samples_24k"], utterance["source"]
         for name, out in audio.items():
@@ -368,6 +371,7 @@ class RawAudioDataset(SliceDataset):
                 )
             elif utterance["kind"] == "sidon":
                 batch["sources"][b] = (self.path(row), x, rate, f * low)
+                out[:] = 0
             else:
                 cut(out, resample(x, rate, self.heads[name].rate), f * low)
         return audio
@@ -435,9 +439,10 @@ def halve_rate(wide):
     """48 kHz audio with HALVING_REACH samples more on each side, [B, 1, 2N + 2R], at 24 kHz [B, 1, N]: the
     samples of snac48.audio.resample within 1e-6. By FFT, which is fp32 whatever the setting of TF32; what is
     folded back from 12 kHz on the filter has taken away."""
-    size = wide.shape[-1]
-    spectrum = torch.fft.rfft(wide)[..., : size // 4 + 1] * halving_response(size, wide.device)
-    return torch.fft.irfft(spectrum, n=size // 2)[..., HALVING_REACH // 2 : -HALVING_REACH // 2]
+    n = wide.shape[-1]
+    size = min(m << math.ceil(math.log2(n / m)) for m in (1, 3, 5))  # 2^k, 3 * 2^k, 5 * 2^k: fast ones
+    spectrum = torch.fft.rfft(wide, size)[..., : size // 4 + 1] * halving_response(size, wide.device)
+    return torch.fft.irfft(spectrum, size // 2)[..., HALVING_REACH // 2 : (n - HALVING_REACH) // 2]
 
 
 @functools.lru_cache(maxsize=8)
