@@ -10,6 +10,7 @@ that core's time.
 
 import argparse
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -93,26 +94,34 @@ class OlderLoader(torch.utils.data.Dataset):
         return *scales, low[first : first + n], high[2 * first : 2 * (first + n)]
 
 
+def cpu_seconds() -> float:
+    """Of this process and of the loader workers that have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
+
+
 def rate_of(batches, device=None) -> float:
     """Samples a second."""
-    began, n = time.process_time(), 0
+    began, n = cpu_seconds(), 0
     for batch in batches:
         if device:
             batch = to_device(batch, device)
         n += len(batch["valid_24k"] if isinstance(batch, dict) else batch[0])
-    return n / (time.process_time() - began)
+    return n / (cpu_seconds() - began)
 
 
 def measure(folder: Path, rows: int, repeats: int, batch: int) -> dict[str, list[float]]:
     """Samples a second of each way, `repeats` times in alternation."""
     ours = CachedCodesDataset(folder / "codes", folder / "targets", SEGMENT_S)
     older, spared = OlderLoader(folder, rows), OlderLoader(folder, rows, free_codes=True)
-    plain = lambda data, lists: torch.utils.data.DataLoader(data, batch_sampler=lists)
+    plain = lambda data, lists, n=0: torch.utils.data.DataLoader(data, batch_sampler=lists, num_workers=n)
     runs = {
         "older": lambda lists: rate_of(plain(older, lists[:2])),
         "older, codes for free": lambda lists: rate_of(plain(spared, lists[:4])),
         "ours": lambda lists: rate_of(loader(ours, lists, 0, False)),
         "ours, 24 kHz audio made on this core": lambda lists: rate_of(loader(ours, lists, 0, False), "cpu"),
+        "older, sent by a worker process": lambda lists: rate_of(plain(older, lists[:2], 1)),
+        "ours, sent by a worker process": lambda lists: rate_of(loader(ours, 4 * lists, 1, False)),
     }
     rng, found = np.random.default_rng(1), {}
     for _ in range(repeats + 1):

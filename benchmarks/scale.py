@@ -3,10 +3,10 @@
 python benchmarks/scale.py                        # 3,447,109 rows; needs 8 GB on the disk, takes minutes
 python benchmarks/scale.py --rows 20000 --folder /tmp/scale --json
 
-Each row has an original and a 48 kHz file, hard links to a few real ones; every second target is the recording
-itself (kind copied), the others are restored (sidon). Each line of the table is a process of its own. Private
-memory is what /proc/PID/smaps_rollup calls so, pages that no other process shares, of a worker that serves
-batches beside one that serves nothing.
+Each row has an original and a 48 kHz file, hard links to a few real ones; every second target is the
+recording itself (kind copied), the others are restored (sidon). Each line of the table is a process of its
+own. Private memory is what /proc/PID/smaps_rollup calls so, pages that no other process shares, of a worker
+that serves batches beside one that serves nothing.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def name_of(row: int) -> str:
 
 def make(folder: Path, rows: int) -> None:
     """Recordings, targets, cache and manifest as the three data programs leave them."""
+    folder.mkdir(parents=True, exist_ok=True)
     rng, n = np.random.default_rng(0), int(SECONDS * 24000)
     codes = [rng.integers(0, 4096, -(-n // 2048) * f, np.int16) for f in GEOMETRY.per_coarse]
     for rate, kind in ((24000, "audio"), (48000, "targets")):

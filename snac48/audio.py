@@ -279,8 +279,8 @@ SHORT_S = 0.05  # a file may end this much early: encoders' padding and rounding
 
 
 def read_span(out, root, rel: str, allowed, start: int, rate: int, need: int = 0, noted=UNKNOWN) -> None:
-    """Fill `out`, float32 [count], with mono samples [start, start + count) of the file `rel` below `root` (as
-    for open_inside) as if resampled whole to `rate`; zeros before its begin and past its end. Raises
+    """Fill `out`, float32 [count], with mono samples [start, start + count) of the file `rel` below `root`
+    (as for open_inside) as if resampled whole to `rate`; zeros before its begin and past its end. Raises
     AudioError.
 
     need: how many of them must lie in the file; a file that ends more than SHORT_S earlier is an AudioError,

@@ -12,6 +12,7 @@ Don't touch without thinking of runs on people's disks: a crop is a function of 
 resuming relies on.
 """
 
+import collections
 import functools
 import math
 from dataclasses import dataclass
@@ -391,20 +392,27 @@ def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: 
             yield part.tolist() or [Filler(int(batch[0]))]
 
 
+PREFETCH = 4  # batches of each worker on their way
+
+
 def loader(data, index_lists, num_workers: int, pin_memory: bool):
-    """The batches of the indices that `index_lists` yields. Raises LoaderDied."""
+    """The batches of the indices that `index_lists` yields, in order. Raises LoaderDied."""
     kill_workers_at_exit()
+    batches = torch.utils.data.DataLoader(
+        data,
+        sampler=index_lists,  # a list is one key of the dataset, a batch one of its items
+        batch_size=None,
+        collate_fn=Sender() if num_workers else as_it_is,
+        num_workers=num_workers,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=pin_memory,
+        prefetch_factor=PREFETCH if num_workers else None,
+    )
+    mapped = collections.deque(maxlen=(PREFETCH + 1) * num_workers)  # spares mapping the same memory again
     try:
-        yield from torch.utils.data.DataLoader(
-            data,
-            sampler=index_lists,  # a list is one key of the dataset
-            batch_size=None,
-            collate_fn=as_it_is,
-            num_workers=num_workers,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=pin_memory,
-            prefetch_factor=4 if num_workers else None,
-        )
+        for batch in batches:
+            mapped.append(batch)
+            yield received(batch, pin_memory) if num_workers else batch
     except RuntimeError as e:
         if not str(e).startswith("DataLoader worker"):
             raise
@@ -416,11 +424,55 @@ def as_it_is(batch: dict) -> dict:
     return batch
 
 
+class Sender:
+    """In a worker: puts a batch's audio into shared memory that is used again and again (new memory costs
+    several times the copy), and the small tensors into the message itself, as numpy arrays.
+
+    A batch is asked for when the last but PREFETCH has been handed on, and `received` copies each before it
+    asks for the next: with PREFETCH + 1 slots none is written while somebody may still read it.
+    """
+
+    def __init__(self):
+        self.slots, self.turn = [{} for _ in range(PREFETCH + 1)], 0
+
+    def __call__(self, batch: dict) -> dict:
+        slot, self.turn = self.slots[self.turn], (self.turn + 1) % len(self.slots)
+
+        def send(key, v):
+            if not torch.is_tensor(v):
+                return v
+            return self.shared(slot, key, v) if key.startswith("audio_") else v.numpy()
+
+        return changed(batch, send)
+
+    def shared(self, slot: dict, key: str, audio):
+        n = audio.numel()
+        if key not in slot or slot[key].numel() < n:
+            slot[key] = torch.empty(n).share_memory_()
+        return slot[key][:n].view(audio.shape).copy_(audio)
+
+
+def received(batch: dict, pinned: bool) -> dict:
+    """A batch of Sender's in tensors of its own. pinned: its audio has been copied, to pinned memory."""
+
+    def own(key, v):
+        if isinstance(v, np.ndarray):
+            return torch.from_numpy(v).pin_memory() if pinned else torch.from_numpy(v)
+        return v.clone() if key.startswith("audio_") and not pinned else v
+
+    return changed(batch, own)
+
+
+def changed(batch: dict, change) -> dict:
+    """The batch with change(key, value) in the place of every value, of each scale of the codes."""
+    each = lambda k, v: [change(k, scale) for scale in v] if k == "codes" else change(k, v)
+    return {k: each(k, v) for k, v in batch.items()}
+
+
 def to_device(batch: dict, device) -> dict:
     """The batch with its tensors on the device; 24 kHz audio is made there of the 48 kHz audio where
     CachedCodesDataset leaves it to us, and the latter loses its margin."""
-    move = lambda v: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-    batch = {k: [move(c) for c in v] if k == "codes" else move(v) for k, v in batch.items()}
+    batch = changed(batch, lambda k, v: v.to(device, non_blocking=True) if torch.is_tensor(v) else v)
     if "halve" in batch:
         wide, low, valid = batch[f"audio_{HALVED}"], batch.get("audio_24k"), batch["valid_24k"][:, None, None]
         made = silent_after(halve_rate(wide), valid)

@@ -96,15 +96,22 @@ def test_rows_of_one_file_and_of_two_share_a_batch(cache_dir, targets):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_gives_the_batches_in_their_order(codes_48k, speech_48k, workers):
+def test_a_loader_gives_the_batches_in_their_order_and_never_changes_them_later(
+    codes_48k, speech_48k, workers
+):
+    """Workers use their shared memory again: all batches are held until the end, then compared."""
     data = CachedCodesDataset(codes_48k, speech_48k, 0.3, target_kind="recordings")
-    lists = [[3, 1], [0, Filler(5)], [Filler(2)], [11, 10, 9]]
+    draw = np.random.default_rng(0)
+    lists = [draw.integers(0, 12, draw.integers(1, 6)).tolist() for _ in range(60)]
+    lists[1:3] = [0, Filler(5)], [Filler(2)]
     found = list(loader(data, iter(lists), workers, pin_memory=False))
-    assert [batch["rows"] for batch in found] == [[3, 1], [0], [], [11, 10, 9]]
+    assert [batch["rows"] for batch in found[:3]] == [lists[0], [0], []]
     assert [batch["valid_24k"].tolist() for batch in found[1:3]] == [[3 * 2048, 0], [0]]
-    for batch, indices in zip(found, lists):
+    for batch, indices in zip(found, lists, strict=True):
         direct = data[indices]
+        assert batch.keys() == direct.keys()
         assert all(torch.equal(batch[k], direct[k]) for k in direct if torch.is_tensor(direct[k]))
+        assert all(torch.equal(a, b) for a, b in zip(batch["codes"], direct["codes"], strict=True))
 
 
 def test_a_spawned_worker_opens_the_tables_itself(cache_dir, targets_dir):
