@@ -75,7 +75,7 @@ def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe without a writer doesn't block
 
 
-@functools.lru_cache(maxsize=1 << 14)
+@functools.lru_cache(maxsize=1 << 13)
 def real_folder(folder: str, allowed: tuple[Path, ...]) -> str | None:
     """Where a folder really lies; None outside of the `allowed` ones. Looked up once a process."""
     real = os.path.realpath(folder)

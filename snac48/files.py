@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
 from .cli import UserError
 
 
@@ -93,3 +95,46 @@ def write_jsonl(path: str | Path, rows) -> None:
     with atomic_file(path, "w", encoding="utf-8") as f:
         for row in rows:
             f.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+class Records:
+    """A file of records of one dtype, each read when it is asked for: [row] and [first:end] are one pread,
+    np.asarray reads all.
+
+    Nothing is mapped: pages of a map count as memory of the process that has touched them, and random rows of
+    a large table touch all of it. skip: bytes before the first record; count: of them (default: all).
+    """
+
+    def __init__(self, path: Path, dtype, skip: int = 0, count: int | None = None):
+        self.how = path, np.dtype(dtype), skip, count
+        self._open()
+
+    def _open(self):
+        path, self.dtype, self.skip, count = self.how
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        held = (os.fstat(self.fd).st_size - self.skip) // self.dtype.itemsize
+        self.count = held if count is None else count
+
+    def __del__(self):
+        with contextlib.suppress(AttributeError, OSError):  # never opened; closed at exit
+            os.close(self.fd)
+
+    def __getstate__(self):  # another process opens it itself
+        return {"how": self.how}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, where):
+        first, end = (where.start, where.stop) if isinstance(where, slice) else (where, where + 1)
+        size = self.dtype.itemsize
+        raw = os.pread(self.fd, (end - first) * size, self.skip + first * size)
+        found = np.frombuffer(raw, self.dtype)
+        return found if isinstance(where, slice) else found[0]
+
+    def __array__(self, dtype=None, copy=None):
+        return self[0 : self.count].astype(dtype or self.dtype.base, copy=False)

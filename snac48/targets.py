@@ -1,7 +1,7 @@
 """Which audio belongs to each row of the data, where it lies, what its header says: tables beside the index.
 
-Made once, by opening every file once, and memory-mapped afterwards: a worker that reads from them has no
-object a row, at any number of rows.
+Made once, by opening every file once, and read row by row afterwards: a worker holds nothing of them, at any
+number of rows.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 
 from .audio import HEADER, UNKNOWN, link_roots, note_header, read_span, target_names
 from .cli import UserError
-from .files import atomic_file
+from .files import Records, atomic_file
 
 KINDS = ("missing", "copied", "sidon", "sinc", "unfaithful")
 AT_ONCE = 4096  # rows of a piece of work
@@ -58,23 +58,13 @@ class Originals:
     def __init__(self, folder: str, path, wanted, index_folder: Path):
         self.folder, self.path, self.allowed = Path(folder), path, link_roots(folder)
         key = hashlib.sha256(np.packbits(wanted).tobytes() + bytes(self.folder.resolve())).hexdigest()[:16]
-        self.table = index_folder / f"headers-{key}.npy"
-        if not self.table.exists():
+        table = index_folder / f"headers-{key}.rows"
+        if not table.exists():
             headers = np.full(len(wanted), np.array(UNKNOWN, HEADER))
             headers[wanted], _ = note_headers(self.folder, map(path, np.flatnonzero(wanted).tolist()))
-            with atomic_file(self.table) as f:
-                np.save(f, headers)
-        self._open()
-
-    def _open(self):
-        self.headers = np.asarray(np.load(self.table, mmap_mode="r"))
-
-    def __getstate__(self):  # spawned workers open the table themselves
-        return {k: v for k, v in self.__dict__.items() if k != "headers"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._open()
+            with atomic_file(table) as f:
+                headers.tofile(f)
+        self.headers = Records(table, HEADER)
 
     def read(self, out, row: int, start: int, rate: int, need: int) -> None:
         """read_span of a row."""
@@ -92,7 +82,7 @@ TARGET = np.dtype(
 
 
 class Targets:
-    """Which 48 kHz file belongs to each row, TARGET [rows], and its samples.
+    """Which 48 kHz file belongs to each row, TARGET [rows], and its samples. kinds: uint8 [rows].
 
     From the folder's manifest.jsonl (precompute_48k.py). Of a folder without a manifest `kind` says what it
     holds (sidon or recordings), and files belong together by their names. The table is kept in
@@ -102,7 +92,7 @@ class Targets:
     """
 
     def __init__(self, folder: str, path, n: int, index_folder: Path | None = None, kind: str = ""):
-        self.folder, self.n, self.table = Path(folder), n, None
+        self.folder, self.n, table = Path(folder), n, None
         if not self.folder.is_dir():
             raise UserError(f"48 kHz folder {folder} does not exist; make it with precompute_48k.py")
         self.allowed = link_roots(folder)
@@ -117,29 +107,24 @@ class Targets:
             stat = manifest.stat() if listed else None
             what = f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}" if listed else kind
             key = hashlib.sha256(f"v2 {self.folder.resolve()} {what}".encode()).hexdigest()[:16]
-            self.table = index_folder / f"targets-{key}.rows"
-            if self.table.exists():
-                self._open()
-                if listed or self.rows["kind"].all():
-                    return
+            table = index_folder / f"targets-{key}.rows"
+            if table.exists() and (self._open(table) or listed):
+                return
         self.rows, self.blob = self._by_manifest(path, manifest) if listed else self._by_name(path, kind)
-        if self.table:
-            with atomic_file(self.table) as f:
+        self.kinds = self.rows["kind"].copy()
+        if table:
+            with atomic_file(table) as f:
+                self.kinds.tofile(f)
                 self.rows.tofile(f)
                 self.blob.tofile(f)
-            self._open()
+            self._open(table)
 
-    def _open(self):
-        self.rows = np.asarray(np.memmap(self.table, TARGET, "r", shape=self.n))
-        self.blob = np.asarray(np.memmap(self.table, np.uint8, "r", offset=self.rows.nbytes))
-
-    def __getstate__(self):  # spawned workers open the table themselves
-        return {k: v for k, v in self.__dict__.items() if not self.table or k not in ("rows", "blob")}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        if self.table:
-            self._open()
+    def _open(self, table: Path) -> bool:
+        """Whether nothing is missing."""
+        self.kinds = np.fromfile(table, np.uint8, self.n)
+        self.rows = Records(table, TARGET, self.n, self.n)
+        self.blob = Records(table, np.uint8, self.n * (1 + TARGET.itemsize))
+        return bool(self.kinds.all())
 
     def _by_manifest(self, path, manifest: Path) -> tuple:
         """(TARGET [n], blob). Rows are found by the hash of their path: no Python object a row is kept."""
@@ -177,11 +162,6 @@ class Targets:
         rows["level"], paths = 1, PathBlob([*names, "\n"])
         rows["path"], rows["size"] = paths.ends[:-2], np.diff(paths.ends)[:-1]
         return rows, paths.blob
-
-    @property
-    def kinds(self):
-        """Index into KINDS of each row: uint8 [rows]."""
-        return self.rows["kind"]
 
     def path(self, row: int) -> str:
         """The row's target below the folder."""
