@@ -128,16 +128,15 @@ def target_names(files: list[str]) -> dict[str, str]:
 # ---- decoding ----
 
 
-@contextlib.contextmanager
-def bad_file():
+class bad_file(contextlib.AbstractContextManager):
     """Inside, whatever is wrong with a file becomes an AudioError that says what."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise AudioError("file not found") from None
-    except (OSError, RuntimeError, ValueError, MemoryError) as e:  # libsndfile's errors are RuntimeErrors
-        reason = getattr(e, "error_string", None) or getattr(e, "strerror", None) or str(e)
-        raise AudioError(f"unreadable: {reason or type(e).__name__}") from None
+
+    def __exit__(self, kind, e, _):
+        if isinstance(e, FileNotFoundError):
+            raise AudioError("file not found") from None
+        if isinstance(e, (OSError, RuntimeError, ValueError, MemoryError)):  # libsndfile's are RuntimeErrors
+            reason = getattr(e, "error_string", None) or getattr(e, "strerror", None) or str(e)
+            raise AudioError(f"unreadable: {reason or type(e).__name__}") from None
 
 
 # What a header says of its file. size: of the file, by which a noted header is recognised; -1: never.
@@ -278,10 +277,10 @@ def resampled_length(n: int, rate: int, new_rate: int) -> int:
 SHORT_S = 0.05  # a file may end this much early: encoders' padding and rounding
 
 
-def read_span(out, root, rel: str, allowed, start: int, rate: int, need: int = 0, noted=UNKNOWN) -> None:
+def read_span(out, root, rel: str, allowed, start: int, rate: int, need: int = 0, noted=UNKNOWN) -> bool:
     """Fill `out`, float32 [count], with mono samples [start, start + count) of the file `rel` below `root`
-    (as for open_inside) as if resampled whole to `rate`; zeros before its begin and past its end. Raises
-    AudioError.
+    (as for open_inside) as if resampled whole to `rate`; zeros before its begin and past its end. Returns
+    whether they cannot be beyond full scale. Raises AudioError.
 
     need: how many of them must lie in the file; a file that ends more than SHORT_S earlier is an AudioError,
     because training on the zeros would teach silence.
@@ -297,7 +296,7 @@ def read_span(out, root, rel: str, allowed, start: int, rate: int, need: int = 0
                 frames = held // (channels * bits // 8)
                 decode = lambda first, part: plain_frames(fd, header, first, part)
                 place(out, decode, frames, file_rate, start, rate, need)
-                return
+                return tag == 1 and file_rate == rate
         finally:
             os.close(fd)
         with open_sound(Path(root) / rel) as f:
@@ -309,6 +308,7 @@ def read_span(out, root, rel: str, allowed, start: int, rate: int, need: int = 0
                 return len(x)
 
             place(out, decode, f.frames, f.samplerate, start, rate, need)
+    return False
 
 
 def plain_frames(fd: int, header: tuple, first: int, out) -> int:

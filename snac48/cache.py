@@ -58,7 +58,8 @@ class CodeIndex:
         self.geometry = Geometry.from_json(json.dumps(info["snac"]))
         self.data_dir, self.bad = info["data_dir"], info["bad"]
         self.offsets, self.lengths, self.path_offsets = (
-            Records(self.folder / f"{name}.i64", np.int64) for name in ("offsets", "lengths", "path_offsets")
+            Records(self.folder / f"{name}.i64", np.int64, mapped=True)
+            for name in ("offsets", "lengths", "path_offsets")
         )
         self.codes = Records(self.folder / "codes.i16", (np.int16, sum(self.geometry.per_coarse)))
         self.paths = Records(self.folder / "paths.bin", np.uint8)

@@ -44,6 +44,10 @@ MAX_PEAK = 4.0
 HALVED = "48k"  # the head whose audio, where it is the recording itself, the 24 kHz audio is made of
 
 
+def peak_of(x) -> float:
+    return float(max(x.max(), -x.min()))
+
+
 @dataclass(frozen=True)
 class Filler:
     """In the place of a dataset index: gives a rank without work a batch; its content does not count."""
@@ -59,7 +63,8 @@ class SliceDataset:
     audio_24k [B, 1, N], audio_48k [B, 1, 2N] and so on for each of `heads` (before to_device they may lack
     what it makes: see there); valid_24k [B]: samples of real audio, the rest is masked out of the loss; start
     [B], in coarse codes; phase_true [B]; noise_key [B]; rows: those that are no fillers; bad_file, left_out:
-    [(path, reason)] of rows whose valid_24k is 0; and what fill_codes of the subclass adds.
+    [(path, reason)] of rows whose valid_24k is 0; and what the subclass adds. Its fill_codes and fill_audio
+    fill row b; the latter returns the peak, or 1 where it cannot be more.
 
     A crop is a function of (seed, epoch, row); `set_epoch` before each epoch. `fixed=True`: the same crop in
     every epoch (validation). heads: which of HEADS are trained; the 24 kHz audio always comes.
@@ -152,8 +157,7 @@ class SliceDataset:
         audio, peak = {name: batch[f"audio_{name}"][b, 0] for name in self.heads}, 0.0
         if not error:
             try:
-                audio = self.fill_audio(batch, b, row, utterance, at, audio)
-                peak = max(float(max(x.max(), -x.min())) for x in audio.values())
+                peak = self.fill_audio(batch, b, row, utterance, at, audio)
             except AudioError as e:
                 error = str(e)
         if error:
@@ -262,7 +266,8 @@ class CachedCodesDataset(SliceDataset):
     def fill_codes(self, batch: dict, b: int, row: int, utterance: dict, start: int, take: int) -> None:
         batch["codes"][b, :take] = self.index.block(row, start, take)
 
-    def fill_audio(self, batch: dict, b: int, row: int, utterance: dict, at: dict, audio: dict) -> dict:
+    def fill_audio(self, batch: dict, b: int, row: int, utterance: dict, at: dict, audio: dict) -> float:
+        peak = 1.0
         rate, low, n = self.geometry.sampling_rate, at["start_sample_24k"], at["samples_24k"]
         need = min(n, utterance["samples"] - low)
         if utterance["kind"] == "copied" and not self.force_24k:
@@ -271,10 +276,11 @@ class CachedCodesDataset(SliceDataset):
         for name, x in audio.items():
             f, margin = self.heads[name].factor, self.margins.get(name, 0)
             if f > 1:
-                self.targets.read(x, row, f * low - margin, f * rate, f * need + margin)
+                within = self.targets.read(x, row, f * low - margin, f * rate, f * need + margin)
             else:
-                self.originals.read(x, row, low, rate, need)
-        return audio
+                within = self.originals.read(x, row, low, rate, need)
+            peak = peak if within else max(peak, peak_of(x))
+        return peak
 
 
 class RawAudioDataset(SliceDataset):
@@ -355,7 +361,7 @@ class RawAudioDataset(SliceDataset):
         batch["encode"].append(torch.from_numpy(whole[lo:hi].copy()))
         batch["encode_at"].append((start - lo // n, take))
 
-    def fill_audio(self, batch: dict, b: int, row: int, utterance: dict, at: dict, audio: dict) -> dict:
+    def fill_audio(self, batch: dict, b: int, row: int, utterance: dict, at: dict, audio: dict) -> float:
         def cut(out, x, first):
             part = x[first : first + len(out)]
             out[: len(part)] = part
@@ -375,7 +381,7 @@ class RawAudioDataset(SliceDataset):
                 out[:] = 0
             else:
                 cut(out, resample(x, rate, self.heads[name].rate), f * low)
-        return audio
+        return max(map(peak_of, audio.values()))
 
 
 # ---- batches ----

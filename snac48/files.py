@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -98,22 +99,28 @@ def write_jsonl(path: str | Path, rows) -> None:
 
 
 class Records:
-    """A file of records of one dtype, each read when it is asked for: [row] and [first:end] are one pread,
-    np.asarray reads all.
+    """A file of records of one dtype: [row], [first:end], and np.asarray for all.
 
-    Nothing is mapped: pages of a map count as memory of the process that has touched them, and random rows of
-    a large table touch all of it. skip: bytes before the first record; count: of them (default: all).
+    Each access is one pread, and nothing is mapped: random rows of a large file would touch all of a map,
+    which counts as memory of each process that does. Numbers that are read at every turn may be `mapped` at
+    once, by the process that opens the file; those that it starts share these pages.
+    skip: bytes before the first record; count: of them (default: all).
     """
 
-    def __init__(self, path: Path, dtype, skip: int = 0, count: int | None = None):
-        self.how = path, np.dtype(dtype), skip, count
+    def __init__(self, path: Path, dtype, skip: int = 0, count: int | None = None, mapped: bool = False):
+        self.how = path, np.dtype(dtype), skip, count, mapped
         self._open()
 
     def _open(self):
-        path, self.dtype, self.skip, count = self.how
+        path, self.dtype, self.skip, count, mapped = self.how
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         held = (os.fstat(self.fd).st_size - self.skip) // self.dtype.itemsize
-        self.count = held if count is None else count
+        self.count, self.view = held if count is None else count, None
+        if mapped:
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            size = self.skip + self.count * self.dtype.itemsize
+            pages = mmap.mmap(self.fd, size, flags, mmap.PROT_READ)
+            self.view = np.frombuffer(pages, self.dtype, self.count, self.skip)
 
     def __del__(self):
         with contextlib.suppress(AttributeError, OSError):  # never opened; closed at exit
@@ -130,10 +137,11 @@ class Records:
         return self.count
 
     def __getitem__(self, where):
+        if self.view is not None:
+            return self.view[where]
         first, end = (where.start, where.stop) if isinstance(where, slice) else (where, where + 1)
         size = self.dtype.itemsize
-        raw = os.pread(self.fd, (end - first) * size, self.skip + first * size)
-        found = np.frombuffer(raw, self.dtype)
+        found = np.frombuffer(os.pread(self.fd, (end - first) * size, self.skip + first * size), self.dtype)
         return found if isinstance(where, slice) else found[0]
 
     def __array__(self, dtype=None, copy=None):

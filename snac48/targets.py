@@ -64,12 +64,12 @@ class Originals:
             headers[wanted], _ = note_headers(self.folder, map(path, np.flatnonzero(wanted).tolist()))
             with atomic_file(table) as f:
                 headers.tofile(f)
-        self.headers = Records(table, HEADER)
+        self.headers = Records(table, HEADER, mapped=True)
 
-    def read(self, out, row: int, start: int, rate: int, need: int) -> None:
+    def read(self, out, row: int, start: int, rate: int, need: int) -> bool:
         """read_span of a row."""
         noted = self.headers[row].item()
-        read_span(out, self.folder, self.path(row), self.allowed, start, rate, need, noted)
+        return read_span(out, self.folder, self.path(row), self.allowed, start, rate, need, noted)
 
 
 # ---- 48 kHz targets ----
@@ -122,7 +122,7 @@ class Targets:
     def _open(self, table: Path) -> bool:
         """Whether nothing is missing."""
         self.kinds = np.fromfile(table, np.uint8, self.n)
-        self.rows = Records(table, TARGET, self.n, self.n)
+        self.rows = Records(table, TARGET, self.n, self.n, mapped=True)
         self.blob = Records(table, np.uint8, self.n * (1 + TARGET.itemsize))
         return bool(self.kinds.all())
 
@@ -168,13 +168,14 @@ class Targets:
         _, first, _, size, _ = self.rows[row].item()
         return bytes(self.blob[first : first + size]).decode("utf-8", "surrogateescape")
 
-    def read(self, out, row: int, start: int, rate: int, need: int) -> None:
+    def read(self, out, row: int, start: int, rate: int, need: int) -> bool:
         """read_span of a row's target, at its source's level."""
         header, first, level, size, _ = self.rows[row].item()
         rel = bytes(self.blob[first : first + size]).decode("utf-8", "surrogateescape")
-        read_span(out, self.folder, rel, self.allowed, start, rate, need, header)
+        within = read_span(out, self.folder, rel, self.allowed, start, rate, need, header)
         if level != 1:
             out /= np.float32(level)
+        return within and level >= 1
 
 
 def manifest_rows(manifest: Path):
