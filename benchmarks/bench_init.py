@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from snac48.audio import resample
-from snac48.data import collate, to_device
+from snac48.data import to_device
 from snac48.losses import TERMS, distances, head_losses
 from snac48.schedule import fft_sizes
 from snac48.training import open_run, prepare
@@ -43,7 +43,7 @@ def sinc_baseline(run, state) -> dict:
     """Validation means of the 24 kHz output upsampled by sinc, in place of the 48 kHz head."""
     weights, found = {term: getattr(run.args, f"{term}_weight") for term in TERMS}, []
     for i in range(len(run.val)):
-        batch = prepare(run, state, collate([run.val[i]]))
+        batch = prepare(run, state, run.val[[i]])
         state.model.set_noise(batch["noise_key"])
         audio_24k, _ = state.model(batch["codes"], ["24k"])
         up = torch.from_numpy(resample(audio_24k[0, 0].cpu().numpy(), 24000, 48000))[None, None]

@@ -9,14 +9,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-from snac48.data import CachedCodesDataset, collate
+from snac48.data import CachedCodesDataset, to_device
 from snac48.decoder import load_dual_head
 from snac48.losses import distances, head_losses
 
 checkpoint, codes, targets = sys.argv[1:4]
 model = load_dual_head(checkpoint).model
 data = CachedCodesDataset(codes, targets, 2.0, seed=42, fixed=True)
-batch = collate([data[i] for i in range(len(data))])
+batch = to_device(data[list(range(len(data)))], "cpu")
 means = []
 for bf16 in (False, True):
     model.set_noise(batch["noise_key"])

@@ -1,6 +1,7 @@
 """What every program that walks an audio folder agrees on: listing, safe paths, decoding, resampling."""
 
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -71,6 +72,48 @@ def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -
     return path
 
 
+READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe without a writer doesn't block
+
+
+@functools.lru_cache(maxsize=1 << 13)
+def real_folder(folder: str, allowed: tuple[Path, ...]) -> str | None:
+    """Where a folder really lies; None outside of the `allowed` ones. Looked up once a process."""
+    real = os.path.realpath(folder)
+    return real if any(Path(real).is_relative_to(r) for r in allowed) else None
+
+
+def open_inside(root: str | Path, rel: str, allowed: tuple[Path, ...]) -> tuple[int, os.stat_result]:
+    """(descriptor, its stat) of a regular file, with the promise of resolve_inside at a tenth of its cost:
+    folders are resolved once a process, and the file itself is opened without following a link; where it is
+    one, its target is opened likewise. Raises AudioError, and OSError where there is no such file."""
+    if not is_safe(rel):
+        raise AudioError(f"unsafe path {rel!r}: must be relative, without '..'")
+    path = f"{root}/{rel}"
+    for _ in range(40):  # as many links as Linux follows
+        folder, _, name = path.rpartition("/")
+        real = real_folder(folder, allowed)
+        if real is None:
+            raise AudioError(f"{rel} is a link that leaves {root}")
+        path = f"{real}/{name}"
+        try:
+            return open_regular(path, os.O_NOFOLLOW)
+        except OSError as e:
+            if e.errno != errno.ELOOP:
+                raise
+        path = os.path.join(real, os.readlink(path))
+    raise AudioError(f"path {rel[:80]!r} leads nowhere: a loop of links")
+
+
+def open_regular(path: str | Path, flags: int = 0) -> tuple[int, os.stat_result]:
+    """(descriptor, its stat). Raises AudioError for what would never end when read, OSError."""
+    fd = os.open(path, READ | flags)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(fd)
+        raise AudioError("not a regular file (a folder, pipe or device)")
+    return fd, found
+
+
 def target_names(files: list[str]) -> dict[str, str]:
     """{source path: path of its 48 kHz target}: `a/b.mp3` -> `a/b.wav`; sources that share a stem (a/b.mp3
     beside a/b.ogg) keep their suffix after the first: `a/b.ogg.wav`."""
@@ -85,78 +128,104 @@ def target_names(files: list[str]) -> dict[str, str]:
 # ---- decoding ----
 
 
-@contextlib.contextmanager
-def bad_file():
+class bad_file(contextlib.AbstractContextManager):
     """Inside, whatever is wrong with a file becomes an AudioError that says what."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise AudioError("file not found") from None
-    except (OSError, RuntimeError, ValueError, MemoryError) as e:  # libsndfile's errors are RuntimeErrors
-        reason = getattr(e, "error_string", None) or getattr(e, "strerror", None) or str(e)
-        raise AudioError(f"unreadable: {reason or type(e).__name__}") from None
+
+    def __exit__(self, kind, e, _):
+        if isinstance(e, FileNotFoundError):
+            raise AudioError("file not found") from None
+        if isinstance(e, (OSError, RuntimeError, ValueError, MemoryError)):  # libsndfile's are RuntimeErrors
+            reason = getattr(e, "error_string", None) or getattr(e, "strerror", None) or str(e)
+            raise AudioError(f"unreadable: {reason or type(e).__name__}") from None
 
 
-def wav_layout(f) -> tuple[int, int, int, int, int, int]:
-    """(format tag, channels, rate, bits a sample, data offset, data bytes) of an open RIFF WAVE file.
-    Raises AudioError when the header claims more data than the file holds (libsndfile shortens it silently).
-    Streaming writers that never came back to fill in the length (0, 0x7FFFFFFF.., 0xFFFFFFFF) are fine."""
-    size = f.seek(0, os.SEEK_END)
-    f.seek(0)
-    head = f.read(12)
-    if len(head) < 12 or head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
+# What a header says of its file. size: of the file, by which a noted header is recognised; -1: never.
+# held: bytes of audio from `offset` on. tag: 1 integers, 3 floats; 0: to be decoded by soundfile.
+HEADER = np.dtype(
+    [("size", "i8"), ("held", "i8"), ("offset", "i8"), ("rate", "u4"), ("channels", "u2"), ("bits", "u2"),
+     ("tag", "u2")],
+    align=True,
+)  # fmt: skip
+UNKNOWN = (-1, 0, 0, 0, 0, 0, 0)
+PLAIN = {(1, 16), (1, 24), (3, 32)}  # (tag, bits): read by one pread
+
+
+def header_of(fd: int, size: int, name: str | Path) -> tuple:
+    """What HEADER names of an open file of `size` bytes. Raises AudioError, for a .wav whose header claims
+    more data than the file holds, too (libsndfile shortens it silently). Streaming writers that never came
+    back to fill in the length (0, 0x7FFFFFFF.., 0xFFFFFFFF) are fine."""
+    if not str(name).lower().endswith(".wav"):
+        return (size, *UNKNOWN[1:])
+    head = os.pread(fd, 4096, 0)
+    part = lambda at, n: head[at : at + n] if at + n <= len(head) else os.pread(fd, n, at)
+    if len(head) < 12 or head[:4] not in (b"RIFF", b"RF64") or head[8:12] != b"WAVE":
         raise AudioError("not a RIFF WAVE file")
-    fmt, ds64 = None, None
-    while len(chunk := f.read(8)) == 8:
+    at, fmt, ds64 = 12, b"", None
+    while len(chunk := part(at, 8)) == 8:
         name, length = struct.unpack("<4sI", chunk)
+        at += 8
         if name == b"data":
             break
-        body = f.read(min(length, 64))
+        body = part(at, min(length, 64))
         if name == b"fmt " and len(body) >= 16:
-            fmt = struct.unpack("<HHIIHH", body[:16])
+            fmt = body
         if name == b"ds64" and len(body) >= 16:
             ds64 = struct.unpack("<Q", body[8:16])[0]
-        f.seek(length + (length & 1) - len(body), os.SEEK_CUR)
+        at += length + (length & 1)
     else:
         raise AudioError("wav without a data chunk (truncated?)")
-    offset = f.tell()
-    if fmt is None:
+    if not fmt:
         raise AudioError("wav without a fmt chunk")
     if head[:4] == b"RF64" and ds64 is not None:
         length = ds64
-    held = size - offset
+    held = size - at
     if held < length < 0x7FFF0000:
         raise AudioError(f"truncated: the header claims {length} bytes of audio, the file holds {held}")
-    tag, channels, rate, _, _, bits = fmt
-    return tag, channels, rate, bits, offset, min(length or held, held)
+    tag, channels, rate, _, width, bits = struct.unpack("<HHIIHH", fmt[:16])
+    if tag == 0xFFFE and len(fmt) >= 26:  # "extensible": the tag proper comes later
+        tag = struct.unpack("<H", fmt[24:26])[0]
+    if (tag, bits) not in PLAIN or not channels or width != channels * bits // 8:
+        tag = 0
+    return size, min(length or held, held), at, check_rate(rate), channels, bits, tag
 
 
-def check_header(path: str | Path) -> tuple | None:
-    """wav_layout of a .wav file. Raises AudioError for what would block or never end when opened, too."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise AudioError("not a regular file (a folder, pipe or device)")
-    if not str(path).lower().endswith(".wav"):
+def note_header(root: str | Path, rel: str, allowed: tuple[Path, ...]) -> tuple | None:
+    """header_of a file below root, UNKNOWN where something is wrong with it, None where there is none."""
+    try:
+        fd, found = open_inside(root, rel, allowed)
+    except FileNotFoundError:
         return None
-    with open(path, "rb") as f:
-        return wav_layout(f)
+    except (AudioError, OSError):
+        return UNKNOWN
+    try:
+        return header_of(fd, found.st_size, rel)
+    except (AudioError, OSError):
+        return UNKNOWN
+    finally:
+        os.close(fd)
+
+
+def check_rate(rate: int) -> int:
+    """The rate. Raises AudioError for one that no recording has: "1 Hz" would become hours."""
+    if not 1000 <= rate <= 1_000_000:
+        raise AudioError(f"sampling rate {rate} Hz in the header")
+    return rate
 
 
 def open_sound(path: str | Path):
-    """soundfile's file. Raises AudioError for a rate that no recording has: "1 Hz" would become hours."""
+    """soundfile's file. Raises AudioError."""
     import soundfile as sf
 
     f = sf.SoundFile(path)
-    if not 1000 <= f.samplerate <= 1_000_000:
-        raise AudioError(f"sampling rate {f.samplerate} Hz in the header")
+    check_rate(f.samplerate)
     return f
 
 
-def check_audio(x) -> None:
-    """Raises AudioError for zero samples and for NaN or infinite ones."""
-    if len(x) == 0:
-        raise AudioError("0 samples")
+def checked(x):
+    """x. Raises AudioError for NaN or infinite samples."""
     if not np.isfinite(x).all():
         raise AudioError(f"{int((~np.isfinite(x)).sum())} NaN or infinite samples")
+    return x
 
 
 def audio_blocks(path: str | Path, block_seconds: float = 60.0):
@@ -164,14 +233,17 @@ def audio_blocks(path: str | Path, block_seconds: float = 60.0):
     memory stays that of one piece. Raises AudioError (never anything else) for whatever is wrong with the
     file, perhaps only after some pieces."""
     with bad_file():
-        check_header(path)
+        fd, found = open_regular(path)
+        try:
+            header_of(fd, found.st_size, path)
+        finally:
+            os.close(fd)
         with open_sound(path) as f:
             expected, rate, done = f.frames, f.samplerate, 0
             while len(x := f.read(max(1, int(block_seconds * rate)), dtype="float32", always_2d=True)):
                 done += len(x)
                 x = x[:, 0] if x.shape[1] == 1 else x.mean(axis=1)
-                check_audio(x)
-                yield x, rate
+                yield checked(x), rate
     if done == 0:
         raise AudioError("0 samples")
     if 0 < expected < 2**62 and done < expected * 0.999 - 4096:  # mp3 and ogg only estimate their length
@@ -205,46 +277,105 @@ def resampled_length(n: int, rate: int, new_rate: int) -> int:
 SHORT_S = 0.05  # a file may end this much early: encoders' padding and rounding
 
 
-def read_audio_span(path: str | Path, start: int, count: int, rate: int, need: int = 0):
-    """Mono float32 samples [start, start + count) of a file as if resampled whole to `rate`; zeros past
-    its end. Raises AudioError.
+def read_span(out, root, rel: str, allowed, start: int, rate: int, need: int = 0, noted=UNKNOWN) -> bool:
+    """Fill `out`, float32 [count], with mono samples [start, start + count) of the file `rel` below `root`
+    (as for open_inside) as if resampled whole to `rate`; zeros before its begin and past its end. Returns
+    whether they cannot be beyond full scale. Raises AudioError.
 
     need: how many of them must lie in the file; a file that ends more than SHORT_S earlier is an AudioError,
-    because training on the zeros would teach silence. 16-bit mono wav at `rate` is read by one seek;
-    everything else by soundfile, resampled from a span that begins on a common sample of both rates, with a
-    margin longer than the filter.
+    because training on the zeros would teach silence.
+    noted: its header as an index has it. It is believed as long as the file has the size of then; this is the
+    place for stronger checks that a file is still the one that was indexed.
     """
-
-    def held_to(frames: int, file_rate: int) -> None:
-        ends, needed = frames / file_rate, (start + need) / rate
-        if ends < needed - SHORT_S:
-            raise AudioError(f"ends after {ends:.2f} s, {needed:.2f} s are needed")
-
-    out = np.zeros(count, np.float32)
     with bad_file():
-        layout = check_header(path)
-        if layout and layout[:4] == (1, 1, rate, 16):
-            offset, held = layout[4:]
-            held_to(held // 2, rate)
-            x = np.fromfile(path, "<i2", max(0, min(count, held // 2 - start)), offset=offset + 2 * start)
-            out[: len(x)] = x
-            out /= 32768.0
-            return out
-        with open_sound(path) as f:
-            held_to(f.frames, f.samplerate)
-            g = math.gcd(f.samplerate, rate)
-            p, q = f.samplerate // g, rate // g  # q output samples lie exactly on p input samples
-            margin = 0 if p == q else 64 * max(1, math.ceil(rate / f.samplerate)) + 512
-            first = max(0, (start - margin) // q) * q
-            want = math.ceil((start + count + margin - first) * p / q)
-            if first // q * p < f.frames:
-                f.seek(first // q * p)
-                x = f.read(want, dtype="float32", always_2d=True).mean(axis=1)
-                if len(x):
-                    check_audio(x)
-                    y = resample(x, f.samplerate, rate)[start - first : start - first + count]
-                    out[: len(y)] = y
-    return out
+        fd, found = open_inside(root, rel, allowed)
+        try:
+            header = noted if noted[0] == found.st_size else header_of(fd, found.st_size, rel)
+            _, held, _, file_rate, channels, bits, tag = header
+            if tag:
+                frames = held // (channels * bits // 8)
+                decode = lambda first, part: plain_frames(fd, header, first, part)
+                place(out, decode, frames, file_rate, start, rate, need)
+                return tag == 1 and file_rate == rate
+        finally:
+            os.close(fd)
+        with open_sound(Path(root) / rel) as f:
+
+            def decode(first: int, part) -> int:
+                f.seek(first)
+                x = checked(f.read(len(part), dtype="float32", always_2d=True).mean(axis=1))
+                part[: len(x)] = x
+                return len(x)
+
+            place(out, decode, f.frames, f.samplerate, start, rate, need)
+    return False
+
+
+def plain_frames(fd: int, header: tuple, first: int, out) -> int:
+    """Fill float32 `out` with mono samples from `first` on of a wav of a kind in PLAIN, by one pread; returns
+    how many there are."""
+    _, held, offset, _, channels, bits, _ = header
+    width = channels * bits // 8
+    count = min(len(out), held // width - first)
+    raw = os.pread(fd, count * width, offset + first * width)
+    if len(raw) < count * width:
+        raise AudioError("truncated while it was read")
+    if bits == 16:
+        x, scale = np.frombuffer(raw, "<i2"), 2**-15
+    elif bits == 24:
+        wide = np.zeros((count * channels, 4), np.uint8)
+        wide[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
+        x, scale = wide.view("<i4")[:, 0], 2**-31
+    else:
+        x, scale = checked(np.frombuffer(raw, "<f4")), 1
+    if channels > 1:
+        x, scale = np.multiply(x, scale, dtype=np.float32).reshape(-1, channels).mean(axis=1), 1
+    np.multiply(x, scale, out=out[:count], dtype=np.float32)
+    return count
+
+
+def place(out, decode, frames: int, file_rate: int, start: int, rate: int, need: int) -> None:
+    """What read_span does with an open file of so many frames. decode(first, part): put its samples from
+    `first` on into `part`; returns how many. Resampled from a span that begins on a common sample of both
+    rates, with a margin longer than the filter."""
+    ends, needed = frames / file_rate, (start + need) / rate
+    if ends < needed - SHORT_S:
+        raise AudioError(f"ends after {ends:.2f} s, {needed:.2f} s are needed")
+    out[: max(0, -start)] = 0
+    out, start, n = out[max(0, -start) :], max(0, start), 0
+    if file_rate == rate:
+        n = decode(start, out) if start < frames else 0
+    else:
+        g = math.gcd(file_rate, rate)
+        p, q = file_rate // g, rate // g  # q output samples lie exactly on p input samples
+        margin = 64 * max(1, math.ceil(rate / file_rate)) + 512
+        first = max(0, (start - margin) // q)
+        if first * p < frames:
+            x = np.empty(math.ceil((start + len(out) + margin - first * q) * p / q), np.float32)
+            y = resample(x[: decode(first * p, x)], file_rate, rate)[start - first * q :][: len(out)]
+            n = len(y)
+            out[:n] = y
+    out[n:] = 0
+
+
+# ---- 24 kHz of 48 kHz ----
+
+HALVING_REACH = 256  # samples at 48 kHz that the filter sees on each side: what lies beyond adds below 1e-8
+
+
+@functools.cache
+def halving_filter():
+    """The filter of resample(x, 48000, 24000) as its impulse response, float64 [2 * HALVING_REACH + 1]: with
+    it, audio whose rate is halved on a GPU has the samples that resample gives."""
+    import soxr
+
+    m, taps = HALVING_REACH, np.zeros(2 * HALVING_REACH + 1)
+    for odd in (0, 1):  # output j of an impulse at 4 m - odd is tap 2 j - 4 m + odd, counted from the middle
+        impulse = np.zeros(8 * m)
+        impulse[4 * m - odd] = 1
+        y = soxr.resample(impulse, 48000, 24000, quality="VHQ")
+        taps[odd::2] = y[3 * m // 2 :][: m + 1 - odd]
+    return taps
 
 
 # ---- writing ----

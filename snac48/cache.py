@@ -18,7 +18,7 @@ import numpy as np
 from .audio import is_safe
 from .cli import UserError, first_line
 from .codec import Geometry
-from .files import atomic_file, read_json, sweep_leftovers, temporary, write_json
+from .files import Records, atomic_file, read_json, sweep_leftovers, temporary, write_json
 
 AGREE = 0.99  # of the codes of a row: other hardware rounds otherwise now and then
 SHARDS = "codes_batch_gpu*_*.parquet"  # of a cache folder
@@ -35,7 +35,7 @@ def shards_of(cache_dir: str | Path) -> list[Path]:
 
 
 class CodeIndex:
-    """A cache folder as flat memory-mapped arrays: no per-row Python object, opened at once at any size.
+    """A cache folder as flat files of Records: no per-row Python object, opened at once at any size.
 
     Built once beside the cache (`index-KEY/`, KEY = names, sizes and mtimes of the shards), atomically.
     codes: int16 [total coarse codes, F], F = sum of codes a coarse code over the scales, scale by scale,
@@ -57,11 +57,12 @@ class CodeIndex:
         info = read_json(self.folder / "index.json")
         self.geometry = Geometry.from_json(json.dumps(info["snac"]))
         self.data_dir, self.bad = info["data_dir"], info["bad"]
-        array = lambda name: np.fromfile(self.folder / f"{name}.i64", np.int64)
-        self.offsets, self.lengths, self.path_offsets = map(array, ("offsets", "lengths", "path_offsets"))
-        f = sum(self.geometry.per_coarse)
-        self.codes = np.memmap(self.folder / "codes.i16", np.int16, "r").reshape(-1, f)
-        self.paths = np.memmap(self.folder / "paths.bin", np.uint8, "r")
+        self.offsets, self.lengths, self.path_offsets = (
+            Records(self.folder / f"{name}.i64", np.int64, mapped=True)
+            for name in ("offsets", "lengths", "path_offsets")
+        )
+        self.codes = Records(self.folder / "codes.i16", (np.int16, sum(self.geometry.per_coarse)))
+        self.paths = Records(self.folder / "paths.bin", np.uint8)
 
     def __getstate__(self):  # spawned workers open the files themselves
         return {"folder": self.folder, "cache_dir": self.cache_dir}
@@ -74,20 +75,26 @@ class CodeIndex:
         return len(self.lengths)
 
     def path(self, row: int) -> str:
-        return bytes(self.paths[self.path_offsets[row] : self.path_offsets[row + 1]]).decode()
+        first, end = self.path_offsets[row : row + 2].tolist()
+        return bytes(self.paths[first:end]).decode()
 
     def coarse(self, row: int) -> int:
         """Coarse codes of an utterance."""
-        return int(self.offsets[row + 1] - self.offsets[row])
+        first, end = self.offsets[row : row + 2].tolist()
+        return end - first
+
+    def block(self, row: int, start: int, coarse_len: int):
+        """Codes of an utterance as they lie here: int16 [coarse_len, F]."""
+        first = int(self.offsets[row]) + start
+        return self.codes[first : first + coarse_len]
 
     def slice(self, row: int, start: int, coarse_len: int) -> list:
         """Codes of all scales, int64 numpy [coarse_len * S // vq_strides[k]] each."""
-        first = int(self.offsets[row]) + start
-        return scales_of(self.codes[first : first + coarse_len], self.geometry)
+        return scales_of(self.block(row, start, coarse_len), self.geometry)
 
     def rows(self):
         """Yield (path, codes as slice gives them, samples) of each row."""
-        for i, n in enumerate(self.lengths):
+        for i, n in enumerate(np.asarray(self.lengths)):
             yield self.path(i), self.slice(i, 0, self.coarse(i)), int(n)
 
     def _build(self, shards):

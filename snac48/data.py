@@ -1,16 +1,19 @@
-"""The data path of training: 48 kHz targets, slices whose codes and audio match exactly, batches.
+"""The data path of training: batches of slices whose codes and audio match exactly.
 
     data = CachedCodesDataset("codes/train", "targets/train", segment_length=2.0)
-    data[0]["codes"], data[0]["audio_24k"], data[0]["audio_48k"]
+    batch = to_device(data[[3, 14, 15]], "cuda:0")
+    batch["codes"], batch["audio_24k"], batch["audio_48k"]
     data = RawAudioDataset(["corpus/train/audio"], segment_length=2.0, geometry=..., context=..., align=...)
-    data[0]["encode"], ...          # audio whose codes are the slice's: the trainer encodes it
+    data[[3, 14, 15]]["encode"], ...    # audio whose codes are the slices': the trainer encodes it
+
+A batch is filled in place, row by row, by one process; nothing is collated.
 
 Don't touch without thinking of runs on people's disks: a crop is a function of (seed, epoch, row), which
 resuming relies on.
 """
 
-import hashlib
-import json
+import collections
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,113 +22,30 @@ import numpy as np
 import torch
 
 from .audio import (
+    HALVING_REACH,
     AudioError,
     find_audio,
+    halving_filter,
     link_roots,
     read_audio,
-    read_audio_span,
     resample,
     resolve_inside,
-    target_names,
 )
-from .cache import CodeIndex
+from .cache import CodeIndex, scales_of
 from .cli import EXIT_BAD_INPUT, LoaderDied, UserError, ignore_stop_signals, kill_workers_at_exit
 from .codec import Geometry, encode, slice_at
 from .decoder import HEADS
-from .files import atomic_file
 from .schedule import Epoch
+from .targets import KINDS, Originals, PathBlob, Targets
 
 # 12 dB over full scale: nobody speaks so. Lossy codecs decode to 1.6 at most; integers stored as floats and
 # broken recordings are louder, and one in 30 steps keeps Adam's second moments off for all other weights.
 MAX_PEAK = 4.0
-
-# ---- targets ----
-
-KINDS = ("missing", "copied", "sidon", "sinc", "unfaithful")
+HALVED = "48k"  # the head whose audio, where it is the recording itself, the 24 kHz audio is made of
 
 
-class PathBlob:
-    """Many paths as one blob, without a Python object each: list -> [row]."""
-
-    def __init__(self, paths):
-        blobs = [p.encode("utf-8", "surrogateescape") for p in paths]
-        self.blob = np.frombuffer(b"".join(blobs), np.uint8)
-        self.ends = np.concatenate([[0], np.cumsum([len(b) for b in blobs], dtype=np.int64)])
-
-    def __getitem__(self, row: int) -> str:
-        return bytes(self.blob[self.ends[row] : self.ends[row + 1]]).decode("utf-8", "surrogateescape")
-
-
-class Targets:
-    """Which 48 kHz file belongs to each row: kind uint8 [rows] (index into KINDS), path, and level float32
-    [rows]: what the stored wav was scaled by to fit 16 bits, undone on reading.
-
-    From the folder's manifest.jsonl (precompute_48k.py), read once and kept in `index_folder`, if given; of a
-    folder without a manifest `kind` says what it holds (sidon or recordings), it is listed at every start.
-    path: row -> path of the source, for rows 0 to n - 1.
-    """
-
-    def __init__(self, folder: str, path, n: int, index_folder: Path | None = None, kind: str = ""):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"48 kHz folder {folder} does not exist; make it with precompute_48k.py")
-        self.allowed = link_roots(folder)
-        manifest, table = self.folder / "manifest.jsonl", None
-        if not kind and not manifest.is_file():
-            raise UserError(
-                f"48 kHz folder {folder} has no manifest.jsonl: say what it holds, --target_kind sidon "
-                "(restored: its waveform is not the recording's) or --target_kind recordings"
-            )
-        if index_folder and manifest.is_file():
-            stat = manifest.stat()
-            key = f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-            table = index_folder / f"targets-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-        if table and table.exists():
-            data = np.load(table)
-        else:
-            data = self._table([path(r) for r in range(n)], manifest, kind)
-            if table:
-                with atomic_file(table) as f:
-                    np.savez(f, **data)
-        self.kinds, self.levels = data["kinds"], data["levels"]
-        self.paths = PathBlob([])
-        self.paths.blob, self.paths.ends = data["blob"], data["ends"]
-
-    @staticmethod
-    def _read_manifest(manifest: Path) -> dict[str, tuple[str, int, float]]:
-        found, present = {}, set(find_audio(manifest.parent))
-        with open(manifest, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    row = json.loads(line)
-                    kind = row["kind"] if row.get("faithful", True) else "unfaithful"
-                    if row["target"] in present:
-                        found[row["path"]] = row["target"], KINDS.index(kind), float(row.get("level", 1.0))
-                except (ValueError, KeyError, TypeError) as e:
-                    raise UserError(
-                        f"{manifest} line {number} is not a manifest row ({e}); run "
-                        "precompute_48k.py again to rewrite it"
-                    ) from None
-        return found
-
-    def _table(self, rows: list[str], manifest: Path, kind: str) -> dict:
-        if manifest.is_file():
-            found = self._read_manifest(manifest)
-        else:
-            number = KINDS.index("sidon" if kind == "sidon" else "copied")
-            names, present = target_names(rows), set(find_audio(self.folder))
-            found = {r: (t, number, 1.0) for r in rows for t in (r, names[r]) if t in present}
-        table = [found.get(r, ("", 0, 1.0)) for r in rows]
-        paths = PathBlob([name for name, _, _ in table])
-        kinds = np.array([kind for _, kind, _ in table], np.uint8)
-        levels = np.array([level for _, _, level in table], np.float32)
-        return {"kinds": kinds, "levels": levels, "blob": paths.blob, "ends": paths.ends}
-
-    def read(self, row: int, start: int, count: int, rate: int, need: int):
-        """Samples [start, start + count) of the row's target at `rate`, at the source's level: float32. At
-        least `need` of them must exist."""
-        path = resolve_inside(self.folder, self.paths[row], self.allowed)
-        return read_audio_span(path, start, count, rate, need) / self.levels[row]
+def peak_of(x) -> float:
+    return float(max(x.max(), -x.min()))
 
 
 @dataclass(frozen=True)
@@ -136,19 +56,25 @@ class Filler:
 
 
 class SliceDataset:
-    """Random slices of utterances with exactly matching 24 and 48 kHz audio (a torch map-style dataset).
+    """Random slices of utterances with exactly matching 24 and 48 kHz audio: a torch map-style dataset whose
+    keys are lists of indices.
 
-    Items: {audio_24k [N], audio_48k [2N] (and so on for each of `heads`), valid_24k: samples of real audio
-    (the rest is to be masked), kind, file_path, start_pos (coarse codes), row, noise_key, error} and what
-    the subclass adds. A crop is a function of (seed, epoch, row); `set_epoch` before each epoch.
-    `fixed=True`: the same crop in every epoch (validation). heads: which of HEADS are trained; the 24 kHz
-    audio always comes.
+    data[[i, j, ...]] is a batch of B rows:
+    audio_24k [B, 1, N], audio_48k [B, 1, 2N] and so on for each of `heads` (before to_device they may lack
+    what it makes: see there); valid_24k [B]: samples of real audio, the rest is masked out of the loss; start
+    [B], in coarse codes; phase_true [B]; noise_key [B]; rows: those that are no fillers; bad_file, left_out:
+    [(path, reason)] of rows whose valid_24k is 0; and what the subclass adds. Its fill_codes and fill_audio
+    fill row b; the latter returns the peak, or 1 where it cannot be more.
+
+    A crop is a function of (seed, epoch, row); `set_epoch` before each epoch. `fixed=True`: the same crop in
+    every epoch (validation). heads: which of HEADS are trained; the 24 kHz audio always comes.
     """
 
     def __init__(self, geometry: Geometry, segment_length: float, seed: int, fixed: bool, heads):
         self.geometry, self.seed, self.fixed, self.epoch = geometry, seed, fixed, 0
         self.heads = {name: head for name, head in HEADS.items() if name in heads or head.factor == 1}
         self.left_out: dict[str, int] = {}
+        self.margins: dict[str, int] = {}  # samples more on each side of a head's audio, for to_device
         self.set_segment_length(segment_length)
 
     def choose_rows(
@@ -195,11 +121,27 @@ class SliceDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int | Filler) -> dict:
-        filler = isinstance(i, Filler)
-        row, g = int(self.rows[i.index if filler else i]), self.geometry
+    def __getitem__(self, indices: list) -> dict:
+        batch = self.blank(len(indices))
+        for b, i in enumerate(indices):
+            self.fill(batch, b, i)
+        return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+
+    def blank(self, size: int) -> dict:
+        """The arrays of a batch of `size` rows."""
+        n, numbers = self.coarse_len * self.geometry.coarse_samples, ("valid_24k", "start", "noise_key")
+        batch = {name: np.zeros(size, np.int64) for name in numbers}
+        batch |= {"phase_true": np.zeros(size, bool), "rows": [], "bad_file": [], "left_out": []}
+        for name, head in self.heads.items():  # every sample of them is written, if only with 0
+            samples = head.factor * n + 2 * self.margins.get(name, 0)
+            batch[f"audio_{name}"] = np.empty((size, 1, samples), np.float32)
+        return batch
+
+    def fill(self, batch: dict, b: int, i: int | Filler) -> None:
+        """Put the row of dataset index i into the arrays of a batch, as its row b."""
+        filler, g, error = isinstance(i, Filler), self.geometry, ""
+        row = int(self.rows[i.index if filler else i])
         draw = np.random.default_rng([self.seed, 0 if self.fixed else self.epoch, row])
-        audio, error, left_out = {}, "", ""
         try:
             utterance = self.open(row)
         except AudioError as e:
@@ -208,36 +150,41 @@ class SliceDataset:
         # the crop: where it begins, in coarse codes (validation's too); noise_key is drawn after it
         start = int(draw.integers(0, utterance["coarse"] - take + 1))
         at = slice_at(start, self.coarse_len, g.hop_length, g.vq_strides)
-        item = {
-            "valid_24k": min(at["samples_24k"], utterance["samples"] - at["start_sample_24k"]),
-            "kind": utterance["kind"],
-            "file_path": self.path(row),
-            "start_pos": start,
-            "row": -1 if filler else row,
-            "noise_key": int(draw.integers(0, 2**62)),
-        } | self.slice(row, utterance, start, take, at)
+        valid = min(at["samples_24k"], utterance["samples"] - at["start_sample_24k"])
+        batch["start"][b], batch["noise_key"][b] = start, draw.integers(0, 2**62)
+        batch["phase_true"][b] = utterance["kind"] in ("copied", "sinc")
+        self.fill_codes(batch, b, row, utterance, start, take)
+        audio, peak = {name: batch[f"audio_{name}"][b, 0] for name in self.heads}, 0.0
         if not error:
             try:
-                audio = self.audio(row, utterance, at)
+                peak = self.fill_audio(batch, b, row, utterance, at, audio)
             except AudioError as e:
                 error = str(e)
-        peak = max((float(np.abs(x).max(initial=0)) for k, x in audio.items() if k != "source"), default=0)
-        if peak > MAX_PEAK:
-            left_out = f"samples reach {peak:.3g} where full scale is 1"
-        if filler or error or left_out:  # named and counted by the trainer; silence is never a target
-            item["valid_24k"] = 0
-        for name, head in self.heads.items():
-            x = audio.get(f"audio_{name}")
-            x = np.zeros(head.factor * at["samples_24k"], np.float32) if x is None else x
+        if error:
+            batch["bad_file"].append((self.path(row), error))
+        elif peak > MAX_PEAK:
+            why = f"samples reach {peak:.3g} where full scale is 1"
+            batch["left_out"].append((self.path(row), why))
+        if not filler:
+            batch["rows"].append(row)
+        if filler or error or peak > MAX_PEAK:  # named and counted by the trainer; silence is never a target
+            for name in self.heads:
+                batch[f"audio_{name}"][b] = 0
+            return
+        batch["valid_24k"][b] = valid
+        for name, x in audio.items():
             # past the end of the recording there is nothing to learn: silence there, masked by the loss
-            x[head.factor * item["valid_24k"] :] = 0
-            item[f"audio_{name}"] = torch.from_numpy(x)
-        return item | {"error": error, "left_out": left_out, "source": audio.get("source")}
+            x[self.heads[name].factor * valid + 2 * self.margins.get(name, 0) :] = 0
 
 
 class CachedCodesDataset(SliceDataset):
-    """Slices of a cache of cache_codes.py: items also have codes [K int64 tensors], filled with -1 past the
-    end, which the model takes as silence there. Without audio_48k_dir: for a decoder of 24 kHz alone."""
+    """Slices of a cache of cache_codes.py: batches also have codes [K] of int64 [B, T_k], filled with -1 past
+    the end, which the model takes as silence there. Without audio_48k_dir: for a decoder of 24 kHz alone.
+
+    Where the 48 kHz file is the recording itself (kind copied), it is read once: to_device makes the 24 kHz
+    audio of it, of the rows that `halve`, bool [B], names. Not with audio_24k_dir: the 24 kHz audio then lies
+    there.
+    """
 
     def __init__(
         self,
@@ -276,14 +223,21 @@ class CachedCodesDataset(SliceDataset):
             self.index.folder,
             target_kind,
         )
-        self.force_24k = bool(audio_24k_dir) or self.targets is None
-        originals = self.force_24k or (self.targets.kinds[self.rows] != KINDS.index("copied")).any()
-        if originals and not Path(self.audio_24k_dir).is_dir():
-            raise UserError(
-                f"originals folder {self.audio_24k_dir or '(not recorded in the cache)'} does "
-                "not exist: the 24 kHz target lies there; give --audio_24k_dir"
-            )
-        self.allowed_24k = link_roots(self.audio_24k_dir)
+        one_file = np.zeros(n, bool)
+        if self.targets and not audio_24k_dir:
+            one_file = self.targets.kinds == KINDS.index("copied")
+        wanted, self.originals = np.zeros(n, bool), None
+        wanted[self.rows] = ~one_file[self.rows]
+        if not wanted[self.rows].all():
+            self.margins = {HALVED: HALVING_REACH}
+        if wanted.any():
+            if not Path(self.audio_24k_dir).is_dir():
+                raise UserError(
+                    f"originals folder {self.audio_24k_dir or '(not recorded in the cache)'} does "
+                    "not exist: the 24 kHz target lies there; give --audio_24k_dir"
+                )
+            self.originals = Originals(self.audio_24k_dir, self.index.path, wanted, self.index.folder)
+        self.force_24k = bool(audio_24k_dir) or not self.targets
 
     def path(self, row: int) -> str:
         return self.index.path(row)
@@ -295,33 +249,49 @@ class CachedCodesDataset(SliceDataset):
         coarse = min(self.index.coarse(row), math.ceil(samples / self.geometry.coarse_samples))
         return {"coarse": coarse, "samples": samples, "kind": kind}
 
-    def slice(self, row: int, utterance: dict, start: int, take: int, at: dict) -> dict:
-        parts = zip(self.index.slice(row, start, take), at["scale_len"])
-        codes = [np.pad(part.astype(np.int64), (0, n - len(part)), constant_values=-1) for part, n in parts]
-        return {"codes": [torch.from_numpy(scale) for scale in codes]}
+    def __getitem__(self, indices: list) -> dict:
+        batch = super().__getitem__(indices)
+        codes = batch.pop("codes")  # [B, coarse, F], as the index holds them
+        scales = scales_of(codes.reshape(-1, codes.shape[-1]).numpy(), self.geometry)
+        batch["codes"] = [torch.from_numpy(scale.reshape(len(indices), -1)) for scale in scales]
+        if self.margins and batch["halve"].all():
+            del batch["audio_24k"]  # nothing to be sent
+        return batch
 
-    def audio(self, row: int, utterance: dict, at: dict) -> dict:
-        found, rate, low, n = {}, self.geometry.sampling_rate, at["start_sample_24k"], at["samples_24k"]
+    def blank(self, size: int) -> dict:
+        shape = (size, self.coarse_len, sum(self.geometry.per_coarse))
+        batch = super().blank(size) | {"codes": np.full(shape, -1, np.int16), "sources": {}}
+        return batch | {"halve": np.zeros(size, bool)} if self.margins else batch
+
+    def fill_codes(self, batch: dict, b: int, row: int, utterance: dict, start: int, take: int) -> None:
+        batch["codes"][b, :take] = self.index.block(row, start, take)
+
+    def fill_audio(self, batch: dict, b: int, row: int, utterance: dict, at: dict, audio: dict) -> float:
+        peak = 1.0
+        rate, low, n = self.geometry.sampling_rate, at["start_sample_24k"], at["samples_24k"]
         need = min(n, utterance["samples"] - low)
-        for name, head in self.heads.items():
-            f = head.factor
-            if f > 1 or (utterance["kind"] == "copied" and not self.force_24k):
-                found[f"audio_{name}"] = self.targets.read(row, f * low, f * n, f * rate, f * need)
+        if utterance["kind"] == "copied" and not self.force_24k:
+            del audio["24k"]
+            batch["halve"][b] = True
+        for name, x in audio.items():
+            f, margin = self.heads[name].factor, self.margins.get(name, 0)
+            if f > 1:
+                within = self.targets.read(x, row, f * low - margin, f * rate, f * need + margin)
             else:
-                source = resolve_inside(self.audio_24k_dir, self.path(row), self.allowed_24k)
-                found[f"audio_{name}"] = read_audio_span(source, low, n, rate, need)
-        return found
+                within = self.originals.read(x, row, low, rate, need)
+            peak = peak if within else max(peak, peak_of(x))
+        return peak
 
 
 class RawAudioDataset(SliceDataset):
-    """Slices of recordings, to be encoded on the fly: items also have encode [m] (audio at the model's rate
-    whose codes hold the slice's) and encode_at (where: first coarse code, number of them).
+    """Slices of recordings, to be encoded on the fly: batches also have encode, B tensors [m] (audio at the
+    model's rate whose codes hold the slice's), encode_at (where: first coarse code, number of them), and
+    sources {b: (path, samples, rate, first)} of what SIDON is to restore.
 
     context, align: samples that the encoder sees beyond a slice, and the unit that spans are rounded to; with
     these the codes of the span are those of the whole utterance. 48 kHz targets: audio_48k_dir as for the
     cache; or the recording itself where its rate is native_rate or more, and below that what `upsampler`
-    says: sinc, or sidon (items then carry the recording as `source`, the trainer restores it); else the
-    file is bad.
+    says: sinc, or sidon (the trainer restores it); else the file is bad.
     """
 
     def __init__(
@@ -381,94 +351,165 @@ class RawAudioDataset(SliceDataset):
             found["kind"] = self.upsampler
         return found
 
-    def slice(self, row: int, utterance: dict, start: int, take: int, at: dict) -> dict:
+    def blank(self, size: int) -> dict:
+        return super().blank(size) | {"encode": [], "encode_at": [], "sources": {}}
+
+    def fill_codes(self, batch: dict, b: int, row: int, utterance: dict, start: int, take: int) -> None:
         n, whole = self.geometry.coarse_samples, utterance.get("audio", np.zeros(self.align, np.float32))
         lo = max(0, (start * n - self.context) // self.align * self.align)
         hi = min(len(whole), -(-((start + take) * n + self.context) // self.align) * self.align)
-        return {"encode": torch.from_numpy(whole[lo:hi].copy()), "encode_at": (start - lo // n, take)}
+        batch["encode"].append(torch.from_numpy(whole[lo:hi].copy()))
+        batch["encode_at"].append((start - lo // n, take))
 
-    def audio(self, row: int, utterance: dict, at: dict) -> dict:
-        def cut(x, first, n):
-            part = x[first : first + n].astype(np.float32)
-            return np.pad(part, (0, n - len(part)))
+    def fill_audio(self, batch: dict, b: int, row: int, utterance: dict, at: dict, audio: dict) -> float:
+        def cut(out, x, first):
+            part = x[first : first + len(out)]
+            out[: len(part)] = part
+            out[len(part) :] = 0
 
-        low, n, (x, rate), found = at["start_sample_24k"], at["samples_24k"], utterance["source"], {}
-        for name, head in self.heads.items():
-            f = head.factor
+        low, n, (x, rate) = at["start_sample_24k"], at["samples_24k"], utterance["source"]
+        for name, out in audio.items():
+            f = self.heads[name].factor
             if f == 1:
-                found[f"audio_{name}"] = cut(utterance["audio"], low, n)
+                cut(out, utterance["audio"], low)
             elif self.targets:
-                need = min(n, utterance["samples"] - low)
-                found[f"audio_{name}"] = self.targets.read(row, f * low, f * n, head.rate, f * need)
+                self.targets.read(
+                    out, row, f * low, f * self.geometry.sampling_rate, f * min(n, utterance["samples"] - low)
+                )
             elif utterance["kind"] == "sidon":
-                found["source"] = (x, rate, f * low)
+                batch["sources"][b] = (self.path(row), x, rate, f * low)
+                out[:] = 0
             else:
-                found[f"audio_{name}"] = cut(resample(x, rate, head.rate), f * low, f * n)
-        return found
-
-
-def collate(items: list[dict]) -> dict:
-    """audio_24k [B, 1, N], audio_48k [B, 1, 2N] and so on, where there; valid_24k, phase_true, noise_key [B];
-    rows: those that are no fillers; codes [K] of [B, T_k], or encode (list of [m]) and encode_at; names;
-    sources: {b: (samples, rate, first)} that SIDON restores."""
-    batch = {}
-    for key in (f"audio_{name}" for name in HEADS if f"audio_{name}" in items[0]):
-        batch[key] = torch.stack([it[key] for it in items])[:, None]
-    if "codes" in items[0]:
-        batch["codes"] = [torch.stack(scale) for scale in zip(*(it["codes"] for it in items))]
-    else:
-        batch |= {k: [it[k] for it in items] for k in ("encode", "encode_at")}
-    return batch | {
-        "valid_24k": torch.tensor([it["valid_24k"] for it in items]),
-        "phase_true": torch.tensor([it["kind"] in ("copied", "sinc") for it in items]),
-        "noise_key": torch.tensor([it["noise_key"] for it in items]),
-        "bad_file": [(it["file_path"], it["error"]) for it in items if it["error"]],
-        "left_out": [(it["file_path"], it["left_out"]) for it in items if it["left_out"]],
-        "sources": {i: it["source"] for i, it in enumerate(items) if it["source"]},
-        "names": [it["file_path"] for it in items],
-        "rows": [it["row"] for it in items if it["row"] >= 0],
-    }
+                cut(out, resample(x, rate, self.heads[name].rate), f * low)
+        return max(map(peak_of, audio.values()))
 
 
 # ---- batches ----
 
 
-def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: int) -> list[list[int]]:
-    """Dataset indices of this rank's micro-batches from global step `first_step` to the end of the epoch; a
-    Filler where a rank has none. Every step has `accum` micro-batches; the split of a batch over ranks and
-    micro-batches changes no result."""
-    found = []
+def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: int):
+    """Yields the dataset indices of this rank's micro-batches from global step `first_step` to the end of the
+    epoch; a Filler where a rank has none. Every step has `accum` micro-batches; the split of a batch over
+    ranks and micro-batches changes no result."""
     for step in range(first_step - epoch.first_step, epoch.steps):
         batch = order[step * epoch.batch : (step + 1) * epoch.batch]
         mine = batch[rank::world]
         for part in np.array_split(mine, accum):
-            found.append([int(i) for i in part] or [Filler(int(batch[0]))])
-    return found
+            yield part.tolist() or [Filler(int(batch[0]))]
+
+
+PREFETCH = 4  # batches of each worker on their way
 
 
 def loader(data, index_lists, num_workers: int, pin_memory: bool):
-    """The batches that `index_lists` name. Raises LoaderDied."""
+    """The batches of the indices that `index_lists` yields, in order. Raises LoaderDied."""
     kill_workers_at_exit()
+    batches = torch.utils.data.DataLoader(
+        data,
+        sampler=index_lists,  # a list is one key of the dataset, a batch one of its items
+        batch_size=None,
+        collate_fn=Sender() if num_workers else as_it_is,
+        num_workers=num_workers,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=pin_memory,
+        prefetch_factor=PREFETCH if num_workers else None,
+    )
+    mapped = collections.deque(maxlen=(PREFETCH + 1) * num_workers)  # spares mapping the same memory again
     try:
-        yield from torch.utils.data.DataLoader(
-            data,
-            batch_sampler=index_lists,
-            collate_fn=collate,
-            num_workers=num_workers,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=pin_memory,
-            prefetch_factor=4 if num_workers else None,
-        )
+        for batch in batches:
+            mapped.append(batch)
+            yield received(batch, pin_memory) if num_workers else batch
     except RuntimeError as e:
         if not str(e).startswith("DataLoader worker"):
             raise
         raise LoaderDied(str(e)) from None
 
 
+def as_it_is(batch: dict) -> dict:
+    """The dataset gives whole batches: nothing to collate."""
+    return batch
+
+
+class Sender:
+    """In a worker: puts a batch's audio into shared memory that is used again and again (new memory costs
+    several times the copy), and the small tensors into the message itself, as numpy arrays.
+
+    A batch is asked for when the last but PREFETCH has been handed on, and `received` copies each before it
+    asks for the next: with PREFETCH + 1 slots none is written while somebody may still read it.
+    """
+
+    def __init__(self):
+        self.slots, self.turn = [{} for _ in range(PREFETCH + 1)], 0
+
+    def __call__(self, batch: dict) -> dict:
+        slot, self.turn = self.slots[self.turn], (self.turn + 1) % len(self.slots)
+
+        def send(key, v):
+            if not torch.is_tensor(v):
+                return v
+            return self.shared(slot, key, v) if key.startswith("audio_") else v.numpy()
+
+        return changed(batch, send)
+
+    def shared(self, slot: dict, key: str, audio):
+        n = audio.numel()
+        if key not in slot or slot[key].numel() < n:
+            slot[key] = torch.empty(n).share_memory_()
+        return slot[key][:n].view(audio.shape).copy_(audio)
+
+
+def received(batch: dict, pinned: bool) -> dict:
+    """A batch of Sender's in tensors of its own. pinned: its audio has been copied, to pinned memory."""
+
+    def own(key, v):
+        if isinstance(v, np.ndarray):
+            return torch.from_numpy(v).pin_memory() if pinned else torch.from_numpy(v)
+        return v.clone() if key.startswith("audio_") and not pinned else v
+
+    return changed(batch, own)
+
+
+def changed(batch: dict, change) -> dict:
+    """The batch with change(key, value) in the place of every value, of each scale of the codes."""
+    each = lambda k, v: [change(k, scale) for scale in v] if k == "codes" else change(k, v)
+    return {k: each(k, v) for k, v in batch.items()}
+
+
 def to_device(batch: dict, device) -> dict:
-    """The batch with its tensors on the device."""
-    move = lambda v: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
-    return {k: [move(c) for c in v] if k == "codes" else move(v) for k, v in batch.items()}
+    """The batch with its tensors on the device; 24 kHz audio is made there of the 48 kHz audio where
+    CachedCodesDataset leaves it to us, and the latter loses its margin."""
+    batch = changed(batch, lambda k, v: v.to(device, non_blocking=True) if torch.is_tensor(v) else v)
+    if "halve" in batch:
+        wide, low, valid = batch[f"audio_{HALVED}"], batch.get("audio_24k"), batch["valid_24k"][:, None, None]
+        made = silent_after(halve_rate(wide), valid)
+        batch["audio_24k"] = made if low is None else made.where(batch["halve"][:, None, None], low)
+        batch[f"audio_{HALVED}"] = silent_after(wide[..., HALVING_REACH:-HALVING_REACH], 2 * valid)
+        del batch["halve"]
+    return batch
+
+
+def silent_after(audio, valid):
+    """[B, 1, N] with zeros from sample valid, [B, 1, 1], on."""
+    return audio * (torch.arange(audio.shape[-1], device=audio.device) < valid)
+
+
+def halve_rate(wide):
+    """48 kHz audio with HALVING_REACH samples more on each side, [B, 1, 2N + 2R], at 24 kHz [B, 1, N]: the
+    samples of snac48.audio.resample within 1e-6. By FFT, which is fp32 whatever the setting of TF32; what is
+    folded back from 12 kHz on the filter has taken away."""
+    n = wide.shape[-1]
+    size = min(m << math.ceil(math.log2(n / m)) for m in (1, 3, 5))  # 2^k, 3 * 2^k, 5 * 2^k: fast ones
+    spectrum = torch.fft.rfft(wide, size)[..., : size // 4 + 1] * halving_response(size, wide.device)
+    return torch.fft.irfft(spectrum, size // 2)[..., HALVING_REACH // 2 : (n - HALVING_REACH) // 2]
+
+
+@functools.lru_cache(maxsize=8)
+def halving_response(size: int, device: torch.device):
+    """Frequency response of the filter in halve_rate for `size` samples: float32 [size // 4 + 1]."""
+    taps = np.zeros(size)
+    taps[: 2 * HALVING_REACH + 1] = halving_filter() / 2  # half as many samples come back
+    response = np.fft.rfft(np.roll(taps, -HALVING_REACH)).real[: size // 4 + 1]
+    return torch.from_numpy(response.astype(np.float32)).to(device)
 
 
 @torch.no_grad()
@@ -493,7 +534,7 @@ def restore_targets(batch: dict, sidon, min_envelope_corr: float) -> list[tuple[
     """Fill the 48 kHz targets of `batch["sources"]` by SIDON, each from its whole recording. Returns (name,
     envelope correlation) of those below min_envelope_corr: unfaithful, masked out of the loss."""
     unfaithful = []
-    for i, (audio, rate, first) in batch["sources"].items():
+    for i, (name, audio, rate, first) in batch["sources"].items():
         restored, info = sidon.upsample(audio, rate)
         target = batch["audio_48k"][i, 0]
         part = torch.from_numpy(restored[first : first + target.shape[-1]]).to(target.device)
@@ -501,5 +542,5 @@ def restore_targets(batch: dict, sidon, min_envelope_corr: float) -> list[tuple[
         target[2 * int(batch["valid_24k"][i]) :] = 0
         if info["envelope_corr"] < min_envelope_corr:
             batch["valid_24k"][i] = 0
-            unfaithful.append((batch["names"][i], info["envelope_corr"]))
+            unfaithful.append((name, info["envelope_corr"]))
     return unfaithful

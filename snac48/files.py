@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import socket
 import threading
 import time
 from pathlib import Path
+
+import numpy as np
 
 from .cli import UserError
 
@@ -93,3 +96,53 @@ def write_jsonl(path: str | Path, rows) -> None:
     with atomic_file(path, "w", encoding="utf-8") as f:
         for row in rows:
             f.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+class Records:
+    """A file of records of one dtype: [row], [first:end], and np.asarray for all.
+
+    Each access is one pread, and nothing is mapped: random rows of a large file would touch all of a map,
+    which counts as memory of each process that does. Numbers that are read at every turn may be `mapped` at
+    once, by the process that opens the file; those that it starts share these pages.
+    skip: bytes before the first record; count: of them (default: all).
+    """
+
+    def __init__(self, path: Path, dtype, skip: int = 0, count: int | None = None, mapped: bool = False):
+        self.how = path, np.dtype(dtype), skip, count, mapped
+        self._open()
+
+    def _open(self):
+        path, self.dtype, self.skip, count, mapped = self.how
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        held = (os.fstat(self.fd).st_size - self.skip) // self.dtype.itemsize
+        self.count, self.view = held if count is None else count, None
+        if mapped:
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            size = self.skip + self.count * self.dtype.itemsize
+            pages = mmap.mmap(self.fd, size, flags, mmap.PROT_READ)
+            self.view = np.frombuffer(pages, self.dtype, self.count, self.skip)
+
+    def __del__(self):
+        with contextlib.suppress(AttributeError, OSError):  # never opened; closed at exit
+            os.close(self.fd)
+
+    def __getstate__(self):  # another process opens it itself
+        return {"how": self.how}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, where):
+        if self.view is not None:
+            return self.view[where]
+        first, end = (where.start, where.stop) if isinstance(where, slice) else (where, where + 1)
+        size = self.dtype.itemsize
+        found = np.frombuffer(os.pread(self.fd, (end - first) * size, self.skip + first * size), self.dtype)
+        return found if isinstance(where, slice) else found[0]
+
+    def __array__(self, dtype=None, copy=None):
+        return self[0 : self.count].astype(dtype or self.dtype.base, copy=False)

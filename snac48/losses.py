@@ -111,6 +111,7 @@ class Judged:
     rate: int  # Hz
     original: torch.Tensor  # [B, N * 24000 / rate]: the 24 kHz recording
     phase_true: torch.Tensor  # [B] bool: whether the target's waveform is the recording's
+    all_phase_true: bool = False  # known to be: the CPU need not ask the GPU
     n_ffts: tuple[int, ...] = (1024, 2048, 4096)
     stft: str = "magnitude"
 
@@ -118,7 +119,7 @@ class Judged:
 def waveform_term(x: Judged):
     """Waveform L1; of a target that is not phase-true only below 12 kHz, against the recording."""
     loss, low, valid = l1_loss(x.audio, x.target, x.valid), x.audio, x.valid
-    if low.shape == x.original.shape or bool(x.phase_true.all()):
+    if low.shape == x.original.shape or x.all_phase_true:
         return loss
     while low.shape[-1] > x.original.shape[-1]:
         low, valid = halve_rate(low), valid // 2
@@ -154,6 +155,7 @@ def judged(audio, batch, **options):
                     head.rate,
                     batch["audio_24k"][:, 0],
                     batch["phase_true"],
+                    batch.get("all_phase_true", False),
                     **options,
                 ),
             )

@@ -482,7 +482,8 @@ def prepare(run: Run, state: State, batch: dict) -> dict:
                 known[name] = reason
                 run.log.say(f"{event.replace('_', ' ')} {name}: {reason}")
                 run.log.metric(event=event, file_path=name, reason=reason, step=state.step)
-    batch = to_device(batch, run.device)
+    known = {"all_phase_true": bool(batch["phase_true"].all())}  # while it lies on the CPU
+    batch = to_device(batch | known, run.device)
     if run.snac is not None:
         spans, places, n = batch["encode"], batch["encode_at"], batch["audio_24k"].shape[-1]
         batch["codes"] = encode_spans(run.snac, spans, places, n, run.geometry, run.device)

@@ -173,7 +173,7 @@ def test_unreadable_permission(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     job = {"input_dir": str(tmp_path), "allowed": (tmp_path.resolve(),), "native_rate": 48000}
     found = read_file("a.wav", "a.wav", job | {"upsampler": "sidon"})
     assert found["reason"] == "unreadable: Permission denied"
