@@ -310,4 +310,15 @@ for schema, (plain, made_of_cpp, made_of_triton) in FORMULAS.items():
     LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
     LIBRARY.impl(name, on_cpu(plain, made_of_cpp), "CPU")
     LIBRARY.impl(name, on_cuda(plain, made_of_triton), "CUDA")
-ops = torch.ops.snac48
+
+
+class Operators:
+    """The operators by name; while a model is exported the plain formulas, which other runtimes know."""
+
+    def __getattr__(self, name: str):
+        return (
+            globals()[f"plain_{name}"] if torch.compiler.is_exporting() else getattr(torch.ops.snac48, name)
+        )
+
+
+ops = Operators()
