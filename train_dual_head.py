@@ -613,8 +613,9 @@ def end(run: Run, state: State, ending: BaseException) -> int:
     """Checkpoint, closing lines and exit code of an ending. Raises UserError where it is an error."""
     reason, code, keep, advice = next(row for kind, row in ENDINGS.items() if isinstance(ending, kind))
     advice = advice.format(args=run.args, error=cli.first_line(ending))
-    if keep:
+    if keep:  # an ending that all ranks come to
         keep(run, state)
+        run.ranks.barrier()  # torchrun would end rank 0 in its writing soon after another one has left
     spent, gpu = time.time() - run.began, run.device.type == "cuda"
     memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if gpu else ""
     run.log.say(

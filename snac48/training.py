@@ -22,11 +22,12 @@ from torch import nn
 from . import DEFAULT_MODEL, codec, schedule
 from .cache import recorded_model
 from .checkpoint import load_checkpoint, prune, require, save_checkpoint
-from .cli import StopFlag, UserError, first_line, pick_device
+from .cli import StopFlag, UserError, first_line
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
 from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
+from .ranks import Ranks, fingerprint, join
 from .runlog import RunLog, SampleLog, git_sha, human_time, step_line, versions
 from .schedule import Epoch
 from .starts import start_head
@@ -39,9 +40,7 @@ class Run:
     """What never changes after the start; `data` alone is told epoch and segment length."""
 
     args: object  # every option of train_dual_head.py by name
-    rank: int
-    world: int  # processes
-    device: torch.device
+    ranks: Ranks
     geometry: codec.Geometry
     config: dict  # SNAC's arguments
     data: CachedCodesDataset | RawAudioDataset
@@ -53,6 +52,18 @@ class Run:
     samples: SampleLog | None = None
     stop: StopFlag | None = None
     began: float = field(default_factory=time.time)
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world(self) -> int:
+        return self.ranks.world
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
 
     @property
     def folder(self) -> Path:
@@ -76,24 +87,13 @@ class Run:
         return loader(data, index_lists, self.args.num_workers, pin_memory=self.device.type == "cuda")
 
     def reduce_sum(self, values):
-        """Sums over all ranks, on the CPU: a tensor gives a tensor, a list gives a list of floats."""
-        if not torch.is_tensor(values):
-            return self.reduce_sum(torch.tensor(values, dtype=torch.float64)).tolist()
-        if self.world == 1:
-            return values
-        shared = values.to(self.device)
-        dist.all_reduce(shared)
-        return shared.cpu()
+        return self.ranks.reduce_sum(values)
 
 
 def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     """Load codec and data, build the model; saved: the checkpoint to go on from. Raises UserError."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(os.environ["LOCAL_RANK"] if world > 1 and args.device != "cpu" else args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ranks = join(args.device)
+    device = ranks.device
     if args.tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         torch.backends.cudnn.conv.fp32_precision = "tf32"
@@ -105,9 +105,11 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         args.pretrained_model = recorded_model(args.cache_dir) if args.cache_dir else DEFAULT_MODEL
     snac = codec.new_snac(args.from_scratch) if args.from_scratch else codec.load_snac(args.pretrained_model)
     geometry = codec.geometry_of(snac, args.from_scratch or args.pretrained_model)
-    data, val = (open_data(args, snac, geometry, prefix) for prefix in ("", "val_"))
+    with ranks.in_turn("data"):
+        data, val = (open_data(args, snac, geometry, prefix) for prefix in ("", "val_"))
     plan = schedule.make_plan(args, len(data))
-    run = Run(args, rank, world, device, geometry, codec.model_config(snac), data, val, plan)
+    run = Run(args, ranks, geometry, codec.model_config(snac), data, val, plan)
+    agree(run, saved)
     if args.from_scratch and not saved:
         start_from_features(snac, some_speech(run, 12 * geometry.codebook_size), args.seed)
     if args.phase10_checkpoint and not saved:
@@ -131,11 +133,34 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         from .sidon import Sidon
 
         run.sidon = Sidon(args.sidon_dir or None, device=device)
-    run.log = RunLog(args.output_dir, quiet=rank > 0)
+    run.log = RunLog(args.output_dir, quiet=ranks.rank > 0)
     if args.sample_log:
-        run.samples = SampleLog(run.folder, rank, state.step)
+        run.samples = SampleLog(run.folder, ranks.rank, state.step)
     run.stop = StopFlag()  # from here on a signal is answered with a checkpoint
     return run, state
+
+
+def agree(run: Run, saved: dict | None) -> None:
+    """Raises UserError unless all processes are about to do the same steps on the same data."""
+    if run.world == 1:
+        return
+    weights = fingerprint(*(w.cpu().numpy() for w in saved["model"].values())) if saved else "none"
+    facts = {
+        "the step to begin at": saved["global_step"] if saved else 0,
+        "the checkpoint": weights,
+        "the number of steps": run.total,
+        "the codec": run.geometry.weights_sha256[:12],
+        "the training data": mark_of(run.data),
+        "the validation data": mark_of(run.val),
+    }
+    run.ranks.agree(run.args, facts)
+
+
+def mark_of(data) -> str:
+    """Of a dataset: how many rows, and a fingerprint of which, of a thousand paths, and of the targets."""
+    rows = data.rows
+    paths = [data.path(int(row)) for row in rows[:: 1 + len(rows) // 1000]]
+    return f"{len(rows)} rows {fingerprint(rows, data.targets.kinds if data.targets else b'', *paths)}"
 
 
 def open_data(args, snac, geometry: codec.Geometry, prefix: str):
