@@ -458,7 +458,7 @@ def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
     for i, part in enumerate(batch.parts):
         part = prepare(run, state, part)
         last = i == len(batch.parts) - 1
-        with contextlib.nullcontext() if last or run.world == 1 else state.wrapped.no_sync():
+        with run.ranks.own_gradients(state.wrapped, last):
             losses, _, codes, latents = losses_of(run, state, state.wrapped, part, heads)
             loss = weighted(losses, minimised).sum()
             (loss * (run.world / batch.size)).backward()  # DDP averages over ranks

@@ -272,6 +272,10 @@ class StopFlag:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def check(self) -> None:
+        if self:
+            raise Stopped
+
 
 def ignore_stop_signals(*_) -> None:
     """For workers: `launch.sh stop` signals the whole process group, but the main process decides."""

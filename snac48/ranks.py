@@ -70,6 +70,17 @@ class Ranks:
         """Until all ranks have come here."""
         self.reduce_sum([0.0])
 
+    def in_step(self, module):
+        """The module as training calls it: of several processes in DDP, which averages their gradients."""
+        if self.world == 1:
+            return module
+        gpu = [self.device.index] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(module, device_ids=gpu)
+
+    def own_gradients(self, module, last: bool):
+        """For the micro-batches of a step: only the last one's backward averages what all have added up."""
+        return contextlib.nullcontext() if last or self.world == 1 else module.no_sync()
+
     def wait(self, key: str, owner: int) -> None:
         """Until rank `owner` has set `key`, days if need be. Raises UserError where that process has died."""
         beats, silent, pause = None, 0, LOOK_S / 50
@@ -92,9 +103,15 @@ class Ranks:
         if self.world > 1:
             self.store.set(f"{name} {self.rank}", "done")
 
-    def agree(self, args, facts: dict) -> None:
-        """Of several ranks: returns when all have the same facts and the same options (but for LOCAL ones and
-        folders). Else rank 0 raises a UserError that names what differs, and with it all end."""
+    def agree(self, args, saved: dict | None, facts: dict) -> None:
+        """Returns when all ranks have the same facts, the same checkpoint (`saved`, or none) and the same
+        options, but for LOCAL ones and folders. Else rank 0 raises a UserError that names what differs, and
+        with it all end."""
+        if self.world == 1:
+            return
+        step, weights = (saved["global_step"], saved["model"].values()) if saved else (0, ())
+        facts |= {"the checkpoint": fingerprint(*(w.cpu().numpy() for w in weights)) if saved else "none"}
+        facts = {"the step to begin at": step} | facts
         options = {f"--{k}": v for k, v in vars(args).items() if k not in LOCAL and not k.endswith("_dir")}
         mine = {k: str(v) for k, v in (facts | options).items()} | {"host": socket.gethostname()}
         self.store.set(f"facts {self.rank}", json.dumps(mine))

@@ -1,5 +1,5 @@
-"""`python -m snac48.torchrun ARGS` is `torchrun ARGS`, but it ends as its processes do: with their exit code, and
-without a traceback of its own below what they have said."""
+"""`python -m snac48.torchrun ARGS` is `torchrun ARGS`, but it ends as its processes do: with their exit code,
+and without a traceback of its own below what they have said."""
 
 import sys
 

@@ -109,7 +109,9 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         data, val = (open_data(args, snac, geometry, prefix) for prefix in ("", "val_"))
     plan = schedule.make_plan(args, len(data))
     run = Run(args, ranks, geometry, codec.model_config(snac), data, val, plan)
-    agree(run, saved)
+    facts = {"the number of steps": run.total, "the codec": geometry.weights_sha256}
+    facts |= {"the training data": mark_of(data), "the validation data": mark_of(val)}
+    ranks.agree(args, saved, facts)
     if args.from_scratch and not saved:
         start_from_features(snac, some_speech(run, 12 * geometry.codebook_size), args.seed)
     if args.phase10_checkpoint and not saved:
@@ -138,22 +140,6 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         run.samples = SampleLog(run.folder, ranks.rank, state.step)
     run.stop = StopFlag()  # from here on a signal is answered with a checkpoint
     return run, state
-
-
-def agree(run: Run, saved: dict | None) -> None:
-    """Raises UserError unless all processes are about to do the same steps on the same data."""
-    if run.world == 1:
-        return
-    weights = fingerprint(*(w.cpu().numpy() for w in saved["model"].values())) if saved else "none"
-    facts = {
-        "the step to begin at": saved["global_step"] if saved else 0,
-        "the checkpoint": weights,
-        "the number of steps": run.total,
-        "the codec": run.geometry.weights_sha256[:12],
-        "the training data": mark_of(run.data),
-        "the validation data": mark_of(run.val),
-    }
-    run.ranks.agree(run.args, facts)
 
 
 def mark_of(data) -> str:
@@ -356,9 +342,7 @@ def enter_phase(run: Run, state: State, phase: str) -> None:
     state.wrapped = state.codec or state.model
     if state.codec:
         state.codec.from_features = phase == "features"
-    if run.world > 1:
-        ids = [run.device.index] if run.device.type == "cuda" else None
-        state.wrapped = nn.parallel.DistributedDataParallel(state.wrapped, device_ids=ids)
+    state.wrapped = run.ranks.in_step(state.wrapped)
     if args.compile:
         state.wrapped = torch.compile(state.wrapped)
     state.norm = None  # the running gradient norm of another set of parameters
