@@ -452,7 +452,8 @@ def train_step(run: Run, state: State, passes: list, frames: int) -> tuple[float
         codes = codes.to(device, non_blocking=True)
         with run.ranks.own_gradients(run.forward, last=i == len(passes)):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                part, nll = objective(run.forward, codes, run.weights, args.label_smoothing, frames)
+                rest = model.sizes, run.weights, args.label_smoothing, frames
+                part, nll = objective(run.forward, codes, *rest)
             (part * world).backward()  # DDP averages over ranks
         loss += part.detach()
         ce += nll

@@ -182,13 +182,14 @@ def token_losses(logits, codes, sizes):
     return torch.where(codes >= 0, nll, 0.0), torch.where(codes >= 0, flat, 0.0)
 
 
-def objective(model, codes, weights, smoothing: float, frames: int):
+def objective(model, codes, sizes, weights, smoothing: float, frames: int):
     """(loss to minimise, summed plain cross-entropy [K]) of one forward pass over codes [B, T, K].
 
-    frames: of the whole optimiser step, so that the passes' losses add up to the step's mean.
+    model: a TokenLM, perhaps wrapped; sizes: its own. frames: of the whole optimiser step, over all ranks, so
+    that the passes' losses add up to the step's mean.
     """
     logits = model(codes)
-    nll, flat = token_losses(logits, codes, model.sizes)
+    nll, flat = token_losses(logits, codes, sizes)
     mixed = ((1 - smoothing) * nll + smoothing * flat).sum((0, 1))
     return (mixed * weights).sum() / (frames * weights.sum()), nll.sum((0, 1)).detach()
 
