@@ -15,15 +15,16 @@
 #   ./launch.sh logs NAME               follow its log
 #   ./launch.sh monitor [args]          the terminal UI
 #
-# GPUS is 3, 0,1,2,3, cpu, or cpu,cpu for two processes; where CUDA_VISIBLE_DEVICES is set (by a scheduler), the
-# numbers are places in it. One training on several machines: on each of them
-#   NNODES=2 NODE_RANK=0|1 MASTER=HOST_OF_RANK_0:29500 ./launch.sh train 0,1,2,3 [the same args]
-# or, in a Slurm job, srun ./launch.sh train 0,1,2,3 (docs/jobs.md). train goes on where its folder holds a
-# checkpoint. FOREGROUND=1 (in a Slurm job: always) waits for what it starts. Recordings, targets and codes lie in corpus/, targets/ and codes/ below this folder or
-# DATA_ROOT (--data_root), unless flags name others. Jobs are named by what they do, train_phase12_gpu3,
-# cache_train_gpu0, precompute_cpu …; train_gpu3 is enough where only one is meant. LOG_DIR (logs) holds NAME.log,
-# NAME.pid (pid, kernel start time, command) and NAME.json. Jobs run in their own session: closing the terminal
-# does not end them. Extra arguments go to the script as they are.
+# GPUS is 3, 0,1,2,3 or cpu (cpu,cpu: a training in two processes); where a scheduler has set CUDA_VISIBLE_DEVICES,
+# the numbers are places in it. A training on two machines: on each of them
+#   NNODES=2 NODE_RANK=0|1 MASTER=FIRST_HOST:29500 ./launch.sh train 0,1,2,3 [the same args]
+# or srun ./launch.sh train 0,1,2,3 in a Slurm job, where what is started is waited for (elsewhere: FOREGROUND=1).
+#
+# Recordings, targets and codes lie in corpus/, targets/ and codes/ below this folder or DATA_ROOT (--data_root),
+# unless flags name others. A training goes on where its folder holds a checkpoint. Jobs are named by what they do,
+# train_phase12_gpu3, cache_train_gpu0, precompute_cpu …; train_gpu3 is enough where only one is meant. LOG_DIR
+# (logs) holds NAME.log, NAME.pid (pid, kernel start time, command) and NAME.json. Jobs run in their own session:
+# closing the terminal does not end them. Extra arguments go to the script as they are.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -155,7 +156,9 @@ visible() { # the GPUs that are ours, one a line: those of CUDA_VISIBLE_DEVICES,
 take_gpus() { # GPUS: several of them become CUDA_VISIBLE_DEVICES, of which torchrun's processes take one each
   local gpu chosen=''
   local -a ours
-  [[ $1 == *,* && $1 != cpu* ]] || return 0
+  [[ $1 == *,* ]] || return 0
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # what torchrun sets, too, with five lines about it
+  [[ $1 != cpu* ]] || return 0
   mapfile -t ours < <(visible)
   for gpu in ${1//,/ }; do chosen+=,${ours[gpu]}; done
   export CUDA_VISIBLE_DEVICES=${chosen#,}
@@ -183,7 +186,6 @@ training_command() { # SCRIPT GPUS: sets COMMAND, by torchrun where there are se
   processes=$(tr ',' '\n' <<<"$2" | wc -l)
   COMMAND=("$VENV/bin/python" -u "$ROOT/$1" --device "$2")
   [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ] || return 0
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun says so at length where it is not set
   # a stop comes to each process, and after it the time that a checkpoint may take; a hangup comes to none
   COMMAND=("$VENV/bin/python" -m snac48.torchrun --nproc_per_node "$processes"
     --shutdown_timeout "${SHUTDOWN_TIMEOUT:-600}" --signals_to_handle "SIGTERM,SIGINT,SIGUSR1")

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from .cli import UserError, complain, note_exit, pick_device
 
 PATIENCE = timedelta(hours=1)  # in a collective operation: a slow disk, rank 0 writing or speaking a sample
-REACH = timedelta(seconds=60)  # to reach the store
+REACH_S = 60  # to reach the store at the beginning
+REACH_AGAIN_S = 15
 LOOK_S = 1.0  # between two looks at the store
 SILENT_LOOKS = 600  # without a beat of a process that another one waits for: it is dead
 ENDING = threading.Event()  # this process is about to leave
@@ -41,11 +42,12 @@ def env(name: str, default: int = 0) -> int:
     return int(os.environ.get(name, default))
 
 
-def connect():
+def connect(seconds: float = REACH_S):
     """A connection to the store (one serves one thread). Raises RuntimeError where nobody answers."""
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun; else rank 0 does
     where, serve = (os.environ["MASTER_ADDR"], env("MASTER_PORT")), not served and env("RANK") == 0
-    store = dist.TCPStore(*where, is_master=serve, timeout=REACH, wait_for_workers=False, multi_tenant=True)
+    how = {"timeout": timedelta(seconds=seconds), "wait_for_workers": False, "multi_tenant": True}
+    store = dist.TCPStore(*where, is_master=serve, **how)
     return dist.PrefixStore(f"snac48/{env('TORCHELASTIC_RESTART_COUNT')}", store)
 
 
@@ -206,13 +208,17 @@ def watch(store) -> None:
         try:
             store.add(f"beats {env('RANK')}", 1)
             first = json.loads(store.get(ENDED)) if store.check([ENDED]) else None
-        except RuntimeError:
-            break
+        except RuntimeError:  # a broken connection, or torchrun was killed
+            try:
+                store = connect(REACH_AGAIN_S)
+            except RuntimeError:
+                break
+            continue
         if first and first["pid"] == os.getpid() and first["rank"] == env("RANK"):
             return  # our own: the main thread ends
         if first:
             leave_at_once(last_words(first), first["code"])
-    os.kill(os.getpid(), signal.SIGTERM)  # torchrun was killed: as if it had been told to stop
+    os.kill(os.getpid(), signal.SIGTERM)  # as if torchrun had been told to stop
     time.sleep(LEAVE_S)
     leave_at_once(gone() if env("LOCAL_RANK") == 0 else "", 1)
 

@@ -102,7 +102,7 @@ def test_where_torchrun_is_killed_its_processes_stop_with_a_checkpoint(folder, t
         time.sleep(0.05)
     children = descendants(job.pid)
     job.kill()
-    said = job.communicate(timeout=60)[0]  # until the last of them has closed its end
+    said = job.communicate(timeout=120)[0]  # until the last of them has closed its end
     assert len(children) == 2
     while any(map(start_time, children)):  # on their way out
         time.sleep(0.05)
