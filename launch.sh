@@ -7,7 +7,7 @@
 #   ./launch.sh precompute GPUS [args]  48 kHz targets of both splits (precompute_48k.py, one process a GPU)
 #   ./launch.sh cache      GPUS [args]  codes of both splits          (cache_codes.py, one process a GPU)
 #   ./launch.sh train      GPUS [args]  dual-head training       (train_dual_head.py, several GPUs: torchrun)
-#   ./launch.sh rvq        GPUS [args]  language model of tokens (train_rvq.py, one GPU a run)
+#   ./launch.sh rvq        GPUS [args]  language model of tokens (train_rvq.py, several GPUs: torchrun)
 #   ./launch.sh workflow   GPUS [--input_dir DIR] [args]   prepare, precompute, cache, train: one job, restartable
 #   ./launch.sh status                  every job: RUNNING, FINISHED, STOPPED, DEAD(exit code) or STALE_PID
 #   ./launch.sh stop NAME               TERM to that job's process group, KILL after STOP_GRACE (60) seconds
@@ -15,16 +15,23 @@
 #   ./launch.sh logs NAME               follow its log
 #   ./launch.sh monitor [args]          the terminal UI
 #
-# GPUS is 3, 0,1,2,3 or cpu. Recordings, targets and codes lie in corpus/, targets/ and codes/ below this folder or
-# DATA_ROOT (--data_root), unless flags name others. Jobs are named by what they do, train_phase12_gpu3,
-# cache_train_gpu0, precompute_cpu …; train_gpu3 is enough where only one is meant. LOG_DIR (logs) holds NAME.log,
-# NAME.pid (pid, kernel start time, command) and NAME.json. Jobs run in their own session: closing the terminal
-# does not end them. Extra arguments go to the script as they are.
+# GPUS is 3, 0,1,2,3 or cpu (cpu,cpu: a training in two processes); where a scheduler has set CUDA_VISIBLE_DEVICES,
+# the numbers are places in it. A training on two machines: on each of them
+#   NNODES=2 NODE_RANK=0|1 MASTER=FIRST_HOST:29500 ./launch.sh train 0,1,2,3 [the same args]
+# or srun ./launch.sh train 0,1,2,3 in a Slurm job, where what is started is waited for (elsewhere: FOREGROUND=1).
+#
+# Recordings, targets and codes lie in corpus/, targets/ and codes/ below this folder or DATA_ROOT (--data_root),
+# unless flags name others. A training goes on where its folder holds a checkpoint. Jobs are named by what they do,
+# train_phase12_gpu3, cache_train_gpu0, precompute_cpu …; train_gpu3 is enough where only one is meant. LOG_DIR
+# (logs) holds NAME.log, NAME.pid (pid, kernel start time, command) and NAME.json. Jobs run in their own session:
+# closing the terminal does not end them. Extra arguments go to the script as they are.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 LOG_DIR=${LOG_DIR:-$ROOT/logs}
 VENV=${VENV:-$ROOT/.venv}
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID} # GPU numbers as nvidia-smi shows them
 
 abort() {
   printf 'launch.sh: %s\n' "$*" >&2
@@ -101,7 +108,7 @@ ask() { # CODE ARGS...: run a bit of Python beside snac48/process.py, whose word
   shift
   [ -x "$python" ] || python=$(find_python)
   # -S: the standard library is enough, and without the rest it answers within 20 ms
-  "$python" -S -c "import sys; sys.path.insert(0, sys.argv.pop(1)); from snac48.process import job_state, start_time
+  "$python" -S -c "import sys; sys.path.insert(0, sys.argv.pop(1)); from snac48.process import descendants, job_state, start_time
 $code" "$ROOT" "$@"
 }
 
@@ -138,16 +145,70 @@ option() { # value of --NAME in the remaining arguments, or nothing
   done
 }
 
+visible() { # the GPUs that are ours, one a line: those of CUDA_VISIBLE_DEVICES, else all
+  if [ -n "${CUDA_VISIBLE_DEVICES+x}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^$/d'
+  else
+    nvidia-smi --query-gpu=index --format=csv,noheader
+  fi
+}
+
+take_gpus() { # GPUS: several of them become CUDA_VISIBLE_DEVICES, of which torchrun's processes take one each
+  local gpu chosen=''
+  local -a ours
+  [[ $1 == *,* ]] || return 0
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # what torchrun sets, too, with five lines about it
+  [[ $1 != cpu* ]] || return 0
+  mapfile -t ours < <(visible)
+  for gpu in ${1//,/ }; do chosen+=,${ours[gpu]}; done
+  export CUDA_VISIBLE_DEVICES=${chosen#,}
+}
+
+find_nodes() { # sets NNODES, NODE_RANK and MASTER of a training: as given, else as srun says, else one machine
+  local first
+  if [ -z "${NNODES:-}" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
+    [ "${SLURM_LOCALID:-0}" = 0 ] || abort "start one task a machine (srun --ntasks-per-node=1): torchrun starts a process a GPU"
+    first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" 2>/dev/null | head -n 1) || first=
+    first=${first:-${SLURM_LAUNCH_NODE_IPADDR:-}}
+    NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=$SLURM_NODEID MASTER=${MASTER:-$first:$((20000 + SLURM_JOB_ID % 20000))}
+  elif [ -z "${NNODES:-}${SLURM_STEP_ID:-}" ] && [ "${SLURM_NNODES:-1}" -gt 1 ]; then
+    abort "this Slurm job has $SLURM_NNODES machines, and only this one would work: srun ./launch.sh …, or NNODES=1"
+  fi
+  NNODES=${NNODES:-1}
+  [ "$NNODES" != 1 ] || return 0
+  [[ $NNODES =~ ^[0-9]+$ && ${NODE_RANK:-} =~ ^[0-9]+$ ]] && [ "$NODE_RANK" -lt "$NNODES" ] \
+    || abort "NNODES=$NNODES needs NODE_RANK, the number of this machine from 0 to $((NNODES - 1)), not '${NODE_RANK:-}'"
+  [[ ${MASTER:-} =~ .:[0-9]+$ ]] || abort "NNODES=$NNODES needs MASTER=HOST:PORT, the machine of NODE_RANK 0 and a free port of it, not '${MASTER:-}'"
+}
+
+training_command() { # SCRIPT GPUS: sets COMMAND, by torchrun where there are several processes
+  local processes
+  processes=$(tr ',' '\n' <<<"$2" | wc -l)
+  COMMAND=("$VENV/bin/python" -u "$ROOT/$1" --device "$2")
+  [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ] || return 0
+  # a stop comes to each process, and after it the time that a checkpoint may take; a hangup comes to none
+  COMMAND=("$VENV/bin/python" -m snac48.torchrun --nproc_per_node "$processes"
+    --shutdown_timeout "${SHUTDOWN_TIMEOUT:-600}" --signals_to_handle "SIGTERM,SIGINT,SIGUSR1")
+  if [ "${NNODES:-1}" -gt 1 ]; then
+    COMMAND+=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "${MASTER%:*}" --master_port "${MASTER##*:}")
+  else
+    COMMAND+=(--standalone)
+  fi
+  COMMAND+=("$ROOT/$1")
+  [[ $2 == *,* && $2 != cpu* ]] || COMMAND+=(--device "${2%%,*}") # else each process takes one of its own
+}
+
 preflight() { # KIND GPUS ARGS...
   local kind=$1 gpus=$2 gpu flag value count folder
   shift 2
-  [[ $gpus == cpu || $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || abort "GPUS must be 3, 0,1,2,3 or cpu, not '$gpus'"
-  if [ "$gpus" != cpu ]; then
+  [[ $gpus =~ ^cpu(,cpu)*$ || $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || abort "GPUS must be 3, 0,1,2,3 or cpu, not '$gpus'"
+  if [[ $gpus != cpu* ]]; then
     command -v nvidia-smi >/dev/null || abort "no nvidia-smi here: this machine has no NVIDIA driver; use cpu instead of $gpus"
-    count=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
+    count=$(visible | wc -l)
     for gpu in ${gpus//,/ }; do
-      [ "$gpu" -lt "$count" ] || abort "GPU $gpu isn't there: nvidia-smi lists $count"
+      [ "$gpu" -lt "$count" ] || abort "GPU $gpu isn't there: $([ -z "${CUDA_VISIBLE_DEVICES+x}" ] && echo "nvidia-smi lists" || echo "CUDA_VISIBLE_DEVICES names") $count"
     done
+    [ -z "$(tr ',' '\n' <<<"$gpus" | sort | uniq -d)" ] || abort "GPUS names a GPU twice: $gpus"
   fi
   for flag in --data_dir --input_dir; do
     value=$(option "$flag" "$@")
@@ -189,7 +250,7 @@ start_job() { # NAME KIND GPUS RUN_DIR COMMAND...
   ask 'import json, os, time
 base, pid, kind, gpus, run_dir, *command = sys.argv[1:]
 job = {"name": os.path.basename(base), "kind": kind, "gpus": gpus, "command": command, "cwd": os.getcwd(),
-       "started": time.time(), "run_dir": os.path.abspath(run_dir) if run_dir else None}
+       "host": os.uname().nodename, "started": time.time(), "run_dir": os.path.abspath(run_dir) if run_dir else None}
 began = start_time(int(pid)) or 0
 for path, text in ((base + ".pid", " ".join((pid, str(began), *command)) + "\n"), (base + ".json", json.dumps(job, indent=1))):
     with open(path + ".new", "w") as f:
@@ -212,6 +273,7 @@ for path, text in ((base + ".pid", " ".join((pid, str(began), *command)) + "\n")
     sleep 0.2
   done
   : "$tries"
+  STARTED+=("$name")
   cat <<EOF
 started $name (pid $PID), log $log
   follow it:   ./launch.sh logs $name
@@ -220,38 +282,41 @@ started $name (pid $PID), log $log
 EOF
 }
 
-job_name() { # WHAT GPUS -> train_phase12_gpu3, cache_gpu0_1, precompute_cpu
-  if [ "$2" = cpu ]; then printf '%s_cpu' "$1"; else printf '%s_gpu%s' "$1" "${2//,/_}"; fi
+job_name() { # WHAT GPUS -> train_phase12_gpu3, cache_gpu0_1, precompute_cpu, on several machines with _node0 behind it
+  local name=$1_gpu${2//,/_} node=${NODE_RANK:-}
+  if [[ $2 == cpu* ]]; then name=$1_cpu; fi
+  [ -n "$node" ] || [ "${SLURM_STEP_NUM_NODES:-1}" = 1 ] || node=$SLURM_NODEID
+  printf '%s' "$name${node:+_node$node}"
 }
 
 start_train() {
-  local gpus=${1:-} config recipe run_dir name other n command
+  local gpus=${1:-} config recipe run_dir name other n resume=()
   [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh train 3"
   shift
   need_setup
+  find_nodes
   preflight train "$gpus" "$@"
   # flags, config and folders name recipe, data and run directory: ask the trainer (it answers without torch)
   config=$("$VENV/bin/python" "$ROOT/train_dual_head.py" "$@" --print_config json) || exit $?
-  { read -r recipe && read -r run_dir; } < <(ask 'import json
+  { read -r recipe && read -r run_dir; } < <(ask 'import glob, json
 from argparse import Namespace
 from snac48.cli import UserError
 from snac48.places import check_training
 values = {k: v["value"] for k, v in json.loads(sys.argv[1]).items()}
 try:
-    values["resume"] or check_training(Namespace(**values), True)
+    goes_on = values["resume"] or glob.glob(glob.escape(values["output_dir"]) + "/checkpoint_*.pt")
+    goes_on or check_training(Namespace(**values), True)
 except UserError as e:
     sys.exit("launch.sh: " + str(e).replace("GPUS", sys.argv[2]))
 print(values["recipe"], values["output_dir"], sep="\n")' "$config" "$gpus") || exit 1
-  command=("$VENV/bin/python" -u "$ROOT/train_dual_head.py" --device "$gpus")
-  if [[ $gpus == *,* ]]; then
-    export CUDA_VISIBLE_DEVICES=$gpus
-    command=("$VENV/bin/torchrun" --standalone --nproc_per_node "$(tr ',' '\n' <<<"$gpus" | wc -l)" "$ROOT/train_dual_head.py")
-  fi
+  [ -n "$(option --resume "$@")" ] || resume=(--resume auto)
+  take_gpus "$gpus"
+  training_command train_dual_head.py "$gpus"
   name=$(job_name "train_$recipe" "$gpus") n=1
   while other=$name$([ $n = 1 ] || echo "_$n"); alive "$other" && ! runs_in "$other" "$run_dir"; do
     n=$((n + 1)) # another training of this recipe on this device, in a folder of its own
   done
-  start_job "$other" train "$gpus" "$run_dir" "${command[@]}" "$@"
+  start_job "$other" train "$gpus" "$run_dir" "${COMMAND[@]}" "${resume[@]}" "$@"
 }
 
 runs_in() { # NAME DIR: is that the job's run directory?
@@ -260,20 +325,22 @@ sys.exit(json.load(open(sys.argv[1]))["run_dir"] != os.path.abspath(sys.argv[2])
 }
 
 start_rvq() {
-  local gpu=${1:-} run_dir
-  [ -n "$gpu" ] || abort "say on which GPU: ./launch.sh rvq 3 --data CACHE_DIR …"
-  [[ $gpu != *,* ]] || abort "train_rvq.py runs on one GPU: ./launch.sh rvq ${gpu%%,*} …"
+  local gpus=${1:-} run_dir
+  [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh rvq 3 --data CACHE_DIR …"
   shift
   need_setup
-  preflight rvq "$gpu" "$@"
+  find_nodes
+  preflight rvq "$gpus" "$@"
   run_dir=$(option --save_dir "$@")
-  start_job "$(job_name rvq "$gpu")" rvq "$gpu" "${run_dir:-rvq_ckpts}" \
-    "$VENV/bin/python" -u "$ROOT/train_rvq.py" --device "$gpu" "$@"
+  take_gpus "$gpus"
+  training_command train_rvq.py "$gpus"
+  start_job "$(job_name rvq "$gpus")" rvq "$gpus" "${run_dir:-rvq_ckpts}" "${COMMAND[@]}" "$@"
 }
 
 start_many() { # KIND SCRIPT GPUS ARGS...: one process a GPU, all on the same folders
   local kind=$1 script=$2 gpus=${3:-} gpu what output
   [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh $kind 0,1 …, or cpu"
+  [[ $gpus != cpu,* ]] || abort "several processes of $kind on the CPU: say cpu, and --num_workers N"
   shift 3
   need_setup
   preflight "$kind" "$gpus" "$@"
@@ -296,6 +363,8 @@ start_workflow() {
   local -a prepare precompute cache train
   [ -n "$gpus" ] || abort "say on which GPUS: ./launch.sh workflow 0,1 --input_dir RECORDINGS, or cpu"
   shift
+  [ "${NNODES:-1}" = 1 ] && [ "${SLURM_STEP_NUM_NODES:-1}" = 1 ] \
+    || abort "workflow runs on one machine; on several: precompute, cache, train"
   need_setup
   preflight workflow "$gpus" "$@"
   split_flags "$@"
@@ -368,12 +437,9 @@ run_workflow() { # GPUS ARGS...: in the foreground, as the job does
   fi
   stage 2 "48 kHz targets" "$gpus" "$py" -u "$ROOT/precompute_48k.py" "${precompute[@]}"
   stage 3 codes "$gpus" "$py" -u "$ROOT/cache_codes.py" "${cache[@]}"
-  if [[ $gpus == *,* ]]; then
-    export CUDA_VISIBLE_DEVICES=$gpus
-    stage 4 training - "$VENV/bin/torchrun" --standalone --nproc_per_node "$(tr ',' '\n' <<<"$gpus" | wc -l)" "$ROOT/train_dual_head.py" --resume auto "${train[@]}"
-  else
-    stage 4 training "$gpus" "$py" -u "$ROOT/train_dual_head.py" --resume auto "${train[@]}"
-  fi
+  take_gpus "$gpus"
+  training_command train_dual_head.py "$gpus"
+  stage 4 training - "${COMMAND[@]}" --resume auto "${train[@]}"
   workflow_ends 0
 }
 
@@ -399,9 +465,23 @@ jobs_list() {
   return 0
 }
 
+elsewhere() { # NAME: says ON_HOST where the job was started by another machine that shares LOG_DIR
+  ask 'import json, os
+host = json.load(open(sys.argv[1])).get("host", os.uname().nodename)
+host != os.uname().nodename and print("ON_" + host)
+sys.exit(host == os.uname().nodename)' "$LOG_DIR/$1.json"
+}
+
+here() { # NAME: it can be stopped and resumed where it was started alone
+  local where
+  where=$(elsewhere "$1") || return 0
+  abort "$1 runs on ${where#ON_}: give this command there"
+}
+
 stop_job() {
   known "${1:-}"
   local name=$JOB waited=0 killed=
+  here "$name"
   alive "$name" || abort "$name does not run ($(state_of "$name")); nothing was signalled"
   echo "stopping $name (process group $PID); it finishes its step and writes a checkpoint"
   kill -TERM -- "-$PID"
@@ -410,7 +490,8 @@ stop_job() {
     if [ "$waited" -ge $((${STOP_GRACE:-60} * 5)) ]; then
       echo "still alive after ${STOP_GRACE:-60} s: KILL"
       killed=", from the checkpoint before (STOP_GRACE=SECONDS gives it longer to write one)"
-      kill -KILL -- "-$PID" 2>/dev/null || true
+      # shellcheck disable=SC2046
+      kill -KILL -- "-$PID" $(ask 'print(*descendants(int(sys.argv[1])))' "$PID") 2>/dev/null || true
     fi
     sleep 0.2
     waited=$((waited + 1))
@@ -422,21 +503,23 @@ resume_job() {
   known "${1:-}"
   local name=$JOB kind gpus run_dir cwd
   local -a command
+  here "$name"
   alive "$name" && abort "$name already runs (pid $PID)"
   [ "$(state_of "$name")" != FINISHED ] || abort "$name has finished: there is nothing to resume"
   need_setup
-  mapfile -d '' -t command < <(ask 'import json
+  mapfile -d '' -t command < <(ask 'import glob, json, os
 job = json.load(open(sys.argv[1]))
 command = job["command"]
-if job["kind"] == "train" and not any(a == "--resume" or a.startswith("--resume=") for a in command):
-    command = [*command, "--resume", "auto"]
+if job["kind"] == "train":  # the last --resume counts: where it has written a checkpoint, it goes on from that one
+    made = glob.glob(glob.escape(job["run_dir"] or "") + "/checkpoint_*.pt")
+    command += ["--resume", "auto"] * any(os.path.getmtime(path) > job["started"] for path in made)
 if job["kind"] == "rvq":  # continues by itself, unless its first start was told to begin anew
     command = [a for a in command if a not in ("--no-resume", "--ignore-arch")]
 print("\0".join([job["kind"], job["gpus"], job["run_dir"] or "", job["cwd"], *command]), end="\0")' "$LOG_DIR/$name.json")
   kind=${command[0]} gpus=${command[1]} run_dir=${command[2]} cwd=${command[3]}
   cd "$cwd"
   preflight "$kind" "$gpus" "${command[@]:4}"
-  [[ $gpus == *,* ]] && export CUDA_VISIBLE_DEVICES=$gpus
+  [[ $kind != train && $kind != rvq ]] || take_gpus "$gpus"
   KEEP_LOG=1 start_job "$name" "$kind" "$gpus" "$run_dir" "${command[@]:4}"
 }
 
@@ -444,7 +527,7 @@ status() {
   local name found=0
   for name in $(jobs_list); do
     found=1
-    printf '%-24s %-10s pid %-8s %s\n' "$name" "$(state_of "$name")" "$(cut -d' ' -f1 "$LOG_DIR/$name.pid" 2>/dev/null)" \
+    printf '%-24s %-10s pid %-8s %s\n' "$name" "$(elsewhere "$name" || state_of "$name")" "$(cut -d' ' -f1 "$LOG_DIR/$name.pid" 2>/dev/null)" \
       "$(tail -c 4000 "$LOG_DIR/$name.log" 2>/dev/null | tr '\r' '\n' | grep -v '^ *$' | tail -n 1 | cut -c1-110)"
   done
   [ "$found" = 1 ] || echo "no jobs in $LOG_DIR"
@@ -465,6 +548,29 @@ monitor() { # the window; where it dies without a word (kill -9), the terminal g
       ;;
   esac
   return "$code"
+}
+
+pass_on() { # TERM to the jobs of this call: they stop with a checkpoint
+  local job
+  for job in "${STARTED[@]}"; do ! alive "$job" || kill -TERM -- "-$PID"; done
+}
+
+attend() { # in the foreground: show the logs of the jobs of this call, pass signals on, exit with the worst code
+  local name code=0 own
+  trap pass_on TERM INT USR1
+  for name in "${STARTED[@]}"; do
+    alive "$name" && tail -n +1 --pid="$PID" -F "$LOG_DIR/$name.log" 2>/dev/null &
+  done
+  for name in "${STARTED[@]}"; do
+    while alive "$name"; do
+      sleep 1 &
+      wait $! || true # a signal interrupts it, and the job may take its time to end
+    done
+    own=$(cat "$LOG_DIR/$name.exit" 2>/dev/null || echo 1)
+    [ "$own" = 0 ] || code=$own
+  done
+  sleep 1 # tail shows the last lines
+  exit "$code"
 }
 
 # ---- demo ----
@@ -505,6 +611,8 @@ demo() {
   say "done; everything lies in $d"
 }
 
+STARTED=() # jobs of this call
+
 main() {
   local action=${1:-help}
   [ $# -gt 0 ] && shift
@@ -532,6 +640,7 @@ main() {
       abort "unknown command '$action'"
       ;;
   esac
+  if [ "${#STARTED[@]}" -gt 0 ] && [ "${FOREGROUND:-${SLURM_JOB_ID:+1}}" = 1 ]; then attend; fi
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

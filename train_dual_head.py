@@ -23,7 +23,6 @@ of STARTS (snac48/starts.py). Don't touch lightly: State (snac48/training.py), t
 """
 
 import argparse
-import contextlib
 import math
 import sys
 import time
@@ -405,18 +404,24 @@ def check_stop(run: Run, state: State) -> None:
     """Raises Stopped when any rank got a signal, TooManyBadFiles when too many are bad. Every rank calls it
     before every batch, so that all leave the loop at the same one; what the last step summed is not asked
     for again."""
-    signalled, bad = state.noted or run.reduce_sum([float(bool(run.stop)), len(state.bad_files)])
+    signalled, fresh = state.noted or run.reduce_sum(flags_of(run, state))
     state.noted = None
     limit = run.args.max_bad_fraction * (len(run.data) + len(run.val))
-    if bad > limit and run.world > 1:  # two ranks may have met the same file
+    if state.shared + fresh > limit and fresh and run.world > 1:  # two ranks may have met the same file
         every: list = [None] * run.world
         dist.all_gather_object(every, state.bad_files)
         state.bad_files = {name: why for part in every for name, why in part.items()}
+        state.shared = len(state.bad_files)
     if len(state.bad_files) > limit:
         name, reason = next(iter(state.bad_files.items()))
         raise TooManyBadFiles(f"{len(state.bad_files)} files could not be read, first {name} ({reason})")
     if signalled:
         raise Stopped
+
+
+def flags_of(run: Run, state: State) -> list[float]:
+    """Of this rank: whether it got a signal, and how many bad files it alone knows."""
+    return [float(bool(run.stop)), float(len(state.bad_files) - state.shared)]
 
 
 # ---- one step ----
@@ -479,7 +484,7 @@ def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
     for i, part in enumerate(batch.parts):
         part = prepare(run, state, part)
         last = i == len(batch.parts) - 1
-        with contextlib.nullcontext() if last or run.world == 1 else state.wrapped.no_sync():
+        with run.ranks.own_gradients(state.wrapped, last):
             losses, _, codes, latents = losses_of(run, state, state.wrapped, part, heads)
             loss = weighted(losses, minimised).sum()
             (loss * (run.world / batch.size)).backward()  # DDP averages over ranks
@@ -488,7 +493,7 @@ def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
         seen.append((codes, latents, part["valid_24k"]))
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), a.grad_clip)
     # a loss of NaN can have finite gradients (|x| at NaN), and on one rank only: all skip or none
-    flags = torch.tensor([float(bool(run.stop)), len(state.bad_files)]).to(run.device, non_blocking=True)
+    flags = torch.tensor(flags_of(run, state)).to(run.device, non_blocking=True)
     summed = run.reduce_sum(torch.cat([torch.stack([norm / run.world, 0 * total]), flags]).double())
     value, nothing, *flags = summed.tolist()  # the step's one CPU-GPU sync point
     value, state.noted = value + nothing, flags if run.world > 1 else None
@@ -637,8 +642,9 @@ def end(run: Run, state: State, ending: BaseException) -> int:
     """Checkpoint, closing lines and exit code of an ending. Raises UserError where it is an error."""
     reason, code, keep, advice = next(row for kind, row in ENDINGS.items() if isinstance(ending, kind))
     advice = advice.format(args=run.args, error=cli.first_line(ending))
-    if keep:
+    if keep:  # an ending that all ranks come to
         keep(run, state)
+        run.ranks.barrier()  # torchrun would end rank 0 in its writing soon after another one has left
     spent, gpu = time.time() - run.began, run.device.type == "cuda"
     memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if gpu else ""
     run.log.say(

@@ -2,6 +2,7 @@
 
     python train_rvq.py --data CACHE_DIR --amp --fused-optim           one GPU, SNAC tokens (cache_codes.py)
     python train_rvq.py --data "npq_out/*.npq" --amp --fused-optim     one GPU, DAC tokens
+    torchrun --nproc_per_node 4 train_rvq.py …                         four; --batch x --accum of all together
     python train_rvq.py --data CACHE_DIR --device cpu --d_model 64 --layers 2 --heads 2 --ctx 64   a small one
     python train_rvq.py generate --checkpoint rvq_ckpts/rvq_7cb_best.pt --frames 120 --output out.wav
     python train_rvq.py tokens info FILE.npq ...     (tokens from-cache, tokens from-dac: --help)
@@ -23,6 +24,7 @@ Edit here: options, learning rate, loop. Model, loss and what a checkpoint holds
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import sys
@@ -228,6 +230,7 @@ import torch
 from torch import nn
 
 from snac48 import token_lm
+from snac48.ranks import Ranks, fingerprint, join
 from snac48.token_lm import State, find_resume, load_decoder, mean, objective, plain_ce, sample, summary
 
 # ---- learning rate ----
@@ -249,7 +252,7 @@ def lr_at(step: int, total: int, peak: float, warmup_ratio: float, eta_min_ratio
 @dataclass(frozen=True)
 class Run:
     args: argparse.Namespace
-    device: torch.device
+    ranks: Ranks
     log: RunLog
     stem: str  # of the checkpoints' names
     train_set: tokens.Windows
@@ -257,10 +260,14 @@ class Run:
     loader: torch.utils.data.DataLoader  # int32 [B, T, K]; feed() lists the windows in its batch_sampler
     plan: list  # what decides which windows a step sees; a resume compares it
     weights: torch.Tensor  # of the codebooks in the loss, [K]
-    forward: nn.Module  # State.model, compiled with --compile
+    forward: nn.Module  # State.model; of several processes in DDP, with --compile compiled
     stop: cli.StopFlag
     per_epoch: int  # optimiser steps
     total: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
 
     def epoch_of(self, step: int) -> int:
         """The epoch that a run's step number `step` (from 1) belongs to."""
@@ -273,27 +280,32 @@ class Run:
 def start(given: dict) -> tuple[Run, State]:
     """Data, model and optimiser: at step 0, or where the checkpoint in --save_dir is."""
     args = settle(given)
-    device = cli.pick_device(args.device)
+    ranks = join(args.device)
+    device = ranks.device
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    corpus = tokens.Corpus(args.data, args.npq2)
-    held_out = tokens.Corpus(args.val_data, args.npq2) if args.val_data else None
+    with ranks.in_turn("data"):
+        corpus = tokens.Corpus(args.data, args.npq2)
+        held_out = tokens.Corpus(args.val_data, args.npq2) if args.val_data else None
     if held_out and (held_out.vocab != corpus.vocab or held_out.source != corpus.source):
         raise UserError(f"--val-data {args.val_data} holds other tokens than --data {args.data}")
     stem = f"rvq_{corpus.K}cb" + (f"_{args.tag}" if args.tag else "")
-    log = RunLog(args.save_dir)
-    log.say(f"device {device}")
+    log = RunLog(args.save_dir, quiet=ranks.rank > 0)
+    log.say(f"device {device}" + (f", {ranks.world} processes" if ranks.world > 1 else ""))
     report_bad(args, corpus, log)
     saved = None if args.no_resume else find_resume(log.dir, stem, args.resume, corpus, log.say)
     if saved and not args.ignore_arch:
         args = settle(given, saved["args"])
     train_set, val_set = tokens.split_windows(corpus, held_out, args.ctx, args.step, args.seed)
     plan = [len(train_set), len(val_set), args.batch, args.accum, args.ctx, args.step, args.seed]
-    state, fresh = build_state(args, corpus.vocab, saved, device, log)
+    data = fingerprint(train_set.table, val_set.table, corpus.source.get("weights_sha256", ""))
+    ranks.agree(args, saved, {"the plan": plan, "the data": data})
+    state, fresh = token_lm.open_state(args, architecture(args, corpus.vocab), saved, device, log.say)
     loader = tokens.make_loader(train_set, device.type == "cuda", args)
     weights = tokens.codebook_weights(args.cb_weights, args.cb_weights_auto_alpha, corpus.K)
     weights = torch.tensor(weights, device=device)
-    forward = torch.compile(state.model) if args.compile else state.model
+    forward = ranks.in_step(state.model)
+    forward = torch.compile(forward) if args.compile else forward
     steps = tokens.steps_per_epoch(len(train_set), args.batch, args.accum)
     if not fresh and saved["plan"] != plan:
         epoch = saved["epoch"] + (saved["global_step"] % saved["per_epoch"] == 0)
@@ -305,7 +317,7 @@ def start(given: dict) -> tuple[Run, State]:
         if epoch > args.epochs:
             raise UserError(f"the checkpoint has finished its {epoch - 1} epochs: give more by --epochs")
     stop, total = cli.StopFlag(), steps * args.epochs  # from here on a signal is answered with a checkpoint
-    run = Run(args, device, log, stem, train_set, val_set, loader, plan, weights, forward, stop, steps, total)
+    run = Run(args, ranks, log, stem, train_set, val_set, loader, plan, weights, forward, stop, steps, total)
     announce(run, state, "start" if fresh else "resume")
     return run, state
 
@@ -319,30 +331,11 @@ def report_bad(args, corpus: tokens.Corpus, log: RunLog) -> None:
         raise UserError(f"{what}; mend them or raise --max_bad_fraction", cli.EXIT_BAD_INPUT)
 
 
-def build_state(args, vocab: list[int], saved: dict | None, device, log: RunLog) -> tuple[State, bool]:
-    """(as `saved` left it, False), or (new, True)."""
-    arch = architecture(args, vocab)
-    if saved and not args.ignore_arch:
-        held = {k: v for k, v in saved["arch"].items() if k not in ("ctx", "dropout")}
-        differ = {k: v for k, v in held.items() if arch[k] != v}
-        if differ:
-            log.say(f"architecture from the checkpoint: {differ} (--ignore-arch takes the flags')")
-        arch |= held
-    fresh = saved is None or (args.ignore_arch and saved["arch"] | {"ctx": 0} != arch | {"ctx": 0})
-    torch.manual_seed(args.seed)
-    model = token_lm.TokenLM(arch)
-    if saved and fresh:
-        log.say(f"--ignore-arch: {token_lm.take_over(model, saved)}; at step 0")
-    state = token_lm.new_state(model.to(device), args)
-    if not fresh:
-        state.load_state_dict(saved)
-    return state, fresh
-
-
 def announce(run: Run, state: State, event: str) -> None:
     """Provenance first: options, versions, sizes."""
     args, corpus, arch = run.args, run.train_set.corpus, state.model.arch
-    write_json(Path(args.save_dir) / "args.json", vars(args))
+    if run.ranks.rank == 0:
+        write_json(Path(args.save_dir) / "args.json", vars(args))
     params = sum(p.numel() for p in state.model.parameters())
     where = {"step": state.step, "total_steps": run.total, "epochs": args.epochs}
     made_by = {"args": vars(args), "git_sha": git_sha(), "versions": versions(), "device": str(run.device)}
@@ -399,8 +392,9 @@ def start_and_train(given: dict) -> int:
     facts = {"why": cli.first_line(ending)}
     if isinstance(ending, OSError):
         facts = {"why": ending.strerror, "file": ending.filename or "a file"}
-    if run and saves:
+    if run and saves:  # an ending that all ranks come to
         save(run, state, "latest")
+        run.ranks.barrier()  # torchrun would end rank 0 in its writing soon after another one has left
     if run and reason:
         losses = {"val_loss": state.val_loss, "best_val_loss": state.best}
         run.log.metric(event="end", reason=reason, step=state.step, total_steps=run.total, **losses)
@@ -413,53 +407,60 @@ def start_and_train(given: dict) -> int:
 
 
 def check_stop(run: Run) -> None:
-    if run.stop:
+    """Raises Stopped when any rank got a signal; every rank calls it, so that all leave at the same step."""
+    if run.ranks.reduce_sum([float(bool(run.stop))])[0]:
         raise Stopped
 
 
 def feed(run: Run, state: State, epoch: int):
-    """For each step of the epoch that is still to do: (forward passes, frames with a token in them, pace).
+    """For each step of the epoch that is still to do: (this rank's forward passes, frames with a token in
+    them over all ranks, pace).
 
-    Passes are int32 [B, T, K], -1 where there is no token. pace: when this process began the epoch (s), and
-    how many steps and frames it has done with this one.
+    Passes are int32 [B, T, K], -1 where there is no token; a rank without a window has one pass that counts
+    nothing. pace: when this process began the epoch (s), and how many steps and frames all have done with
+    this one.
     """
-    args, lengths = run.args, run.train_set.table[:, 2]
+    args, lengths, ranks = run.args, run.train_set.table[:, 2], run.ranks
     order = tokens.epoch_order(len(run.train_set), args.seed, epoch)
     todo = range(state.step - (epoch - 1) * run.per_epoch, run.per_epoch)
-    steps = [tokens.step_batches(order, lengths, s, args.batch, args.accum) for s in todo]
+    windows = [tokens.step_windows(order, lengths, s, args.batch, args.accum) for s in todo]
+    steps = [tokens.passes_of(own, args.batch, ranks.rank, ranks.world) for own in windows]
     run.loader.batch_sampler[:] = [own.tolist() for step in steps for own in step]
-    if not steps:  # persistent workers must not begin with an empty epoch: they would never end
-        return
-    passes, began, so_far = iter(run.loader), time.time(), 0
+    nothing = torch.full((1, 1, run.train_set.corpus.K), -1, dtype=torch.int32)
+    # persistent workers must not begin with an empty epoch: they would never end
+    passes, began, so_far = iter(run.loader if run.loader.batch_sampler else []), time.time(), 0
     for n, step in enumerate(steps, 1):
-        frames = int(sum(lengths[own].sum() for own in step))
+        frames = int(lengths[windows[n - 1]].sum())
         so_far += frames
-        yield itertools.islice(passes, len(step)), frames, (began, n, so_far)
+        yield list(itertools.islice(passes, len(step))) or [nothing], frames, (began, n, so_far)
 
 
-def train_step(run: Run, state: State, passes, frames: int) -> tuple[float, list[float]]:
+def train_step(run: Run, state: State, passes: list, frames: int) -> tuple[float, list[float]]:
     """One optimiser step, or none where the guard says so. Raises Diverged when it has said so too often.
 
     Returns the gradient's norm before clipping and the plain cross-entropy of each codebook in nats.
     """
-    args, model, device = run.args, state.model, run.device
-    torch.manual_seed(args.seed * 1_000_003 + state.step)  # dropout too is a function of the step
+    args, model, device, world = run.args, state.model, run.device, run.ranks.world
+    # dropout too is a function of the step, on each rank another
+    torch.manual_seed(args.seed * 1_000_003 + state.step + (run.ranks.rank << 40))
     lr = lr_at(state.step, run.total, args.lr, args.warmup_ratio, args.eta_min_ratio)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     model.train()
     loss, ce = torch.zeros((), device=device), torch.zeros(model.K, device=device)
-    for codes in passes:
+    for i, codes in enumerate(passes, 1):
         codes = codes.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            part, nll = objective(run.forward, codes, run.weights, args.label_smoothing, frames)
-        part.backward()
+        with run.ranks.own_gradients(run.forward, last=i == len(passes)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                rest = model.sizes, run.weights, args.label_smoothing, frames
+                part, nll = objective(run.forward, codes, *rest)
+            (part * world).backward()  # DDP averages over ranks
         loss += part.detach()
         ce += nll
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf")).item()
-    state.train_loss = loss.item()  # a CPU-GPU sync point, once a step
+    told = run.ranks.reduce_sum(torch.cat([loss[None], ce]))  # a CPU-GPU sync point, once a step
+    state.train_loss, ce = told[0].item(), (told[1:] / frames).tolist()
     why = state.guard.reason(state.train_loss, norm)
-    ce = (ce / frames).tolist()
     if why is None:
         state.optimizer.step()
         state.rows.append([state.train_loss, *ce])
@@ -514,7 +515,9 @@ def save_if_due(run: Run, state: State, epoch: int) -> None:
 
 
 def save(run: Run, state: State, name: str) -> None:
-    """Write rvq_…_NAME.pt. The resume contract: whoever reads checkpoints reads these keys."""
+    """Rank 0 writes rvq_…_NAME.pt. The resume contract: whoever reads checkpoints reads these keys."""
+    if run.ranks.rank > 0:
+        return
     began, epoch, corpus = time.time(), run.epoch_of(state.step), run.train_set.corpus
     path = Path(run.args.save_dir) / f"{run.stem}_{name}.pt"
     saved = {"kind": "rvq", **state.state_dict(), "lr": state.optimizer.param_groups[0]["lr"]}
@@ -528,7 +531,8 @@ def save(run: Run, state: State, name: str) -> None:
 def archive(run: Run, state: State, epoch: int, kind: str) -> None:
     """Write rvq_…_KIND_eEPOCH__TIME.pt beside the latest one, and delete the oldest of that kind."""
     save(run, state, f"{kind}_e{epoch:04d}__{time.strftime('%Y%m%d_%H%M%S')}")
-    prune(Path(run.args.save_dir).glob(f"{run.stem}_{kind}_e*__*.pt"), run.args.keep_archived)
+    if run.ranks.rank == 0:
+        prune(Path(run.args.save_dir).glob(f"{run.stem}_{kind}_e*__*.pt"), run.args.keep_archived)
 
 
 def close_epoch(run: Run, state: State, epoch: int) -> None:
@@ -543,7 +547,9 @@ def close_epoch(run: Run, state: State, epoch: int) -> None:
     clocks = f"took {human_time(epoch_spent)}, in all {human_time(spent)}"
     run.log.say(f"epoch {epoch}/{args.epochs} train {loss:.4f}{words}; {clocks}")
     if args.eval_audio_every and epoch % args.eval_audio_every == 0:
-        listen(run, state, epoch)
+        with contextlib.suppress(Stopped):  # which the next line tells all
+            listen(run, state, epoch)
+        check_stop(run)
     if args.archive_every and epoch % args.archive_every == 0:
         archive(run, state, epoch, "epoch")
     state.begin_epoch(epoch + 1, state.step)
@@ -553,7 +559,8 @@ def close_epoch(run: Run, state: State, epoch: int) -> None:
 def validate_and_keep(run: Run, state: State, epoch: int) -> tuple[dict, str]:
     """Plain cross-entropy of the held-out windows (EMA weights), as numbers and in words; keeps the best."""
     args, model = run.args, state.ema or state.model
-    ce = plain_ce(model, run.val_set, args.batch, run.device, args.amp, lambda: check_stop(run))
+    poll = lambda: check_stop(run)
+    ce = plain_ce(model, run.val_set, args.batch, run.device, args.amp, poll, run.ranks)
     loss = state.val_loss = sum(ce) / len(ce)
     better = math.isfinite(loss) and (state.best is None or loss < state.best)
     if better:
@@ -568,10 +575,13 @@ def validate_and_keep(run: Run, state: State, epoch: int) -> tuple[dict, str]:
 
 
 def listen(run: Run, state: State, epoch: int) -> None:
-    """Sample with EMA weights: tokens always, audio when the decoder loads; it must not end a run."""
+    """Sample with EMA weights, on rank 0: tokens always, audio when the decoder loads; it must not end a run.
+    Raises Stopped when this rank got a signal."""
+    if run.ranks.rank > 0:
+        return
     args, corpus = run.args, run.train_set.corpus
     filters = (args.eval_temperature, args.eval_top_k, args.eval_top_p)
-    model, poll = state.ema or state.model, lambda *_: check_stop(run)
+    model, poll = state.ema or state.model, lambda *_: run.stop.check()
     frames = sample(model, args.eval_frames, None, 1, *filters, args.seed, poll)[0].cpu().numpy()
     name = Path(args.eval_outdir) / f"{run.stem}_e{epoch:04d}"
     name.parent.mkdir(parents=True, exist_ok=True)

@@ -155,36 +155,55 @@ def read_flags(parser, argv=None, **lowest):
 
 
 def warn(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """On stderr, of several processes on a machine by the first: all of them have the same to say."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def complain(text: str) -> None:
-    warn(f"{Path(sys.argv[0]).name}: {text}")
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
 
 
 def guarded(function, *args):
-    """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen a traceback."""
+    """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen a traceback. Of
+    several processes of one training all end with it, and one on each machine says why."""
     try:
         return function(*args)
     except UserError as e:
-        complain(f"error: {e}")
-        leave(e.code)
+        fail(str(e), e.code)
     except KeyboardInterrupt:
         complain("interrupted")
         leave(EXIT_STOPPED)
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         leave(EXIT_OK)
-    except OSError as e:
-        if e.errno not in NO_ROOM:
-            raise
-        where = f"{e.filename} could not be written" if e.filename else "a file could not be written"
-        with contextlib.suppress(OSError):  # stderr may lie on the same disk
-            complain(
-                f"error: {where}: {e.strerror}; free some space, then run the same command again "
-                "(a training: with --resume auto)"
-            )
-        leave(EXIT_ERROR)
+    except (Exception, SystemExit) as e:
+        if isinstance(e, OSError) and e.errno in NO_ROOM:
+            where = f"{e.filename} could not be written" if e.filename else "a file could not be written"
+            todo = "free some space, then run the same command again (a training: with --resume auto)"
+            fail(f"{where}: {e.strerror}; {todo}", EXIT_ERROR)
+        if not isinstance(e, SystemExit):
+            tell_all(f"{type(e).__name__}: {first_line(e)}", EXIT_ERROR)
+        elif e.code:
+            tell_all("its log says why", e.code)
+        raise
+
+
+def fail(sentence: str, code: int) -> None:
+    """Say it once a machine, and leave."""
+    if sentence := tell_all(sentence, code):
+        with contextlib.suppress(OSError):  # stderr may lie on a disk that is full
+            complain(f"error: {sentence}")
+    leave(code)
+
+
+def tell_all(sentence: str, code: int) -> str:
+    """End the other processes of this training, if there are any; what is left to say here."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return sentence
+    from .ranks import end_all
+
+    return end_all(sentence, code)
 
 
 def leave(code: int) -> None:
@@ -200,7 +219,7 @@ def leave(code: int) -> None:
 
 def note_exit(code: int) -> None:
     path = os.environ.get("JOB_EXIT_FILE")
-    if path and os.environ.get("RANK", "0") == "0":
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":  # a file of this machine
         with contextlib.suppress(OSError):  # a full disk: the process still ends with the code
             Path(path).write_text(f"{code}\n")
 
@@ -221,9 +240,16 @@ def stop_at_once() -> None:
 
     def watch():
         name = signal.Signals(os.read(read, 1)[0]).name
-        note_exit(EXIT_STOPPED)
+        said = f"stopped by {name} while starting; nothing was changed, the same command starts again"
+        ranks = sys.modules.get("snac48.ranks")  # no import: it would wait for the main thread's
+        if hasattr(ranks, "joined") and ranks.joined():
+            if ranks.ENDING.is_set():
+                return  # the main thread leaves with another code
+            said = ranks.end_all(said, EXIT_STOPPED)
         with contextlib.suppress(OSError):
-            complain(f"stopped by {name} while starting; nothing was changed, the same command starts again")
+            if said:
+                complain(said)
+        note_exit(EXIT_STOPPED)
         os._exit(EXIT_STOPPED)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -249,6 +275,10 @@ class StopFlag:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def check(self) -> None:
+        if self:
+            raise Stopped
+
 
 def ignore_stop_signals(*_) -> None:
     """For workers: `launch.sh stop` signals the whole process group, but the main process decides."""
@@ -272,26 +302,29 @@ def first_line(e: BaseException) -> str:
 
 def pick_device(name: str):
     """`cpu`, a GPU number (`0`), `cuda:0`, or nothing (the first GPU where there is one, else the CPU) as a
-    torch.device. Raises UserError when a GPU that was asked for isn't there, or when none was named and the
-    driver knows of one that torch can't use: a training that was meant for it would take weeks on the CPU."""
+    torch.device; a GPU becomes the current one. Of several processes that torchrun starts on a machine each
+    gets the GPU of its own number, and so does each of srun's where no number is given. Raises UserError when
+    a GPU that was asked for isn't there, or when none was named and the driver knows of one that torch can't
+    use: a training that was meant for it would take weeks on the CPU."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # numbers as nvidia-smi shows them
     import torch
 
-    name = str(name or "").lower()
-    if name != "cpu" and not torch.cuda.is_available() and (why := unusable_gpus()):
+    name, count = str(name or "").lower(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name != "cpu" and not count and (why := unusable_gpus()):
         raise UserError(why)
-    name = name or ("0" if torch.cuda.is_available() else "cpu")
+    name = own_gpu(name, count)
     if name == "cpu":
         keep_freed_memory()
         return torch.device("cpu")
     number = name.removeprefix("cuda:") if name != "cuda" else "0"
     if not number.isdigit():
         raise UserError(f"--device {name}: say cpu, or a GPU number such as 0")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number) >= count:
         raise UserError(
             f"GPU {number} isn't there: torch sees {count} GPU(s) here; use --device cpu"
             + (f" or a number below {count}" if count else "")
         )
+    torch.cuda.set_device(int(number))  # what allocates without naming a device must not do so on GPU 0
     return torch.device(f"cuda:{number}")
 
 
@@ -338,3 +371,13 @@ def unusable_gpus() -> str:
         todo = "see what python -c 'import torch; torch.cuda.init()' says (in a container: --gpus all)"
     have = f"nvidia-smi shows {len(drivers)} GPU(s) with driver {drivers[0]}, torch sees none"
     return f"{have}: torch {torch.__version__} is a wheel {why}; {todo}; to do without a GPU: --device cpu"
+
+
+def own_gpu(name: str, count: int) -> str:
+    """`name`, or what it stands for in this process, on a machine with so many GPUs."""
+    if name == "cpu" or not (name or count):
+        return "cpu"
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        return os.environ["LOCAL_RANK"]
+    # srun may show each task one GPU alone, or all of them to each
+    return name or (os.environ.get("SLURM_LOCALID", "0") if count > 1 else "0")

@@ -1,8 +1,10 @@
 """Is a process alive? The one rule of launch.sh, of the monitor and of claims on shared work: /proc decides.
 
 A PID is given again to a later process, PID and kernel start time together are not. A zombie is dead.
-Imports nothing: launch.sh asks it several times a second.
+Imports next to nothing: launch.sh asks it several times a second.
 """
+
+import os
 
 
 def process_stat(pid: int, proc="/proc") -> tuple[str, int, int, int] | None:
@@ -25,6 +27,19 @@ def alive(pid: int, start, proc="/proc") -> str:
     """RUNNING, DEAD, or STALE_PID: the number lives on in another process, which is none of ours."""
     began = start_time(pid, proc)
     return "DEAD" if began is None else "RUNNING" if str(began) == str(start) else "STALE_PID"
+
+
+def descendants(pid: int, proc="/proc") -> list[int]:
+    """The live processes that `pid` started, and theirs, in whatever session: torchrun gives each of its
+    processes one of its own, which a signal to the group of `pid` does not reach."""
+    children: dict[int, list[int]] = {}
+    for name in filter(str.isdigit, os.listdir(proc)):
+        if stat := process_stat(int(name), proc):
+            children.setdefault(stat[1], []).append(int(name))
+    found = children.get(pid, [])
+    for child in found:  # grows as we go
+        found += children.get(child, [])
+    return found
 
 
 def job_state(pid_file, proc="/proc") -> tuple[str | None, int | None]:

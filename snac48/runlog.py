@@ -108,6 +108,7 @@ class SampleLog:
         for path in folder.glob("samples.rank*.log") if rank == 0 else ():
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(x for x in lines if x.endswith("\n") and int(x.split()[0]) <= step))
+        folder.mkdir(parents=True, exist_ok=True)  # of a machine of its own, perhaps
         self.file = append_to(folder / f"samples.rank{rank}.log")
 
     def add(self, step: int, epoch: int, rows: list[int]) -> None:

@@ -163,19 +163,20 @@ def accum_for(plan, world: int, free: float, a_second: float, besides: float) ->
     return accum
 
 
-def settle_accum(speed: Speed, args, plan, world: int, model, geometry, codec=None) -> None:
-    """Set speed.accum_steps and say why."""
-    device = next(model.parameters()).device
-    free = free_memory(device)
-    largest = max(e.segment * math.ceil(e.batch / world) for e in plan)
+def settle_accum(speed: Speed, args, plan, ranks, model, geometry, codec=None) -> None:
+    """Set speed.accum_steps, on all ranks the largest that one of them needs, and say why."""
+    free = free_memory(ranks.device)
+    largest = max(e.segment * math.ceil(e.batch / ranks.world) for e in plan)
     if args.accum_steps is not None or args.plain:
         speed.accum_steps, why = args.accum_steps or 1, "asked for" if args.accum_steps else "--plain"
     elif MARGIN * free > SURELY * largest:
         why = f"{largest:.0f} s of audio fit by far"
     else:
         a_second, besides = bytes_a_second(model, geometry, args, speed.bf16, codec)
-        speed.accum_steps = accum_for(plan, world, free, a_second, besides)
+        speed.accum_steps = accum_for(plan, ranks.world, free, a_second, besides)
         why = f"{a_second / 1e6:.0f} MB a second of audio, {largest:.0f} s a step, {free / 1e9:.1f} GB free"
+    each = [speed.accum_steps * (r == ranks.rank) for r in range(ranks.world)]
+    speed.accum_steps = int(max(ranks.reduce_sum(each)))
     speed.told.append(f"accum_steps {speed.accum_steps} ({why})")
 
 

@@ -202,34 +202,41 @@ def token_losses(logits, codes, sizes):
     return torch.where(codes >= 0, nll, 0.0), torch.where(codes >= 0, flat, 0.0)
 
 
-def objective(model, codes, weights, smoothing: float, frames: int):
+def objective(model, codes, sizes, weights, smoothing: float, frames: int):
     """(loss to minimise, summed plain cross-entropy [K]) of one forward pass over codes [B, T, K].
 
-    frames: of the whole optimiser step, so that the passes' losses add up to the step's mean.
+    model: a TokenLM, perhaps wrapped; sizes: its own. frames: of the whole optimiser step, over all ranks, so
+    that the passes' losses add up to the step's mean.
     """
     logits = model(codes)
-    nll, flat = token_losses(logits, codes, model.sizes)
+    nll, flat = token_losses(logits, codes, sizes)
     mixed = ((1 - smoothing) * nll + smoothing * flat).sum((0, 1))
     return (mixed * weights).sum() / (frames * weights.sum()), nll.sum((0, 1)).detach()
 
 
 @torch.no_grad()
-def plain_ce(model, dataset: Windows, batch: int, device, amp: bool, poll=lambda: None) -> list[float]:
+def plain_ce(
+    model, dataset: Windows, batch: int, device, amp: bool, poll=lambda: None, ranks=None
+) -> list[float]:
     """Mean cross-entropy of each codebook in nats, no smoothing, no weights, no dropout.
 
-    poll: called before every batch; what it raises ends the measurement.
+    poll: called before every batch; what it raises ends the measurement. ranks: share the work with these.
     """
     model.eval()
-    total, frames = torch.zeros(model.K, dtype=torch.float64), 0
+    sums = torch.zeros(model.K + 1, dtype=torch.float64)  # of each codebook; frames
     order = np.argsort(-dataset.table[:, 2], kind="stable")
-    for i in range(0, len(order), batch):
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    for i in range(0, len(order), world * batch):  # as many turns for every rank
         poll()
-        codes = pad_batch([dataset[j] for j in order[i : i + batch]]).to(device)
+        if not len(own := order[i : i + world * batch][rank::world]):
+            continue
+        codes = pad_batch([dataset[j] for j in own]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(codes)
-        total += token_losses(logits, codes, model.sizes)[0].double().sum((0, 1)).cpu()
-        frames += int((codes[..., 0] >= 0).sum())
-    return (total / frames).tolist()
+        sums[:-1] += token_losses(logits, codes, model.sizes)[0].double().sum((0, 1)).cpu()
+        sums[-1] += int((codes[..., 0] >= 0).sum())
+    sums = ranks.reduce_sum(sums) if ranks else sums
+    return (sums[:-1] / sums[-1]).tolist()
 
 
 def summary(ce: list[float], fps: float) -> dict:
@@ -406,6 +413,26 @@ def new_state(model: TokenLM, args) -> State:
     fused = args.fused_optim or None
     optimizer = torch.optim.AdamW([matrices, vectors], args.lr, betas=(0.9, 0.95), fused=fused)
     return State(model, ema, optimizer, StepGuard(args.outlier_skip_factor))
+
+
+def open_state(args, arch: dict, saved: dict | None, device, say) -> tuple[State, bool]:
+    """(as `saved` left it, False), or (new, True). args: as for new_state, ignore_arch and seed. arch: as the
+    options ask for; of it `saved` decides all but ctx and dropout, unless ignore_arch. say: takes a line."""
+    if saved and not args.ignore_arch:
+        held = {k: v for k, v in saved["arch"].items() if k not in ("ctx", "dropout")}
+        differ = {k: v for k, v in held.items() if arch[k] != v}
+        if differ:
+            say(f"architecture from the checkpoint: {differ} (--ignore-arch takes the flags')")
+        arch |= held
+    fresh = saved is None or (args.ignore_arch and saved["arch"] | {"ctx": 0} != arch | {"ctx": 0})
+    torch.manual_seed(args.seed)
+    model = TokenLM(arch)
+    if saved and fresh:
+        say(f"--ignore-arch: {take_over(model, saved)}; at step 0")
+    state = new_state(model.to(device), args)
+    if not fresh:
+        state.load_state_dict(saved)
+    return state, fresh
 
 
 # ---- from a checkpoint ----

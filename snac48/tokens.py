@@ -340,11 +340,17 @@ def steps_per_epoch(windows: int, batch: int, accum: int) -> int:
     return max(1, math.ceil(windows / batch) // accum)
 
 
-def step_batches(order, lengths, step: int, batch: int, accum: int) -> list[np.ndarray]:
-    """The forward passes of one optimiser step: windows of similar length together, so little is padded."""
+def step_windows(order, lengths, step: int, batch: int, accum: int) -> np.ndarray:
+    """The windows of one optimiser step, the longest first."""
     last = step + 1 == steps_per_epoch(len(order), batch, accum)
     own = order[step * batch * accum : None if last else (step + 1) * batch * accum]
-    own = own[np.argsort(-lengths[own], kind="stable")]
+    return own[np.argsort(-lengths[own], kind="stable")]
+
+
+def passes_of(windows, batch: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
+    """Forward passes of one rank: every world-th window, those of similar length together, so little is
+    padded; [] for a rank that has none."""
+    own = windows[rank::world]
     return [own[i : i + batch] for i in range(0, len(own), batch)]
 
 

@@ -8,13 +8,13 @@ Order, crops, noise and rates are functions of (seed, epoch, row, step): no gene
 import contextlib
 import json
 import math
-import os
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median_low
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -22,12 +22,13 @@ from torch import nn
 from . import DEFAULT_MODEL, codec, schedule
 from .cache import recorded_model
 from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint
-from .cli import StopFlag, UserError, first_line, pick_device
+from .cli import StopFlag, UserError, first_line
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
 from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
 from .layers import fold_frozen
+from .ranks import Ranks, fingerprint, join
 from .runlog import RunLog, SampleLog, git_sha, human_time, step_line, versions
 from .schedule import Epoch
 from .speed import Speed, memory_plan, settle, settle_accum
@@ -41,9 +42,7 @@ class Run:
     """What never changes after the start; `data` alone is told epoch and segment length."""
 
     args: object  # every option of train_dual_head.py by name
-    rank: int
-    world: int  # processes
-    device: torch.device
+    ranks: Ranks
     geometry: codec.Geometry
     config: dict  # SNAC's arguments
     data: CachedCodesDataset | RawAudioDataset
@@ -56,6 +55,18 @@ class Run:
     samples: SampleLog | None = None
     stop: StopFlag | None = None
     began: float = field(default_factory=time.time)
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world(self) -> int:
+        return self.ranks.world
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
 
     @property
     def folder(self) -> Path:
@@ -79,30 +90,22 @@ class Run:
         return loader(data, index_lists, self.speed.num_workers, pin_memory=self.device.type == "cuda")
 
     def reduce_sum(self, values):
-        """Sums over all ranks, on the CPU: a tensor gives a tensor, a list gives a list of floats."""
-        if not torch.is_tensor(values):
-            return self.reduce_sum(torch.tensor(values, dtype=torch.float64)).tolist()
-        if self.world == 1:
-            return values
-        shared = values.to(self.device)
-        dist.all_reduce(shared)
-        return shared.cpu()
+        return self.ranks.reduce_sum(values)
 
 
 def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     """Load codec and data, build the model; saved: the checkpoint to go on from. Raises UserError."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(os.environ["LOCAL_RANK"] if world > 1 and args.device != "cpu" else args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ranks = join(args.device)
     torch.manual_seed(args.seed)
     snac, geometry = open_codec(args)
-    data, val = (open_data(args, snac, geometry, prefix) for prefix in ("", "val_"))
+    with ranks.in_turn("data"):
+        data, val = (open_data(args, snac, geometry, prefix) for prefix in ("", "val_"))
     plan = schedule.make_plan(args, len(data))
-    speed = settle(args, device, plan)
-    run = Run(args, rank, world, device, geometry, codec.model_config(snac), data, val, plan, speed)
+    speed, device = settle(args, ranks.device, plan), ranks.device
+    run = Run(args, ranks, geometry, codec.model_config(snac), data, val, plan, speed)
+    facts = {"the number of steps": run.total, "the codec": geometry.weights_sha256}
+    facts |= {"the training data": mark_of(data), "the validation data": mark_of(val)}
+    ranks.agree(args, saved, facts)
     if args.from_scratch and not saved:
         start_from_features(snac, some_speech(run, 12 * geometry.codebook_size), args.seed)
     if args.phase10_checkpoint and not saved:
@@ -118,7 +121,7 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     state.codes = torch.zeros(2, len(geometry.vq_strides), geometry.codebook_size, dtype=torch.int64)
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
     state.best = dict.fromkeys(["loss", *each], math.inf)
-    settle_accum(speed, args, plan, world, model, geometry, state.codec)
+    settle_accum(speed, args, plan, ranks, model, geometry, state.codec)
     if saved:
         state.load_state_dict(run, saved)
     else:
@@ -127,9 +130,9 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         from .sidon import Sidon
 
         run.sidon = Sidon(args.sidon_dir or None, device=device)
-    run.log = RunLog(args.output_dir, quiet=rank > 0)
+    run.log = RunLog(args.output_dir, quiet=ranks.rank > 0)
     if args.sample_log:
-        run.samples = SampleLog(run.folder, rank, state.step)
+        run.samples = SampleLog(run.folder, ranks.rank, state.step)
     run.stop = StopFlag()  # from here on a signal is answered with a checkpoint
     return run, state
 
@@ -148,6 +151,13 @@ def memory_lines(args, cards: list[float]) -> list[str]:
     model = DualHeadDecoder(snac, schedule.chosen_heads(args.heads), with_encoder=args.heads == "24k")
     whole = FullCodec(model, codec.align_samples(snac)) if schedule.trains_codec(args) else None
     return memory_plan(cards, model, geometry, args, schedule.make_plan(args, 10**9), whole)
+
+
+def mark_of(data) -> str:
+    """Of a dataset: how many rows, and a fingerprint of which, of a thousand paths, and of the targets."""
+    rows = data.rows
+    paths = [data.path(int(row)) for row in rows[:: 1 + len(rows) // 1000]]
+    return f"{len(rows)} rows {fingerprint(rows, np.asarray(data.targets.kinds) if data.targets else b'', *paths)}"
 
 
 def open_data(args, snac, geometry: codec.Geometry, prefix: str):
@@ -236,7 +246,10 @@ class State:
     wrapped: nn.Module | None = None  # model or codec as it is called in training: DDP, compiled
     baseline: dict = field(default_factory=dict)  # baseline_metrics.json
     first_step: int = 0  # where this process began
-    noted: list | None = None  # [ranks that got a signal, bad files of all] as the last step summed them
+    noted: list | None = (
+        None  # [ranks that got a signal, bad files not shared yet] as the last step summed them
+    )
+    shared: int = 0  # of bad_files: those that all ranks know
     saved_at: float = field(default_factory=time.time)  # the last checkpoint by the clock
     paces: deque = field(default_factory=lambda: deque(maxlen=20))  # seconds a second of audio, latest lines
     bad_files: dict[str, str] = field(default_factory=dict)  # name: reason
@@ -345,9 +358,7 @@ def enter_phase(run: Run, state: State, phase: str) -> None:
     state.wrapped = state.codec or state.model
     if state.codec:
         state.codec.from_features = phase == "features"
-    if run.world > 1:
-        ids = [run.device.index] if run.device.type == "cuda" else None
-        state.wrapped = nn.parallel.DistributedDataParallel(state.wrapped, device_ids=ids)
+    state.wrapped = run.ranks.in_step(state.wrapped)
     if run.speed.compile:
         state.wrapped = torch.compile(state.wrapped)
     state.norm = None  # the running gradient norm of another set of parameters

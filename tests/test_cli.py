@@ -17,6 +17,7 @@ from snac48.cli import (
     layered,
     numbers,
     one_line_errors,
+    own_gpu,
     pick_device,
     read_config,
     read_flags,
@@ -166,3 +167,35 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
                                      stdout=subprocess.PIPE).stdout  # fmt: skip
     kept, plain = int(ask("kept")), int(ask("plain"))  # a block has 16384 pages of 4 kB
     assert plain > 20 * 16000 and kept < plain / 3  # the first blocks may still find no room among small ones
+
+
+@pytest.mark.parametrize(
+    "env, name, count, wanted",
+    [({}, "", 0, "cpu"), ({}, "", 4, "0"), ({}, "2", 4, "2"), ({}, "cuda:1", 4, "cuda:1"), ({}, "1", 0, "1"),
+     ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, "", 4, "3"),
+     ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, "0", 4, "3"),
+     ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, "cpu", 4, "cpu"),
+     ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, "", 0, "cpu"),
+     ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "2", 4, "2"),
+     ({"SLURM_LOCALID": "2"}, "", 4, "2"), ({"SLURM_LOCALID": "2"}, "", 1, "0"),
+     ({"SLURM_LOCALID": "2"}, "1", 4, "1")],
+)  # fmt: skip
+def test_each_process_of_torchrun_or_srun_has_a_gpu_of_its_own(env, name, count, wanted, monkeypatch):
+    for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_LOCALID"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    assert own_gpu(name, count) == wanted
+
+
+def test_the_gpu_that_is_picked_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert str(pick_device("")) == "cuda:2" and current == [2]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="GPU 4 isn't there: torch sees 4"):
+        pick_device("")

@@ -76,7 +76,9 @@ def test_readme_is_short_and_shows_only_what_is_there():
         f"--{flag}"
         for flag in re.findall(r'^ +"(\w+)": \(', code, re.M)  # OPTIONS of train_dual_head.py
     }
-    foreign = {"--standalone", "--nproc_per_node", "--exclude", "--revision"}  # of torchrun, rsync, hf
+    foreign = {"--nproc_per_node", "--exclude", "--revision"}  # of torchrun, rsync, hf
+    foreign |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal"}
+    foreign |= {"--requeue", "--open-mode", "--shutdown-timeout"}  # of Slurm, torchrun
     for page in pages:
         text = page.read_text(encoding="utf-8")
         flags = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", text)) - foreign

@@ -177,3 +177,134 @@ def test_a_hangup_of_the_terminal_leaves_the_job_alive(launch):
     time.sleep(0.3)
     assert "RUNNING" in launch("status")
     launch("stop_job train_gpu0")
+
+
+# ---- GPUs and machines ----
+
+
+@pytest.fixture
+def gpus(launch, tmp_path):
+    """A machine of eight GPUs, as nvidia-smi tells it; what start_job gets goes to the file `seen`."""
+    (tmp_path / "bin").mkdir()
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nseq 0 7\n")
+    smi.chmod(0o755)
+    for folder in ("codes/train", "codes/val", "targets/train", "targets/val", "corpus/train/audio"):
+        (tmp_path / folder).mkdir(parents=True)
+    seen = 'start_job() { echo "$CUDA_DEVICE_ORDER ${CUDA_VISIBLE_DEVICES-all} $*" >>seen; };'
+
+    def call(command, code=0, **env):
+        (tmp_path / "seen").unlink(missing_ok=True)
+        names = " ".join(f"{k}='{v}'" for k, v in env.items())
+        said = launch(f"{seen} export PATH='{tmp_path}/bin':$PATH {names}; main {command}", code)
+        return (tmp_path / "seen").read_text().rstrip() if code == 0 else said
+
+    return call
+
+
+def test_gpu_numbers_are_places_in_cuda_visible_devices(gpus):
+    assert gpus("train 1,3").startswith("PCI_BUS_ID 1,3 train_phase12_gpu1_3 train 1,3 ")
+    assert gpus("train 1,3", CUDA_VISIBLE_DEVICES="4,5,6,GPU-7ab").startswith("PCI_BUS_ID 5,GPU-7ab train_")
+    one = gpus("train 1", CUDA_VISIBLE_DEVICES="4,5")  # torch counts there, too
+    assert one.startswith("PCI_BUS_ID 4,5 ") and " --device 1 " in one and "torchrun" not in one
+    assert "GPU 2 isn't there: CUDA_VISIBLE_DEVICES names 2" in gpus(
+        "train 0,2", 1, CUDA_VISIBLE_DEVICES="4,5"
+    )
+    assert "GPU 8 isn't there: nvidia-smi lists 8" in gpus("train 8", 1)
+    assert "names a GPU twice" in gpus("train 1,1", 1)
+    rvq = gpus("rvq 0,1 --data x").split()
+    assert rvq[2:4] == ["rvq_gpu0_1", "rvq"] and "snac48.torchrun" in rvq and "--device" not in rvq
+
+
+def test_a_training_always_goes_on_from_its_folder(gpus):
+    assert " --resume auto --epochs 3" in gpus("train 0 --epochs 3")
+    assert gpus("train 0 --resume=auto").endswith("--device 0 --resume=auto")
+
+
+def test_several_machines_by_hand(gpus):
+    both = {"NNODES": 2, "MASTER": "h0:29500"}
+    said = gpus("train 0,1", NODE_RANK=1, **both)
+    assert "train_phase12_gpu0_1_node1" in said
+    assert "--nnodes 2 --node_rank 1 --master_addr h0 --master_port 29500" in said
+    assert "--shutdown_timeout 600" in said and "--nproc_per_node 2" in said
+    said = gpus("train 3", NODE_RANK=0, **both)  # one GPU of each machine
+    assert "--nproc_per_node 1" in said and "--device 3" in said
+    assert "--nproc_per_node 3" in gpus("train cpu,cpu,cpu", NODE_RANK=0, **both)
+    assert "needs NODE_RANK" in gpus("train 0", 1, **both) and "needs NODE_RANK" in gpus(
+        "train 0", 1, NODE_RANK=2, **both
+    )
+    assert "needs MASTER=HOST:PORT" in gpus("train 0", 1, NODE_RANK=0, NNODES=2, MASTER="h0")
+    assert "one machine" in gpus("workflow 0", 1, NODE_RANK=0, **both)
+    assert "cache_gpu0_node1" in gpus("cache 0", NODE_RANK=1)
+
+
+def test_several_machines_in_a_slurm_job(gpus, tmp_path):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n')
+    scontrol.chmod(0o755)
+    step = {"SLURM_JOB_ID": 123456, "SLURM_NNODES": 2, "SLURM_NODEID": 1, "SLURM_LOCALID": 0}
+    step |= {"SLURM_STEP_ID": 0, "SLURM_STEP_NUM_NODES": 2, "SLURM_STEP_NODELIST": "n[3-4]"}
+    said = gpus("train 0,1", **step)
+    assert "_node1 " in said and "--nnodes 2 --node_rank 1 --master_addr n3 --master_port 23456 " in said
+    assert "cache_gpu0_node1" in gpus("cache 0", **step)
+    scontrol.unlink()
+    assert "--master_addr 10.0.0.3 " in gpus("train 0,1", SLURM_LAUNCH_NODE_IPADDR="10.0.0.3", **step)
+    assert "one task a machine" in gpus("train 0", 1, **step | {"SLURM_LOCALID": 1})
+    batch = {k: v for k, v in step.items() if "STEP" not in k}
+    assert "srun ./launch.sh" in gpus("train 0", 1, **batch)
+    assert "--standalone" in gpus("train 0,1", NNODES=1, **batch)
+
+
+def test_in_the_foreground_a_signal_is_passed_on_and_the_code_is_the_jobs(launch):
+    script = "import os, signal, sys, time\n" + (
+        'def stop(*a):\n print("bye"); open(os.environ["JOB_EXIT_FILE"], "w").write("3"); sys.exit(3)\n'
+        'signal.signal(signal.SIGTERM, stop); print("hello", flush=True); time.sleep(60)'
+    )
+    snippet = (
+        f"source '{ROOT}/launch.sh'; status() {{ {sleeper(launch, 'train_gpu0', script)}; }}; main status"
+    )
+    env = launch.env | {"SLURM_JOB_ID": "1"}
+    shell = subprocess.Popen(["bash", "-c", snippet], env=env, stdout=subprocess.PIPE, text=True)
+    for line in shell.stdout:
+        if "hello" in line:
+            break
+    shell.terminate()
+    assert "bye" in shell.communicate(timeout=20)[0] and shell.returncode == 3
+    assert "STOPPED" in launch("status")
+
+
+def test_a_kill_reaches_what_has_a_session_of_its_own(launch, tmp_path):
+    """As torchrun's processes have; both ignore SIGTERM here."""
+    deaf = "import signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    child = deaf + 'open(sys.argv[1], "w").write("x"); time.sleep(60)'
+    (tmp_path / "child.py").write_text(child)
+    parent = deaf + (f"subprocess.Popen([sys.executable, \"{tmp_path}/child.py\", \"{tmp_path}/up\"], "
+                     "start_new_session=True); time.sleep(60)")  # fmt: skip
+    launch(sleeper(launch, "train_gpu0", parent))
+    while not (tmp_path / "up").exists():
+        time.sleep(0.05)
+    assert "from the checkpoint before" in launch("STOP_GRACE=1; stop_job train_gpu0")
+    time.sleep(0.3)
+    assert not subprocess.run(["pgrep", "-f", f"{tmp_path}/child.py"], capture_output=True).stdout
+
+
+def test_a_job_of_another_machine_is_left_to_it(launch):
+    launch(sleeper(launch, "train_gpu0"))
+    path = launch.logs / "train_gpu0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "elsewhere"}))
+    assert "ON_elsewhere" in launch("status")
+    for command in ("stop", "resume"):
+        assert "train_gpu0 runs on elsewhere: give this command there" in launch(
+            f"main {command} train_gpu0", 1
+        )
+
+
+def test_resume_goes_on_from_the_newest_checkpoint(launch, tmp_path):
+    """Of the job itself: what it was told to begin with counts until it has written one."""
+    failing = f"'{launch.python}' -c 'import sys; sys.exit(1)' --resume x.pt"
+    launch(f"start_job train_gpu0 train cpu '{tmp_path}/run' {failing}", code=1)
+    seen = 'need_setup() { :; }; start_job() { echo "$@"; }; main resume train_gpu0'
+    assert launch(seen).rstrip().endswith("--resume x.pt")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint_epoch1.pt").touch()
+    assert launch(seen).rstrip().endswith("--resume x.pt --resume auto")

@@ -12,6 +12,7 @@ import train_dual_head as T
 from snac48 import codec, kernels, schedule, speed
 from snac48.codebooks import FullCodec
 from snac48.decoder import DualHeadDecoder
+from snac48.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -101,7 +102,7 @@ def test_accum_is_said_and_a_flag_wins(snac, monkeypatch):
     def settled(free, **given):
         monkeypatch.setattr(speed, "free_memory", lambda device: free)
         found = speed.Speed(False, False, 0)
-        speed.settle_accum(found, options(*given.items()), plan, 1, model, geometry)
+        speed.settle_accum(found, options(*given.items()), plan, Ranks(0, 1, CPU), model, geometry)
         return found.accum_steps, found.told[-1]
 
     assert settled(1e15) == (1, "accum_steps 1 (192 s of audio fit by far)")

@@ -55,7 +55,7 @@ def test_padding_changes_nothing_and_costs_nothing(pattern):
     assert torch.allclose(model(both)[0, :5], model(a)[0], atol=1e-5)
     none = model.rows(torch.full((1, 1, 4), -1))  # "no token" is a row of its own, never a real code
     assert (none >= sum(model.vocab)).all() and len(none.unique()) == 4
-    loss, ce = token_lm.objective(model, both, torch.ones(4), 0.0, 14)
+    loss, ce = token_lm.objective(model, both, model.sizes, torch.ones(4), 0.0, 14)
     parts = [token_lm.token_losses(model(c), c, model.sizes)[0].sum().item() for c in (a, b)]
     assert loss.item() == pytest.approx(sum(parts) / 14 / 4, rel=1e-5)
     assert ce.sum().item() == pytest.approx(sum(parts), rel=1e-5)
@@ -69,7 +69,7 @@ def test_objective_against_pytorch():
     for k, v in enumerate(model.vocab):
         flat, target = logits[:, :, k, :v].reshape(-1, v), codes[:, :, k].reshape(-1)
         want += w[k] / w.sum() * torch.nn.functional.cross_entropy(flat, target, label_smoothing=0.05)
-    got, _ = token_lm.objective(model, codes, w, 0.05, 12)
+    got, _ = token_lm.objective(model, codes, model.sizes, w, 0.05, 12)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
 
 
@@ -173,7 +173,8 @@ def fit(model, batch_at, steps, lr):
         for g in opt.param_groups:
             g["lr"] = train_rvq.lr_at(s, steps, lr, 0.05, 0.05)
         codes = batch_at(s)
-        loss, _ = token_lm.objective(model, codes, torch.ones(model.K), 0.0, codes.shape[0] * codes.shape[1])
+        frames = codes.shape[0] * codes.shape[1]
+        loss, _ = token_lm.objective(model, codes, model.sizes, torch.ones(model.K), 0.0, frames)
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -214,9 +214,15 @@ def test_every_window_once_an_epoch_and_split_by_file():
     for windows, batch, accum in ((53, 4, 6), (7, 4, 6), (48, 4, 3), (50, 4, 3)):
         sizes, order = np.arange(windows) % 9 + 1, tokens.epoch_order(windows, 1, 2)
         n = tokens.steps_per_epoch(windows, batch, accum)
-        steps = [tokens.step_batches(order, sizes, s, batch, accum) for s in range(n)]
-        seen = np.concatenate([b for s in steps for b in s])
-        assert sorted(seen) == list(range(windows))  # left-over batches join the true last step
+        steps = [tokens.step_windows(order, sizes, s, batch, accum) for s in range(n)]
+        assert sorted(np.concatenate(steps)) == list(range(windows))  # left-over batches join the last step
+        for world in (1, 2, 5):  # the ranks share them, passes of one size but for the last of each
+            shares = [[tokens.passes_of(own, batch, rank, world) for rank in range(world)] for own in steps]
+            for own, ranks in zip(steps, shares):
+                every = [one for passes in ranks for one in passes]
+                assert sorted(np.concatenate(every)) == sorted(own) and max(map(len, every)) <= batch
+                counts = [sum(map(len, passes)) for passes in ranks]
+                assert max(counts) - min(counts) <= 1
     assert not np.array_equal(tokens.epoch_order(99, 1, 2), tokens.epoch_order(99, 1, 3))
     train, val = tokens.split_files(np.array([10, 20, 3, 40, 5]), 0)
     assert len(val) >= 1 and len(train) + len(val) == 5

@@ -1,0 +1,25 @@
+"""`python -m snac48.torchrun ARGS` is `torchrun ARGS`, but it ends as its processes do: with their exit code,
+and without a traceback of its own below what they have said."""
+
+import sys
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+from .cli import EXIT_STOPPED
+
+
+def exit_code(failed: ChildFailedError) -> int:
+    """Of the process that failed first; as a shell tells it where a signal killed that one."""
+    code = failed.get_first_failure()[1].exitcode
+    return code if code > 0 else 128 - code
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ChildFailedError as e:
+        sys.exit(exit_code(e))
+    except SignalException:  # passed on to all processes, which had time to answer it
+        sys.exit(EXIT_STOPPED)
