@@ -56,13 +56,14 @@ def command(folder: Path, out: Path) -> list[str]:
             "--deterministic", "--resume", "auto"]  # fmt: skip
 
 
-def one_life(argv: list[str], out: Path, seconds: float, in_write: bool) -> tuple[int, bool, str]:
-    """(exit code, whether a half-written checkpoint was left, stderr) of a run killed after that long."""
+def one_life(argv: list[str], out: Path, seconds: float, in_write: bool, least=0) -> tuple[int, bool, str]:
+    """(exit code, whether a half-written checkpoint was left, stderr) of a run killed after that long,
+    in_write: while it writes a checkpoint, when there are `least` whole ones."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=errors)
         began = time.time()
         while process.poll() is None:
-            late = time.time() - began > seconds
+            late = time.time() - began > seconds and len(list(out.glob("checkpoint_*.pt"))) >= least
             if late and (not in_write or any(out.glob(".*.pt.*.tmp"))):
                 process.kill()
                 process.wait()

@@ -26,7 +26,7 @@ def compute_dtype(x):
 
 def product(weight, x):
     """weight [D, C] times every item of x [B, C, T]. Not matmul: it copies x to make one product of all."""
-    return torch.bmm(weight.expand(len(x), -1, -1), x)
+    return torch.bmm(weight.expand(x.shape[0], -1, -1), x)
 
 
 class Snake(torch.autograd.Function):
@@ -99,7 +99,7 @@ class Unit(torch.autograd.Function):
         y = ops.snake_conv(x, alpha0.flatten(), w0.flatten(1), b0, dilation)
         ctx.save_for_backward(x, y, alpha0, w0, alpha1, w1)
         ctx.dilation = dilation
-        s, w = ops.snake(y, alpha1.flatten()), w1.to(dtype)[..., 0].expand(len(x), -1, -1)
+        s, w = ops.snake(y, alpha1.flatten()), w1.to(dtype)[..., 0].expand(x.shape[0], -1, -1)
         return torch.add(x, b1.to(dtype)[:, None]).baddbmm_(w, s)
 
     @staticmethod
@@ -134,7 +134,7 @@ class Noise(torch.autograd.Function):
         x, weight, n = ctx.saved_tensors
         noisy = grad * n
         of_weight = torch.bmm(noisy, x.transpose(1, 2)).sum(0, dtype=weight.dtype)
-        w = weight[..., 0].to(grad.dtype).T.expand(len(x), -1, -1)
+        w = weight[..., 0].to(grad.dtype).T.expand(x.shape[0], -1, -1)
         return torch.baddbmm(grad, w, noisy), of_weight[..., None], None, None
 
 

@@ -6,6 +6,7 @@ for ever. So it tells all why (`end_all`, called by cli.guarded) through the key
 keeps on the first machine; a thread of each process looks there once a second.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -30,6 +31,7 @@ REACH_AGAIN_S = 15
 LOOK_S = 1.0  # between two looks at the store
 SILENT_LOOKS = 600  # without a beat of a process that another one waits for: it is dead
 ENDING = threading.Event()  # this process is about to leave
+OVER = threading.Event()  # its interpreter is about to go down
 ENDED = "ended"  # key of the store: who ended first, and why
 LEAVE_S = 300  # for a checkpoint after torchrun itself has died
 
@@ -163,7 +165,10 @@ def join(device: str) -> Ranks:
         store, threads = connect(), connect()
     except RuntimeError:
         raise UserError(gone()) from None
-    threading.Thread(target=watch, args=(threads,), daemon=True).start()
+    watcher = threading.Thread(target=watch, args=(threads,), daemon=True)
+    watcher.start()
+    # a thread that is in C++ while the interpreter goes down would abort the process
+    atexit.register(lambda: (OVER.set(), watcher.join(REACH_AGAIN_S)))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     return Ranks(rank, world, chosen, store)
@@ -203,8 +208,7 @@ def last_words(first: dict) -> str:
 
 def watch(store) -> None:
     """In a thread of every process: show that it lives, and end it when another one ends with an error."""
-    while True:
-        time.sleep(LOOK_S)
+    while not OVER.wait(LOOK_S):
         try:
             store.add(f"beats {env('RANK')}", 1)
             first = json.loads(store.get(ENDED)) if store.check([ENDED]) else None
@@ -212,12 +216,16 @@ def watch(store) -> None:
             try:
                 store = connect(REACH_AGAIN_S)
             except RuntimeError:
-                break
+                return outlive()
             continue
         if first and first["pid"] == os.getpid() and first["rank"] == env("RANK"):
             return  # our own: the main thread ends
         if first:
             leave_at_once(last_words(first), first["code"])
+
+
+def outlive() -> None:
+    """torchrun itself was killed: stop with a checkpoint instead of going on as a ghost."""
     os.kill(os.getpid(), signal.SIGTERM)  # as if torchrun had been told to stop
     time.sleep(LEAVE_S)
     leave_at_once(gone() if env("LOCAL_RANK") == 0 else "", 1)

@@ -155,9 +155,9 @@ def memory_lines(args, cards: list[float]) -> list[str]:
 
 def mark_of(data) -> str:
     """Of a dataset: how many rows, and a fingerprint of which, of a thousand paths, and of the targets."""
-    rows = data.rows
+    rows, kinds = data.rows, np.asarray(data.targets.kinds) if data.targets else b""
     paths = [data.path(int(row)) for row in rows[:: 1 + len(rows) // 1000]]
-    return f"{len(rows)} rows {fingerprint(rows, np.asarray(data.targets.kinds) if data.targets else b'', *paths)}"
+    return f"{len(rows)} rows {fingerprint(rows, kinds, *paths)}"
 
 
 def open_data(args, snac, geometry: codec.Geometry, prefix: str):
