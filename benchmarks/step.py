@@ -234,11 +234,9 @@ def measure(args, modes: list[str], phase: str) -> None:
         workers[mode].stdin.flush()
         return json.loads(workers[mode].stdout.readline())
 
+    losses = {mode: ask(mode)["loss"] for mode in modes}  # the first step: not timed
     counted = {mode: ask(mode, "count") for mode in modes if "plain" not in mode and "compile" not in mode}
-    times, losses = (
-        {mode: [] for mode in modes},
-        {mode: ask(mode)["loss"] for mode in modes},
-    )  # the first: warm
+    times = {mode: [] for mode in modes}
     for _ in range(args.rounds):
         for mode in modes:
             times[mode].append(ask(mode)["seconds"])

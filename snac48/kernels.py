@@ -65,7 +65,7 @@ def plain_snake_conv(x, alpha, weight, bias, dilation: int):
     wide, _, _ = parts(x, alpha)
     s, weight = as_columns(plain_snake(wide, alpha), dilation), weight.to(wide.dtype)[:, None, :, None]
     y = F.conv2d(s, weight, bias.to(wide.dtype), padding=(TAPS // 2, 0), groups=x.shape[1])
-    return y.flatten(2)[..., : x.shape[-1]].to(x.dtype, memory_format=torch.contiguous_format)
+    return y.flatten(2)[..., : x.shape[-1]].to(x.dtype).contiguous()
 
 
 def plain_snake_mix(x, alpha, weight, bias):
@@ -89,7 +89,7 @@ def plain_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
     of_s, of_weight, _ = torch.ops.aten.convolution_backward(
         each(g), each(plain_snake(wide, alpha)), taps, *how
     )
-    of_s = of_s.view(b, c, -1)[..., :n]
+    of_s = of_s.view(b, c, -1)[..., :n].contiguous()
     of_x, of_alpha, _ = plain_snake_back(of_s, wide, alpha, False)
     if skip is not None:
         of_x = of_x + skip
