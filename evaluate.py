@@ -2,8 +2,8 @@
 heads.
 
     python evaluate.py --checkpoint checkpoints/phase12_dual_head/best_model.pt --data_dirs corpus/valid/audio
-    python evaluate.py --checkpoint new/best_model.pt --compare old/best_model.pt --data_dirs corpus/valid/audio
-    python evaluate.py --checkpoint C/best_model.pt --data_dirs corpus/valid/audio --audio_48k_dir targets/valid
+    python evaluate.py --checkpoint new/best_model.pt --compare old/best_model.pt --data_dirs valid/audio
+    python evaluate.py --checkpoint C/best_model.pt --data_dirs valid/audio --audio_48k_dir targets/valid
 
 Checkpoints of any recipes stand beside each other: phase10 and 12 meet at 24 kHz, 11 and 12 at 48 kHz.
 
@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add("--checkpoint", nargs="+", required=True, help="checkpoints or exported folders")
     add("--compare", default="", help="a checkpoint: which differences of the others from it are real")
     add("--data_dirs", nargs="+", required=True, help="folders of held-out recordings")
-    add("--audio_48k_dir", nargs="+", default=[], help="48 kHz targets of each of --data_dirs, in order")
+    add("--audio_48k_dir", nargs="+", default=[], help="their 48 kHz targets, a folder for each of them")
     add(
         "--target_kind", choices=("sidon", "recordings"), default="", help="of targets without manifest.jsonl"
     )
@@ -68,7 +68,6 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     ARGS = guarded(parse_args)
 
 import numpy as np
-import soundfile as sf
 import torch
 
 from snac48.audio import AudioError, find_audio, read_audio, resample, resampled_length, resolve_inside
@@ -83,7 +82,7 @@ from snac48.targets import KINDS, Targets
 
 DRAWN = 3  # clips in the picture
 LEVEL_POLICY = (
-    "Level: no system is scaled before it is measured, and a 48 kHz target is taken at its recording's level; "
+    "Level: no system is scaled before it is measured, and a target is taken at its recording's level; "
     "`level` says how far each lies off (1 dB alone moves lsd by up to 0.1)."
 )
 
@@ -187,7 +186,8 @@ def add_target(clip: Clip, targets: Targets, row: int, start: int, g) -> None:
 
 
 def open_systems(args, device) -> tuple[DualHead, dict[str, DualHead]]:
-    """(base SNAC, {label: decoder} of the checkpoints, --compare's last). Raises UserError for codecs that don't compare."""
+    """(base SNAC, {label: decoder} of the checkpoints, --compare's last). Raises UserError for codecs that
+    don't compare."""
     paths = [*args.checkpoint, *filter(None, [args.compare])]
     folders = [Path(p).parent.name for p in paths]  # of one name: told apart by path
     labels = [f if folders.count(f) == 1 else p for f, p in zip(folders, paths)]
@@ -265,14 +265,8 @@ class Findings:
 
     def add(self, clip: Clip, signals: dict[str, Signal], rows: dict[str, dict]) -> None:
         low = clip.truth[24000]
-        self.clips.append(
-            {
-                "clip": clip.name,
-                "seconds": len(low) / 24000,
-                "full_band": 48000 in clip.truth,
-                "systems": rows,
-            }
-        )
+        about = {"clip": clip.name, "seconds": len(low) / 24000, "full_band": 48000 in clip.truth}
+        self.clips.append(about | {"systems": rows})
         self.loudest.append((float(low.square().sum()), clip.name, signals))
         self.loudest = sorted(self.loudest, key=lambda c: c[0], reverse=True)[:DRAWN]
 
@@ -326,8 +320,9 @@ def table(metrics, rows: dict[str, dict], cell) -> str:
 
 def markdown(results: dict) -> str:
     known, bounds = {"original": results["original"]} | results["systems"], results["intervals"]
-    half = lambda name, k: (bounds[name][k][1] - bounds[name][k][0]) / 2
-    number = lambda digits: lambda name, k: f"{known[name][k]:.{digits}f} ± {half(name, k):.{digits}f}"
+    half = lambda low, high: (high - low) / 2
+    spread = lambda name, k, digits: f" ± {half(*bounds[name][k]):.{digits}f}" if k in bounds[name] else ""
+    number = lambda digits: lambda name, k: f"{known[name][k]:.{digits}f}{spread(name, k, digits)}"
     gaps = {f"{d['system']} - {d['against']}": d["metrics"] for d in results["differences"]}
     gap = lambda name, k: f"{gaps[name][k]['mean']:+.4f}{'*' * gaps[name][k]['real']}"
     lacking = results["clips"] - results["clips_48k"]

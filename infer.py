@@ -22,6 +22,7 @@ import contextlib
 import functools
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -262,7 +263,7 @@ def speak(tts: DualHead, args, stop: StopFlag) -> int:
     if absent:
         raise UserError(f"{args.checkpoint} has no {absent[0]} Hz head: --sample_rate {tts.rates[0]}")
     one_file = Path(args.input).is_file() and not args.input.endswith(".parquet")
-    bad, count, seconds, began, taken = 0, 0, 0.0, time.time(), {}
+    bad, count, seconds, began, taken, paths = 0, 0, 0.0, time.time(), {}, {}
     for u in utterances(tts, args.input):
         if stop:
             warn(f"stopped by {stop.signal} after {count} files")
@@ -290,6 +291,8 @@ def speak(tts: DualHead, args, stop: StopFlag) -> int:
     rtf = f" (rtf {spent / seconds:.3f})" if seconds else ""
     left_out = f"; {bad} bad files left out" if bad else ""
     warn(f"{count} files, {seconds:.1f} s of audio in {spent:.1f} s{rtf}{left_out}")
+    if paths:
+        print(f"listen: aplay {shlex.quote(str(list(paths.values())[-1]))}, or any player")
     return EXIT_BAD_INPUT if bad else 0
 
 

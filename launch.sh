@@ -607,7 +607,6 @@ demo() {
   say "5/5 evaluate on held-out speakers"
   "$py" evaluate.py --checkpoint "$d/run/best_model.pt" --data_dirs "$d/data/valid/audio" --device $device \
     --pretrained_model "$model" --output "$d/evaluation_results.json" --samples_dir "$d/comparison_samples"
-  echo "listen: aplay $d/comparison_samples/018_{base_snac_sinc48,ours_48k,original}.wav, or any player"
   say "done; everything lies in $d"
 }
 

@@ -40,8 +40,9 @@ def interval(values) -> list[float]:
 
 
 def intervals(rows: list[dict]) -> dict:
-    """{metric: [low, high] of its mean}."""
-    return {name: interval(values) for name, values in columns(rows).items()}
+    """{metric: [low, high] of its mean}, of those that two clips or more have."""
+    found = columns(rows).items()
+    return {name: interval(values) for name, values in found if (~np.isnan(values)).sum() > 1}
 
 
 def differences(ours: list[dict], theirs: list[dict]) -> dict:

@@ -34,14 +34,14 @@ class ListeningPage:
         return list(dict.fromkeys(name for clip in self.clips for name in clip["wavs"]))
 
     def add(self, name: str, signals: dict, metrics: dict) -> None:
-        """Write a clip's wavs and samples. signals: {system: (float [N] of 16-bit steps, rate)}, all of the
+        """Write a clip's wavs and samples. signals: {system: (float [N], rate)}, all of the
         same length in seconds; metrics: {system: {metric: value}}."""
         number, wavs, samples = f"{len(self.clips):03d}", {}, {}
         (self.folder / "audio").mkdir(parents=True, exist_ok=True)
         for system, (audio, rate) in signals.items():
             wavs[system] = f"{number}_{wav_name(system)}.wav"
-            sf.write(self.folder / wavs[system], audio, rate, subtype="PCM_16")
             pcm = np.clip(np.rint(audio * 32768), -32768, 32767).astype("<i2")
+            sf.write(self.folder / wavs[system], pcm, rate, subtype="PCM_16")
             samples[system] = [rate, base64.b64encode(pcm.tobytes()).decode()]
         with atomic_file(self.folder / "audio" / f"{number}.js", "w", encoding="utf-8") as f:
             f.write(f"clip({len(self.clips)}, {as_script(samples)});\n")

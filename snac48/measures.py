@@ -75,7 +75,8 @@ def faults(audio, rate: int, frame_seconds: float, audio_24k=None) -> dict:
     found = comb(audio, rate, frame_seconds)
     if rate == 48000:
         found |= seam(audio) | tones(audio)
-        found |= level(audio, audio_24k, "level_24k") if audio_24k is not None else {}
+    if rate == 48000 and audio_24k is not None:
+        found |= level(halve_rate(audio[None])[0], audio_24k, "level_24k")  # in the band that both have
     return found
 
 
@@ -86,8 +87,9 @@ def level(audio, reference, name: str) -> dict:
 
 
 def power(audio, n_fft: int):
-    """Power spectrogram, Hann with 3/4 overlap: float64 [n_fft // 2 + 1, frames]."""
-    return spectrum(audio[None], n_fft, n_fft // 4)[0].abs().square().double().numpy()
+    """Power spectrogram, Hann with 3/4 overlap: float64 [n_fft // 2 + 1, frames]. Of the frames that lie
+    wholly inside: a clip is cut out of speech, and its edges are clicks. audio: n_fft samples at least."""
+    return spectrum(audio[None], n_fft, n_fft // 4)[0, :, 2:-2].abs().square().double().numpy()
 
 
 ROUNDING = 10 * np.log10(4096 * 3 / 8 / 12 / 32768**2)  # of 16 bits: dB in each bin of power(x, 4096)
@@ -161,21 +163,24 @@ def pitch_distances(f0, f0_target) -> dict:
 
 
 def harmonics_to_noise(audio_24k, f0) -> dict:
-    """hnr: mean harmonics-to-noise ratio in dB of the frames where f0 [T] names a pitch (of 10 at least):
-    10 log10(r / (1 - r)) of the normalised autocorrelation r, divided by the window's (Boersma 1993), at its
-    highest within 10 % of that pitch's lag. f0: the original's, so that a whisper is asked, too."""
+    """hnr: harmonics-to-noise ratio in dB of the frames where f0 [T] names a pitch (of 10 at least):
+    10 log10(r / (1 - r)) of their mean normalised autocorrelation r, divided by the window's (Boersma 1993),
+    at its highest within 10 % of that pitch's lag. f0: the original's, so that a whisper is asked, too."""
     at = np.flatnonzero(~np.isnan(f0))
     if len(at) < 10:
         return {}
     padded = np.pad(audio_24k.double().numpy(), PITCH_FRAME // 2)  # frame i is centred on i * PITCH_HOP
     frames = np.lib.stride_tricks.sliding_window_view(padded, PITCH_FRAME)[::PITCH_HOP][at]
     window = np.hanning(PITCH_FRAME)
-    autocorrelation = lambda x: np.fft.irfft(np.square(np.abs(np.fft.rfft(x, 2 * PITCH_FRAME))))
+    longest = int(1.1 * 24000 / LOWEST_HZ) + 2
+    autocorrelation = lambda x: np.fft.irfft(np.square(np.abs(np.fft.rfft(x, 2 * PITCH_FRAME))))[
+        ..., :longest
+    ]
     r = autocorrelation((frames - frames.mean(1, keepdims=True)) * window)
     r = r / np.maximum(r[:, :1], 1e-9) / (autocorrelation(window) / autocorrelation(window)[0])
     lags = [slice(int(0.9 * lag), int(1.1 * lag) + 2) for lag in 24000 / f0[at]]
-    best = np.clip([row[lag].max() for row, lag in zip(r, lags)], 1e-3, 1 - 1e-4)  # -30 to 40 dB
-    return {"hnr": float(np.mean(10 * np.log10(best / (1 - best))))}
+    best = np.clip(np.mean([row[lag].max() for row, lag in zip(r, lags)]), 1e-3, 1 - 1e-4)  # -30 to 40 dB
+    return {"hnr": float(10 * np.log10(best / (1 - best)))}
 
 
 def pitched(audio, rate: int, pitch, f0_target) -> dict:
