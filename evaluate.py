@@ -83,7 +83,7 @@ from snac48.targets import KINDS, Targets
 DRAWN = 3  # clips in the picture
 LEVEL_POLICY = (
     "Level: no system is scaled before it is measured, and a target is taken at its recording's level; "
-    "`level` says how far each lies off (1 dB alone moves lsd by up to 0.1)."
+    "level says how far each lies off (1 dB alone moves lsd by up to 0.1)."
 )
 
 
