@@ -86,6 +86,8 @@ def test_wav_folder_and_cache_give_the_same_48k_files(checkpoint, audio_dir, cac
     done = run("infer.py", *base, "--input", audio_dir, "--output", tmp_path / "a")
     first, *_, last = done.stderr.splitlines()
     assert first == f"{checkpoint} on cpu" and re.search(r" s of audio in [\d.]+ s \(rtf [\d.]+\)", last)
+    said, listen = done.stdout.splitlines()[-2:]
+    assert listen == f"listen: aplay '{tmp_path}/a/b c/utt13.wav', or any player" and "utt13" in said
     call(infer, *base, "--input", cache_dir, "--output", tmp_path / "b")
     one = ("--input", audio_dir / "a" / "utt00.wav", "--output", tmp_path / "one.wav")
     call(infer, *base, *one, "--sample_rate", "both", "--chunk_seconds", 0.3)
