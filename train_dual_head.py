@@ -73,6 +73,7 @@ OPTIONS = {  # name: (default, help[, type]); the type is the default's; None: b
         "freeze_encoder": (True, "keep the encoder (codes stay valid)"),
         "freeze_vq": (True, "keep the quantizers (codes stay valid)"),
         "from_scratch": ("", "JSON of SNAC's arguments: train a new codec instead of a pretrained one"),
+        "pitch_features": (0, "--from_scratch: channels of the latents that begin as pitch (e.g. 40)"),
         "phase10_checkpoint": ("", "take trunk and 24 kHz head from this checkpoint of phase10"),
         "init": ("interpolate", "start of the 48 kHz head: interpolate, average, first or random"),
     },
@@ -325,8 +326,10 @@ def check_values(args) -> None:
         )
     if args.from_scratch and not args.feature_epochs and (args.freeze_encoder or args.freeze_vq):
         raise UserError("--from_scratch needs --no-freeze_encoder --no-freeze_vq, or --feature_epochs")
-    if args.feature_epochs and not args.from_scratch:
-        raise UserError("--feature_epochs belongs to --from_scratch")
+    if (args.feature_epochs or args.pitch_features) and not args.from_scratch:
+        raise UserError("--feature_epochs and --pitch_features belong to --from_scratch")
+    if args.pitch_features < 0:
+        raise UserError("--pitch_features must be 0 (none) or more")
     if args.phase10_checkpoint and args.heads == "24k":
         raise UserError("--phase10_checkpoint is the trunk of another recipe; phase10 goes on by --resume")
     schedule.curriculum(args)  # these three raise on malformed lists
