@@ -98,7 +98,7 @@ run_tests() {
   "$VENV/bin/ruff" check .
   "$VENV/bin/ruff" format --check .
   "$VENV/bin/shellcheck" launch.sh .ci/run
-  "$VENV/bin/python" -m pytest -q -n auto --dist loadfile "$@"
+  "$VENV/bin/python" -m pytest -q -rs -n auto --dist loadfile "$@"
 }
 
 # ---- process truth ----
