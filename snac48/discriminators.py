@@ -9,8 +9,9 @@ What they see of a target is what the decoder can know. Of a restored target (SI
 the phase is SIDON's own, so in such rows, of audio and target alike,
 
 - the spectral ones see magnitudes only; real and imaginary parts are 0;
-- those of periods see what lies below 12 kHz, of the target that of the recording itself: pitch and most
-  harmonics lie there, and its phase is true.
+- those of periods see what lies below 10.5 kHz, of the target that of the recording itself: pitch and most
+  harmonics lie there, and its phase is true. (Not 12 kHz: where the recording ends, filters would differ, and
+  the head would learn a seam.)
 
 Rows whose target is the recording are seen whole, and the 24 kHz head always is. Both kinds may stand in one
 batch: a row's audio and its target are shown the same way, so the way itself tells nothing. Levels are left
@@ -24,11 +25,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from .losses import Judged, double_rate, halve_rate, hann
+from .losses import Judged, double_rate, hann, low_pass
 
 PERIODS = (2, 3, 5, 7, 11)  # primes: what they fold overlaps least
 N_FFTS = (2048, 1024, 512)  # hop is a quarter
 BANDS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # edges, as shares of the bins
+LOW_BAND = 10500.0  # Hz up to which a waveform is compared with the recording's
 SLOPE = 0.1  # of leaky ReLU
 
 
@@ -122,13 +124,11 @@ def views(x: Judged):
     discriminators of periods, audio [B, N] and phase_true [B] for those of spectra."""
     if x.audio.shape == x.original.shape or x.all_phase_true:
         return (x.audio, x.audio), (x.target, x.target), torch.ones_like(x.phase_true)
-    low, wave = x.audio, x.original
-    while low.shape[-1] > x.original.shape[-1]:
-        low = halve_rate(low)
+    wave, share, whole = x.original, LOW_BAND / (x.rate / 2), x.phase_true[:, None]
     while wave.shape[-1] < x.audio.shape[-1]:
-        low, wave = double_rate(low), double_rate(wave)
-    whole = x.phase_true[:, None]
-    of_audio, of_target = torch.where(whole, x.audio, low), torch.where(whole, x.target, wave)
+        wave = double_rate(wave)
+    of_audio = torch.where(whole, x.audio, low_pass(x.audio, share))
+    of_target = torch.where(whole, x.target, low_pass(wave, share))
     return (of_audio, x.audio), (of_target, x.target), x.phase_true
 
 

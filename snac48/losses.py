@@ -106,21 +106,27 @@ def multi_mel_loss(pred, target, valid, rate: int):
     return total
 
 
-def half_band(device):
-    """Zero-phase half-band FIR at 48 kHz: 127 taps, Kaiser 8: -80 dB from 12.7 kHz; their sum is 1."""
+def low_pass_taps(share: float, device):
+    """Zero-phase low pass up to a share of the band: 127 taps, Kaiser 8 (of 0.5 at 48 kHz: -6 dB at 12 kHz, -80
+    dB from 12.7 kHz on). [1, 1, 127], their sum is 1."""
     n = torch.arange(127, device=device, dtype=torch.float32) - 63
-    taps = torch.special.sinc(n / 2) / 2 * torch.kaiser_window(127, False, 8.0, device=device)
+    taps = torch.special.sinc(n * share) * share * torch.kaiser_window(127, False, 8.0, device=device)
     return (taps / taps.sum())[None, None]
 
 
+def low_pass(x, share: float):
+    """[B, N] -> [B, N]: what lies below a share of the band."""
+    return F.conv1d(x[:, None], low_pass_taps(share, x.device), padding=63)[:, 0]
+
+
 def halve_rate(x):
-    """[B, 2N] -> [B, N]: every second sample of what `half_band` leaves."""
-    return F.conv1d(x[:, None], half_band(x.device), stride=2, padding=63)[:, 0, : x.shape[-1] // 2]
+    """[B, 2N] -> [B, N]: every second sample of low_pass(x, 0.5)."""
+    return F.conv1d(x[:, None], low_pass_taps(0.5, x.device), stride=2, padding=63)[:, 0, : x.shape[-1] // 2]
 
 
 def double_rate(x):
     """[B, N] -> [B, 2N], in step with halve_rate: sample i becomes sample 2i."""
-    taps = 2 * half_band(x.device)
+    taps = 2 * low_pass_taps(0.5, x.device)
     return F.conv_transpose1d(x[:, None], taps, stride=2, padding=63, output_padding=1)[:, 0]
 
 
