@@ -9,8 +9,9 @@ six recipes.
     python train_dual_head.py --recipe phase11-fast --print_schedule 100000    # epochs, batches, rates; stops
     python train_dual_head.py --print_memory 24,80,141            # what GPUs of so many GB take of it; stops
 
-phase12 (default): both heads. phase11-standard, -warmup, -fast: the 48 kHz head alone. phase10: the 24 kHz
-codec, its decoder or all of it (--no-freeze_encoder --no-freeze_vq), also --from_scratch MODEL_CONFIG.json.
+phase12 (default): both heads; phase12-gan: with discriminators, from a finished run. phase11-standard,
+-warmup, -fast: the 48 kHz head alone. phase10: the 24 kHz codec, its decoder or all of it
+(--no-freeze_encoder --no-freeze_vq), also --from_scratch MODEL_CONFIG.json.
 Reads a cache of cache_codes.py (--cache_dir) or recordings (--data_dir: encoder and SIDON on the fly), and
 48 kHz targets (of precompute_48k.py, or real 48 kHz recordings); writes into --output_dir: checkpoints,
 args.json, baseline_metrics.json, metrics.jsonl (one object a line), training.log. Precedence: flag, config,
@@ -333,8 +334,6 @@ def check_values(args) -> None:
             raise UserError(f"--{name} must be at least 1")
     if args.keep_checkpoints == 0:  # it would delete the one just written
         raise UserError("--keep_checkpoints must be at least 1, or -1 for all")
-    if args.recipe == "phase12-gan" and not (args.start_checkpoint or args.resume):
-        raise UserError("phase12-gan goes on from a finished run: --start_checkpoint RUN/best_model.pt")
     schedule.check(args)
 
 

@@ -107,8 +107,8 @@ def multi_mel_loss(pred, target, valid, rate: int):
 
 
 def low_pass_taps(share: float, device):
-    """Zero-phase low pass up to a share of the band: 127 taps, Kaiser 8 (of 0.5 at 48 kHz: -6 dB at 12 kHz, -80
-    dB from 12.7 kHz on). [1, 1, 127], their sum is 1."""
+    """Zero-phase low pass up to a share of the band, [1, 1, 127], their sum is 1: Kaiser 8 (0.5 of 48 kHz:
+    -6 dB at 12 kHz, -80 dB from 12.7 kHz on)."""
     n = torch.arange(127, device=device, dtype=torch.float32) - 63
     taps = torch.special.sinc(n * share) * share * torch.kaiser_window(127, False, 8.0, device=device)
     return (taps / taps.sum())[None, None]

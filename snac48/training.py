@@ -336,11 +336,12 @@ class State:
         self.best = {k: float(saved["best"][k]) for k in self.best}
         enter_phase(run, self, saved["phase"])
         restore_optimizer(self.optimizer, saved["optimizer"])
-        for parameter, moments in self.optimizer.state.items():
-            if any(moments[k].shape != parameter.shape for k in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("the optimiser's moments have other shapes than the weights")
         if self.adversary:
             self.adversary.load_state_dict(saved["adversarial"])
+        optimizers = [self.optimizer, *([self.adversary.optimizer] if self.adversary else [])]
+        for parameter, moments in (item for o in optimizers for item in o.state.items()):
+            if any(moments[k].shape != parameter.shape for k in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("the optimiser's moments have other shapes than the weights")
         if saved["ema"] is not None:
             shapes = {k: p.shape for k, p in self.model.named_parameters()}
             if {k: v.shape for k, v in saved["ema"].items()} != shapes:

@@ -33,7 +33,8 @@ from snac48.decoder import DualHeadDecoder
 # the trunk
 TINY = ("--adv_weight", 1, "--disc_width", 1, "--disc_lr", 1e-3, "--limit", 8, "--batch_size", 2,
         "--epochs", 2, "--epoch_ranges", "1-1,2-2", "--segment_schedule", "0.2,0.2",
-        "--val_segment", 0.2, "--val_limit", 2, "--disc_alone", 0.25, "--disc_young", 0.5, "--scheduler", "constant")  # fmt: skip
+        "--val_segment", 0.2, "--val_limit", 2, "--scheduler", "constant",
+        "--disc_alone", 0.25, "--disc_young", 0.5)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
