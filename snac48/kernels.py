@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .cli import UserError, first_line
+
 TAPS, MAX_DILATION = 7, 9  # what kernels.cpp is made for
 SOURCE = Path(__file__).with_name("kernels.cpp")
 BUILD = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -282,9 +284,45 @@ def prepare(device: str) -> str:
     if ONLY_PLAIN:
         return "plain formulas (asked for)"
     if device == "cuda":
-        return "Triton kernels" if has_triton() else "plain formulas (no Triton in this Python)"
+        if not has_triton():
+            return "plain formulas (no Triton in this Python)"
+        prove(torch.device("cuda"))
+        return "Triton kernels"
     library, told = native() if device == "cpu" else (None, "no kernels for it")
-    return f"native kernels ({told})" if library else f"plain formulas ({told})"
+    if not library:
+        return f"plain formulas ({told})"
+    prove(torch.device("cpu"))
+    return f"native kernels ({told})"
+
+
+def prove(device: torch.device) -> None:
+    """Compute every kernel once beside its formula. Raises UserError where that fails or differs: a compiler
+    or a driver is broken in a way that nobody would see in a falling loss."""
+    g = torch.Generator().manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        x, grad = (torch.randn(2, 3, 300, generator=g).to(device, dtype) for _ in range(2))
+        alpha, weight = (0.1 + torch.rand(*size, generator=g).to(device) for size in ((3,), (3, 7)))
+        for name, arguments in (("snake", (x, alpha)), ("snake_back", (grad, x, alpha, True)),
+                                ("snake_conv", (x, alpha, weight, alpha, 3)),
+                                ("snake_mix", (x, alpha, weight, alpha[:1])),
+                                ("snake_conv_back", (grad, grad, x, alpha, weight, 3))):  # fmt: skip
+            try:
+                found, wanted = getattr(ops, name)(*arguments), globals()[f"plain_{name}"](*arguments)
+                as_list = lambda v: [v] if torch.is_tensor(v) else v
+                worst = max(
+                    float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1))
+                    for a, b in zip(as_list(found), as_list(wanted), strict=True)
+                )
+            except Exception as e:  # of Triton, the driver or a compiler: each has its own classes
+                raise UserError(
+                    f"the kernel {name} fails on {device} ({type(e).__name__}: "
+                    f"{first_line(e)[:200]}): --plain trains without these kernels"
+                ) from e
+            if not worst < tolerance:
+                raise UserError(
+                    f"the kernel {name} is wrong on {device} in {dtype} (by {worst:.2g}): "
+                    "--plain trains without these kernels"
+                )
 
 
 @functools.cache

@@ -35,7 +35,7 @@ class Magnitude(torch.autograd.Function):
     def backward(ctx, grad):
         (s, magnitude), (n_fft, hop, n) = ctx.saved_tensors, ctx.sizes
         # of |s|: s / |s|, 0 at 0; of the real FFT: the inverse one, which counts inner bins twice
-        of_s = s * (grad / magnitude.clamp(min=torch.finfo(grad.dtype).tiny))
+        of_s = s / magnitude.clamp(min=torch.finfo(grad.dtype).tiny) * grad
         of_s[:, 1:-1] /= 2
         frames = torch.fft.irfft(of_s, n_fft, dim=1, norm="forward") * hann(n_fft, s.device)[:, None]
         b, t = len(s), s.shape[-1]

@@ -194,7 +194,7 @@ def memory_plan(cards, model, geometry, args, plan, codec=None) -> list[str]:
     for name, bf16 in (("bf16", True), ("fp32", False)):
         a_second, besides = bytes_a_second(model, geometry, args, bf16, codec)
         rows.append(f"{name}: {a_second / 1e6:.0f} MB a second of audio, {besides / 1e9:.1f} GB besides")
-        rows.append("  card    " + "".join(f"{n} GPU{'s' * (n > 1)}".ljust(15) for n in gpus))
+        rows.append("  card    " + "".join(f"{n} GPU{'s' * (n > 1)}".ljust(15) for n in gpus).rstrip())
         for card in cards:
             cells = []
             for world in gpus:
@@ -202,5 +202,5 @@ def memory_plan(cards, model, geometry, args, plan, codec=None) -> list[str]:
                 most = max(e.segment * math.ceil(math.ceil(e.batch / world) / accum) for e in plan)
                 need = (besides + a_second * most) / 1e9
                 cells.append(f"{accum} x {need:.1f} GB" if need < MARGIN * card else "too small")
-            rows.append(f"  {f'{card:g} GB':8}" + "".join(cell.ljust(15) for cell in cells))
+            rows.append(f"  {f'{card:g} GB':8}" + "".join(cell.ljust(15) for cell in cells).rstrip())
     return [*rows, f"(accum_steps x memory of one; {100 * MARGIN:.0f} % of a card are used)"]

@@ -8,6 +8,7 @@ import torch
 from conftest import make_snac
 
 from snac48 import kernels, layers
+from snac48.cli import UserError
 
 native = pytest.mark.skipif(kernels.native()[0] is None, reason=f"no native kernels: {kernels.native()[1]}")
 B, C, T = 3, 5, 4500  # more than two tiles of kernels.cpp
@@ -135,6 +136,22 @@ def test_the_operators_choose_and_say_what_they_chose(plainly):
     assert kernels.prepare("cpu") == (f"native kernels ({told})" if library else f"plain formulas ({told})")
     if library:
         assert torch.equal(kernels.ops.snake(x, alpha), kernels.native_snake(x, alpha))
+
+
+@native
+def test_kernels_that_fail_or_are_wrong_end_a_run_with_a_sentence(monkeypatch):
+    kernels.prove(torch.device("cpu"))
+    wrong = lambda name, x, *more, **sizes: kernels.address(x)
+    monkeypatch.setattr(kernels, "call", wrong)  # results stay as memory was
+    with pytest.raises(UserError, match=r"kernel snake\w* is wrong on cpu .*--plain"):
+        kernels.prepare("cpu")
+
+    def broken(*arguments, **sizes):
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(kernels, "call", broken)
+    with pytest.raises(UserError, match=r"snake fails on cpu \(RuntimeError: no such instruction\): --plain"):
+        kernels.prepare("cpu")
 
 
 def test_without_a_compiler_the_formulas_compute_and_it_is_said(monkeypatch):
