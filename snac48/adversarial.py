@@ -1,6 +1,6 @@
 """The adversarial phase: discriminators with their optimiser beside the decoder's.
 
-    adversary = Adversary(args, device)              # when the phase begins
+    adversary = Adversary(args, device, bf16)        # when the phase begins
     adversary.begin(rates)                           # each step: rates, no gradients yet
     losses |= adversary.losses(audio, batch, size)   # each micro-batch: gradients of theirs, losses of ours
     norm = adversary.norm(ranks)                     # of theirs, summed over the ranks
@@ -39,8 +39,8 @@ class Adversary:
     """The discriminators of each head that counts. Their first weights are a function of the seed alone, so a
     run that is resumed before the phase enters it with the same ones."""
 
-    def __init__(self, args, device):
-        self.bf16, self.clip = bool(args.bf16), args.disc_clip
+    def __init__(self, args, device, bf16: bool):
+        self.bf16, self.clip = bf16, args.disc_clip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             nets = {name: Discriminators(args.disc_width) for name in judged_heads(args)}

@@ -111,7 +111,7 @@ def bytes_a_second(model, geometry, args, bf16: bool, codec=None, lengths=(1.0, 
     model.requires_grad_(False)
     for group in schedule.groups_of(args, "main"):
         getattr(model, group).requires_grad_(True)
-    peaks, adversary = [], Adversary(args, device) if args.adv_weight > 0 else None
+    peaks, adversary = [], Adversary(args, device, bf16) if args.adv_weight > 0 else None
     for seconds in lengths:
         coarse = geometry.coarse_len(seconds)
         n = coarse * geometry.coarse_samples

@@ -378,7 +378,7 @@ def enter_phase(run: Run, state: State, phase: str) -> None:
         weight_decay=args.weight_decay,
         fused=not args.plain,  # one pass over weights and moments
     )
-    state.adversary = Adversary(args, run.device) if phase == "adversarial" else None
+    state.adversary = Adversary(args, run.device, run.speed.bf16) if phase == "adversarial" else None
     state.wrapped = state.codec or state.model
     if state.codec:
         state.codec.from_features = phase == "features"

@@ -193,7 +193,7 @@ def test_a_step_that_the_decoder_skips_they_skip_too(data, tmp_path, unbroken):
 
 
 def test_gradients_of_discriminators_reach_audio_only(snac_dir):
-    adversary = Adversary(options(bf16=False, disc_width=1, heads="24k"), torch.device("cpu"))
+    adversary = Adversary(options(disc_width=1, heads="24k"), torch.device("cpu"), bf16=False)
     audio = torch.randn(2, 1, 4096, requires_grad=True)
     batch = {"audio_24k": torch.randn(2, 1, 4096), "valid_24k": torch.tensor([4096, 0]),
              "phase_true": torch.tensor([True, True])}  # fmt: skip
