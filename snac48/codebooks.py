@@ -6,14 +6,18 @@ residual quantizer that starts at random collapses to one entry a codebook withi
 autoencoder without codebooks needs many thousand steps before its latents tell vowels apart. So a codec from
 scratch starts from what is known about speech:
 
-1. start_from_features: we want the latents to be log-mel features. With that the quantizers are settled:
-   in_proj and out_proj are principal components of what the quantizers before left, the entries k-means
-   centres. Every convolution begins with outputs of mean 0 and a set variance on real speech (LSUV, Mishkin &
-   Matas 2015): with PyTorch's default start the signal dies in 30 layers.
+1. start_from_features: we want the latents to be log-mel features, and how periodic each frame is at which
+   pitch: without that the codes cannot carry a voice, and what is trained on them whispers. With that the
+   quantizers are settled: in_proj and out_proj are principal components of what the quantizers before left,
+   the entries k-means centres. Every convolution begins with outputs of mean 0 and a set variance on real
+   speech (LSUV, Mishkin & Matas 2015): with PyTorch's default start the signal dies in 30 layers.
 2. phase "features": the encoder learns the features (a regression), the decoder to speak from the quantized
    true ones. Neither waits for the other.
 3. phase "main": the codec as it will be used, end to end.
 """
+
+import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +30,17 @@ from .losses import mel_filters
 class FullCodec(nn.Module):
     """Audio in, audio out, through encoder and quantizers of a DualHeadDecoder that has an encoder.
 
-    align: SNAC's padding unit in samples (codec.align_samples). forward(audio [B, 1, N], N whole coarse
-    codes) -> (audio of each of HEADS as from the decoder, losses {commitment, codebook}, each [B], codes [K]
-    of [B, T_k], latents [K] of [B, D, T_k]); with `from_features` the loss is features, the encoder's error,
-    and there are no codes.
+    align: SNAC's padding unit in samples (codec.align_samples); pitch: as of features.
+    forward(audio [B, 1, N], N whole coarse codes) -> (audio of each of HEADS as from the decoder, losses
+    {commitment, codebook}, each [B], codes [K] of [B, T_k], latents [K] of [B, D, T_k]); with `from_features`
+    the loss is features, the encoder's error, and there are no codes.
     """
 
     from_features = False
 
-    def __init__(self, model, align: int):
+    def __init__(self, model, align: int, pitch: int = 0):
         super().__init__()
-        self.model, self.align = model, align
+        self.model, self.align, self.pitch = model, align, pitch
 
     def encode(self, audio):
         """audio [B, 1, N] -> z [B, D, T], padded as SNAC pads."""
@@ -47,7 +51,7 @@ class FullCodec(nn.Module):
         with torch.autocast(z.device.type, enabled=False):  # bf16 would pick other codes than encode()
             if self.from_features:
                 with torch.no_grad():
-                    wanted = features(audio, z.shape[1], z.shape[-1])
+                    wanted = features(audio, z.shape[1], z.shape[-1], self.pitch)
                     z_q, _ = self.model.quantizer(wanted)
                 losses = {"features": (z.float() - wanted).square().mean((1, 2))}
             else:
@@ -111,24 +115,51 @@ def restart_dead_entries(vq, counts, latents, optimizer, generator) -> int:
 # ---- from scratch ----
 
 
-def features(audio, channels: int, frames: int):
+def features(audio, channels: int, frames: int, pitch: int = 0):
     """What we want the latents of a codec from scratch to be: audio [B, 1, N] -> [B, channels, frames].
-    Natural log of min(80, channels) mel bands, halved to about unit variance, two hops long, frame t centred
-    on its hop of N / frames samples; further channels are 0."""
-    hop, bands = audio.shape[-1] // frames, min(80, channels)
+    Natural log of min(80, channels - pitch) mel bands, halved to about unit variance, two hops long, frame t
+    centred on its hop of N / frames samples; then `pitch` channels of periodicity; further channels are 0."""
+    hop, bands = audio.shape[-1] // frames, min(80, channels - pitch)
     size = 2 * hop
     x = F.pad(audio[:, 0].float(), ((size - hop) // 2, size - hop - (size - hop) // 2))
     window = torch.hann_window(size, device=x.device)
     s = torch.stft(x, size, hop, window=window, center=False, return_complex=True).abs()
-    mel = mel_filters(24000, size, bands).to(x.device) @ s
-    return F.pad((mel + 1e-2).log() / 2, (0, 0, 0, channels - bands))
+    mel = (mel_filters(24000, size, bands).to(x.device) @ s + 1e-2).log() / 2
+    found = [mel, periodicity(audio[:, 0].float(), frames, pitch)] if pitch else [mel]
+    return F.pad(torch.cat(found, 1), (0, 0, 0, channels - bands - pitch))
+
+
+PITCH_HZ = (70.0, 400.0)
+PITCH_WINDOW = 1024  # samples at 24 kHz: three periods of 70 Hz
+
+
+def periodicity(x, frames: int, channels: int):
+    """How far each frame repeats itself after a lag: x [B, N] at 24 kHz -> [B, channels, frames]. Normalised
+    cross-correlation (Talkin 1995), -1 to 1, at lags of 1/400 to 1/70 s, the largest of each of `channels`
+    logarithmic bands, high pitch first. A mel spectrum of 43 ms cannot tell harmonics of 100 Hz apart."""
+    hop, (low, high) = x.shape[-1] // frames, PITCH_HZ
+    longest = math.ceil(24000 / low)
+    edges = torch.linspace(math.log(24000 / high), math.log(longest + 1), channels + 1).exp().round().long()
+    size = PITCH_WINDOW + longest
+    before = (size - hop) // 2
+    parts = F.pad(x, (before, size - hop - before)).unfold(-1, size, hop)  # [B, frames, size]
+    fast = 1 << (size + PITCH_WINDOW).bit_length()
+    head = torch.fft.rfft(parts[..., :PITCH_WINDOW], fast)
+    products = torch.fft.irfft(head.conj() * torch.fft.rfft(parts, fast), fast)[..., : longest + 1]
+    power = F.pad(parts.double().square().cumsum(-1), (1, 0))
+    energy = (power[..., PITCH_WINDOW:] - power[..., :-PITCH_WINDOW]).float()[..., : longest + 1]  # by lag
+    # 1e-4 a sample, -40 dB: what is silent has no pitch
+    alike = products / ((energy[..., :1] * energy).clamp(min=0).sqrt() + 1e-4 * PITCH_WINDOW)
+    bands = [alike[..., a : max(b, a + 1)].amax(-1) for a, b in itertools.pairwise(edges.tolist())]
+    return torch.stack(bands, 1)
 
 
 @torch.no_grad()
-def start_from_features(snac, audio, seed: int) -> None:
-    """Set quantizers, and the scale of every convolution, of a fresh SNAC from speech [B, 1, N]."""
+def start_from_features(snac, audio, seed: int, pitch: int = 0) -> None:
+    """Set quantizers, and the scale of every convolution, of a fresh SNAC from speech [B, 1, N]; pitch: as of
+    features."""
     frames = audio.shape[-1] // int(snac.hop_length)
-    z = torch.cat([features(part, snac.latent_dim, frames) for part in audio.split(256)])
+    z = torch.cat([features(part, snac.latent_dim, frames, pitch) for part in audio.split(256)])
     fit_quantizers(snac.quantizer, z, seed)
     few = audio[:16]
     unit_variance(snac.encoder, snac.preprocess(few), 1.0)

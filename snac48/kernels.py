@@ -136,7 +136,14 @@ def native() -> tuple[ctypes.CDLL | None, str]:
 
 
 def address(x):
+    """Of a contiguous tensor, or null."""
+    assert x is None or x.is_contiguous()
     return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def fp32(*parameters):
+    """As kernels.cpp takes alpha, weight and bias, whatever dtype the model was cast to."""
+    return [p.to(torch.float32).contiguous() for p in parameters]
 
 
 def call(name: str, x, *arguments, sizes=()) -> None:
@@ -150,7 +157,7 @@ def call(name: str, x, *arguments, sizes=()) -> None:
 
 def native_snake(x, alpha):
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    call("snake", x, x, alpha, y)
+    call("snake", x, x, *fp32(alpha), y)
     return y
 
 
@@ -158,19 +165,19 @@ def native_snake_back(grad, x, alpha, again: bool):
     grad, x = grad.contiguous(), x.contiguous()
     of_x, of_alpha = torch.empty_like(x), torch.empty(x.shape[:2])
     s = torch.empty_like(x) if again else None
-    call("snake_back", x, grad, x, alpha, of_x, of_alpha, s)
+    call("snake_back", x, grad, x, *fp32(alpha), of_x, of_alpha, s)
     return of_x, of_alpha, x.new_empty(0) if s is None else s
 
 
 def native_snake_conv(x, alpha, weight, bias, dilation: int):
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    call("snake_conv", x, x, alpha, weight, bias, y, sizes=(dilation,))
+    call("snake_conv", x, x, *fp32(alpha, weight, bias), y, sizes=(dilation,))
     return y
 
 
 def native_snake_mix(x, alpha, weight, bias):
     x, y = x.contiguous(), x.new_empty(len(x), 1, x.shape[-1], dtype=torch.float32)
-    call("snake_mix", x, x, alpha, weight, bias, y)
+    call("snake_mix", x, x, *fp32(alpha, weight, bias), y)
     return y
 
 
@@ -179,7 +186,9 @@ def native_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
     grad, x = grad.to(torch.float32 if shared else x.dtype).contiguous(), x.contiguous()
     skip = None if skip is None else skip.contiguous()
     of_x, sums = torch.empty_like(x), [torch.empty(*x.shape[:2], *size) for size in ((), (TAPS,), (), ())]
-    call("snake_conv_back", x, grad, skip, x, alpha, weight, of_x, *sums, sizes=(dilation, int(shared)))
+    call(
+        "snake_conv_back", x, grad, skip, x, *fp32(alpha, weight), of_x, *sums, sizes=(dilation, int(shared))
+    )
     of_alpha, of_weight, of_bias, of_skip = sums
     return (
         of_x,

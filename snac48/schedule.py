@@ -108,8 +108,10 @@ def check(args) -> None:
         )
     if args.from_scratch and not args.feature_epochs and (args.freeze_encoder or args.freeze_vq):
         raise UserError("--from_scratch needs --no-freeze_encoder --no-freeze_vq, or --feature_epochs")
-    if args.feature_epochs and not args.from_scratch:
-        raise UserError("--feature_epochs belongs to --from_scratch")
+    if (args.feature_epochs or args.pitch_features) and not args.from_scratch:
+        raise UserError("--feature_epochs and --pitch_features belong to --from_scratch")
+    if args.pitch_features < 0:
+        raise UserError("--pitch_features must be 0 (none) or more")
     if args.phase10_checkpoint and args.heads == "24k":
         raise UserError("--phase10_checkpoint is the trunk of another recipe; phase10 goes on by --resume")
     if args.start_checkpoint and (args.phase10_checkpoint or args.from_scratch):

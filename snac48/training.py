@@ -108,7 +108,9 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     facts |= {"the training data": mark_of(data), "the validation data": mark_of(val)}
     ranks.agree(args, saved, facts)
     if args.from_scratch and not saved:
-        start_from_features(snac, some_speech(run, 12 * geometry.codebook_size), args.seed)
+        start_from_features(
+            snac, some_speech(run, 12 * geometry.codebook_size), args.seed, args.pitch_features
+        )
     if args.phase10_checkpoint and not saved:
         take_phase10(snac, args.phase10_checkpoint, geometry)
     begun = saved or (start_of(args, geometry) if args.start_checkpoint else None)
@@ -121,7 +123,7 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     if args.data_dir and not run.full:
         # before enter_phase opens what it shares with the model
         run.snac = snac.to(device).requires_grad_(False)
-    state = State(model.to(device), FullCodec(model, codec.align_samples(snac)) if run.full else None)
+    state = State(model.to(device), full_codec(model, snac, args) if run.full else None)
     state.codes = torch.zeros(2, len(geometry.vq_strides), geometry.codebook_size, dtype=torch.int64)
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
     state.best = dict.fromkeys(["loss", *each], math.inf)
@@ -149,11 +151,15 @@ def open_codec(args):
     return snac, codec.geometry_of(snac, args.from_scratch or args.pretrained_model)
 
 
+def full_codec(model, snac, args) -> FullCodec:
+    return FullCodec(model, codec.align_samples(snac), args.pitch_features)
+
+
 def memory_lines(args, cards: list[float]) -> list[str]:
     """How GPUs of so many GB take the schedule of `args`, counted with its codec."""
     snac, geometry = open_codec(args)
     model = DualHeadDecoder(snac, schedule.chosen_heads(args.heads), with_encoder=args.heads == "24k")
-    whole = FullCodec(model, codec.align_samples(snac)) if schedule.trains_codec(args) else None
+    whole = full_codec(model, snac, args) if schedule.trains_codec(args) else None
     return memory_plan(cards, model, geometry, args, schedule.make_plan(args, 10**9), whole)
 
 

@@ -166,6 +166,16 @@ def test_without_a_compiler_the_formulas_compute_and_it_is_said(monkeypatch):
         kernels.native.cache_clear()
 
 
+@native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_was_cast_whole_computes_the_same(dtype):
+    model = layers.replace_layers(make_snac(noise=False)).decoder
+    x = torch.randn(1, next(model.parameters()).shape[0], 8)
+    wanted = model(x)
+    found = copy.deepcopy(model).to(dtype)(x.to(dtype))
+    assert (found.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
 # ---- layers ----
 
 

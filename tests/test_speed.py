@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import make_snac, run, voice
-from helpers.training import metrics, tiny_args
+from helpers.training import metrics, training
 
 import train_dual_head as T
 from snac48 import codec, kernels, schedule, speed
@@ -159,7 +159,7 @@ def test_plain_and_fast_training_agree(cache_dir, targets_dir, snac_dir, tmp_pat
     losses = []
     for name, more in (("fast", ()), ("plain", ("--plain",))):
         out = tmp_path / name
-        run("train_dual_head.py", *tiny_args(cache_dir, targets_dir, snac_dir, out, "--log_every", 1, *more))
+        assert training(cache_dir, targets_dir, snac_dir, out, "--log_every", 1, *more).train() == 0
         log = (out / "training.log").read_text()
         assert ("Snake: plain formulas (asked for)" in log) == (name == "plain") and "accum_steps 1 (" in log
         losses.append([row["loss_48k"] for row in metrics(out)])
