@@ -1,5 +1,5 @@
 """Train SNAC decoders: from the same codes, 24 kHz (the pretrained head) and 48 kHz (a new head). One script,
-five recipes.
+six recipes.
 
     python train_dual_head.py --codes_dir codes --audio_48k_dir targets/train --val_audio_48k_dir targets/val
     torchrun --nproc_per_node 4 train_dual_head.py ...same flags...        # --batch_size counts all GPUs
@@ -9,8 +9,9 @@ five recipes.
     python train_dual_head.py --recipe phase11-fast --print_schedule 100000    # epochs, batches, rates; stops
     python train_dual_head.py --print_memory 24,80,141            # what GPUs of so many GB take of it; stops
 
-phase12 (default): both heads. phase11-standard, -warmup, -fast: the 48 kHz head alone. phase10: the 24 kHz
-codec, its decoder or all of it (--no-freeze_encoder --no-freeze_vq), also --from_scratch MODEL_CONFIG.json.
+phase12 (default): both heads; phase12-gan: with discriminators, from a finished run. phase11-standard,
+-warmup, -fast: the 48 kHz head alone. phase10: the 24 kHz codec, its decoder or all of it
+(--no-freeze_encoder --no-freeze_vq), also --from_scratch MODEL_CONFIG.json.
 Reads a cache of cache_codes.py (--cache_dir) or recordings (--data_dir: encoder and SIDON on the fly), and
 48 kHz targets (of precompute_48k.py, or real 48 kHz recordings); writes into --output_dir: checkpoints,
 args.json, baseline_metrics.json, metrics.jsonl (one object a line), training.log. Precedence: flag, config,
@@ -75,6 +76,7 @@ OPTIONS = {  # name: (default, help[, type]); the type is the default's; None: b
         "from_scratch": ("", "JSON of SNAC's arguments: train a new codec instead of a pretrained one"),
         "pitch_features": (0, "--from_scratch: channels of the latents that begin as pitch (e.g. 40)"),
         "phase10_checkpoint": ("", "take trunk and 24 kHz head from this checkpoint of phase10"),
+        "start_checkpoint": ("", "start from trunk and heads of this checkpoint, of a finished run"),
         "init": ("interpolate", "start of the 48 kHz head: interpolate, average, first or random"),
     },
     "run": {
@@ -121,10 +123,25 @@ OPTIONS = {  # name: (default, help[, type]); the type is the default's; None: b
         "l1_weight": (1.0, "waveform L1 in either loss"),
         "stft_weight": (1.0, "multi-resolution STFT in either loss"),
         "mel_weight": (0.0, "log-mel L1 in either loss"),
+        "mel": ("single", "single (80 bands) or multi (sum over seven scales, as DAC's)"),
         "commitment_weight": (0.25, "latents to their codebook entries, where the encoder trains"),
         "codebook_weight": (1.0, "codebook entries to their latents, where the quantizers train"),
         "n_ffts": ("1024,2048,4096", "STFT sizes; hop is a quarter"),
         "stft": ("magnitude", "magnitude (plus log-magnitude) or complex (real + imaginary L1)"),
+    },
+    "adversarial": {
+        "adv_weight": (0.0, "of what discriminators say, in the last phase (0 = no such phase)"),
+        "feat_weight": (2.0, "of feature matching, L1 between what they see in target and audio"),
+        "adv_epochs": (-1, "how many of the last epochs are adversarial (-1 = all after the warmup)"),
+        "adv_lr": (1e-4, "rate of the heads there (of two, the 24 kHz one's is --lr_24k_final_conv)"),
+        "adv_lr_trunk": (2e-5, "rate of the trunk there, once it opens (0 = frozen)"),
+        "disc_lr": (1e-4, "rate of the discriminators"),
+        "adv_betas": ("0.8,0.99", "AdamW there, of both sides"),
+        "disc_alone": (0.01, "first share of that phase's steps that trains the discriminators alone"),
+        "disc_young": (0.2, "first share of its steps with a closed trunk and --young_clip"),
+        "young_clip": (0.1, "gradient norm limit of the decoder while the discriminators are young"),
+        "disc_clip": (10.0, "gradient norm limit of the discriminators"),
+        "disc_width": (32, "channels of their first layers"),
     },
     "speed": {
         "bf16": (None, "bf16 autocast of the decoder (waveforms, quantizers and losses stay fp32)", bool),
@@ -141,6 +158,7 @@ TYPES = {
 CHOICES = {
     "init": ("interpolate", "average", "first", "random"),
     "stft": ("magnitude", "complex"),
+    "mel": ("single", "multi"),
     "heads": ("both", *schedule.HEAD_NAMES),
     "scheduler": tuple(schedule.SHAPES),
     "upsampler": ("", "sidon", "sinc"),
@@ -160,6 +178,10 @@ RECIPES = {  # what differs from DEFAULTS
     "phase11-warmup": PHASE11 | {"warmup_epochs": 3, "lr": 5e-5, "output_dir": "checkpoints/phase11_warmup"},
     "phase11-fast": PHASE11 | PHASE11_FAST | {"output_dir": "checkpoints/phase11_fast"},
     "phase12": {},
+    "phase12-gan": {"epochs": 10, "warmup_epochs": 0, "batch_size": 64, "segment_schedule": "0.4,0.8",
+                    "batch_multiplier": "1.0,0.5", "epoch_ranges": "1-5,6-10", "scheduler": "cosine",
+                    "adv_weight": 1.0, "mel_weight": 15.0, "mel": "multi",
+                    "output_dir": "checkpoints/phase12_gan"},
 }  # fmt: skip
 
 SKIPS_IN_A_ROW = 20  # non-finite or outlier steps; then the run is declared diverged
@@ -313,28 +335,7 @@ def check_values(args) -> None:
             raise UserError(f"--{name} must be at least 1")
     if args.keep_checkpoints == 0:  # it would delete the one just written
         raise UserError("--keep_checkpoints must be at least 1, or -1 for all")
-    if args.heads == "24k" and args.warmup_epochs:
-        raise UserError(
-            "--warmup_epochs trains the 48 kHz head alone, which --heads 24k does not have: --warmup_epochs 0"
-        )
-    if schedule.trains_codec(args) and args.cache_dir:
-        raise UserError("a codec that is trained itself needs recordings: --data_dir and --val_data_dir")
-    if schedule.trains_codec(args) and args.heads != "24k":
-        raise UserError(
-            "encoder and quantizers train with --recipe phase10 only (--heads 24k): a 48 kHz "
-            "head needs codes that stay"
-        )
-    if args.from_scratch and not args.feature_epochs and (args.freeze_encoder or args.freeze_vq):
-        raise UserError("--from_scratch needs --no-freeze_encoder --no-freeze_vq, or --feature_epochs")
-    if (args.feature_epochs or args.pitch_features) and not args.from_scratch:
-        raise UserError("--feature_epochs and --pitch_features belong to --from_scratch")
-    if args.pitch_features < 0:
-        raise UserError("--pitch_features must be 0 (none) or more")
-    if args.phase10_checkpoint and args.heads == "24k":
-        raise UserError("--phase10_checkpoint is the trunk of another recipe; phase10 goes on by --resume")
-    schedule.curriculum(args)  # these three raise on malformed lists
-    schedule.fft_sizes(args)
-    schedule.adam_betas(args)
+    schedule.check(args)
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
@@ -430,23 +431,9 @@ def flags_of(run: Run, state: State) -> list[float]:
 # ---- one step ----
 
 
-def total_weights(args, phase: str) -> dict[str, float]:
-    """The total loss, {loss: weight}: logged and minimised; in warmup train_step takes the new heads'."""
-    heads = schedule.chosen_heads(args.heads)
-    if len(heads) == 1:
-        found = {f"loss_{heads[0]}": 1.0}
-    else:
-        found = {f"loss_{name}": getattr(args, f"loss_weight_{name}") for name in heads}
-    if not schedule.trains_codec(args):
-        return found
-    if phase == "features":
-        return found | {"features": 1.0}
-    return found | {"commitment": args.commitment_weight, "codebook": args.codebook_weight}
-
-
-def losses_of(run: Run, state: State, module, batch: dict, heads=None):
+def losses_of(run: Run, state: State, module, batch: dict, heads=None, size=0):
     """(losses: {name: [B]}, with `loss`, their total, if heads is None; audio of each of HEADS; codes and
-    latents, both empty unless the codec trains)."""
+    latents, both empty unless the codec trains). size: of the step, where discriminators judge and learn."""
     a, extra, codes, latents = run.args, {}, [], []
     state.model.set_noise(batch["noise_key"])
     with torch.autocast(run.device.type, torch.bfloat16, enabled=a.bf16):
@@ -455,10 +442,12 @@ def losses_of(run: Run, state: State, module, batch: dict, heads=None):
         else:
             audio = module(batch["codes"], heads)
     terms = {term: getattr(a, f"{term}_weight") for term in TERMS}
-    losses = head_losses(audio, batch, terms, n_ffts=schedule.fft_sizes(a), stft=a.stft)
+    losses = head_losses(audio, batch, terms, n_ffts=schedule.fft_sizes(a), stft=a.stft, mel=a.mel)
     losses |= {name: value * (batch["valid_24k"] > 0) for name, value in extra.items()}
+    if size:
+        losses |= state.adversary.losses(audio, batch, size)
     if heads is None:
-        losses["loss"] = weighted(losses, total_weights(a, state.phase))
+        losses["loss"] = weighted(losses, schedule.total_weights(a, state.phase, size > 0))
     return losses, audio, codes, latents
 
 
@@ -473,12 +462,14 @@ class StepResult:
 def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
     """One optimiser step over `batch.size` utterances on all ranks. Each item counts 1/size whatever rank and
     micro-batch it lies in. A step whose norm is no number, or an outlier, changes nothing."""
-    a, warm = run.args, state.phase == "warmup"
+    a, warm, adversary = run.args, state.phase == "warmup", state.adversary
     rates = schedule.rates_at(a, run.plan, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rates[group["name"]] * group["share"]
     state.optimizer.zero_grad(set_to_none=True)
-    minimised, heads = total_weights(a, state.phase), None
+    if adversary:
+        adversary.begin(rates)
+    minimised, heads = schedule.total_weights(a, state.phase, adversary is not None), None
     if warm:  # the pretrained head is frozen: watched now and then
         new = [name for name in run.heads if HEADS[name].factor > 1]
         minimised = {f"loss_{name}": minimised[f"loss_{name}"] for name in new}
@@ -488,17 +479,20 @@ def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
         part = prepare(run, state, part)
         last = i == len(batch.parts) - 1
         with run.ranks.own_gradients(state.wrapped, last):
-            losses, _, codes, latents = losses_of(run, state, state.wrapped, part, heads)
+            size = batch.size if adversary else 0
+            losses, _, codes, latents = losses_of(run, state, state.wrapped, part, heads, size)
             loss = weighted(losses, minimised).sum()
             (loss * (run.world / batch.size)).backward()  # DDP averages over ranks
         total = total + loss.detach()
         sums.update({k: v.detach().sum() for k, v in losses.items()})
         seen.append((codes, latents, part["valid_24k"]))
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), a.grad_clip)
+    clip = schedule.clip_at(a, run.plan, state.step)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
     # a loss of NaN can have finite gradients (|x| at NaN), and on one rank only: all skip or none
     flags = torch.tensor(flags_of(run, state)).to(run.device, non_blocking=True)
-    summed = run.reduce_sum(torch.cat([torch.stack([norm / run.world, 0 * total]), flags]).double())
-    value, nothing, *flags = summed.tolist()  # the step's one CPU-GPU sync point
+    theirs = adversary.norm(run.ranks) / run.world if adversary else torch.zeros_like(norm)
+    summed = run.reduce_sum(torch.cat([torch.stack([norm / run.world, 0 * total, theirs]), flags]).double())
+    value, nothing, theirs, *flags = summed.tolist()  # the step's one CPU-GPU sync point
     value, state.noted = value + nothing, flags if run.world > 1 else None
     outlier, state.norm = schedule.judge_norm(value, state.norm, a.outlier_factor)
     state.step += 1
@@ -507,9 +501,11 @@ def train_step(run: Run, state: State, batch: StepBatch) -> StepResult:
         return StepResult(sums, value, False, batch.size)
     state.in_a_row = 0
     state.optimizer.step()
+    if adversary and not adversary.step(theirs):  # the decoder's step stays
+        training.note_disc_skip(run, state)
     if a.ema > 0:
         training.average_weights(state, a.ema)
-    if run.full and state.phase == "main":
+    if run.full and state.phase != "features":
         training.note_codes(run, state, seen)
     if run.samples:
         rows = [row for part in batch.parts for row in part["rows"]]
@@ -556,8 +552,10 @@ def validate_and_keep(run: Run, state: State, epoch: schedule.Epoch | None) -> N
         if run.rank == 0:
             write_json(run.folder / "baseline_metrics.json", result)
     # a decoder that is fed true features is no codec yet: it is never the best
-    judged = state.best if state.phase in ("warmup", "main") else {}
-    better = [k for k in judged if result[k] < state.best[k]]
+    judged = state.best if state.phase != "features" else {}
+    # the losses of a validation prefer what is blurred: of an adversarial phase the newest weights count
+    newest = state.phase == "adversarial" and number > 0
+    better = [k for k in judged if newest or result[k] < state.best[k]]
     state.best.update({k: result[k] for k in better})
     gain = 100 * (1 - result["loss"] / state.baseline["loss"]) if state.baseline.get("loss") else 0.0
     run.log.say(

@@ -2,12 +2,13 @@
 resume: is the result the run that was never killed, bit for bit?
 
     OMP_NUM_THREADS=1 python benchmarks/survive.py --kills 50 --seed 1
+    OMP_NUM_THREADS=1 python benchmarks/survive.py --kills 20 --seed 1 --adversarial
 
 Makes tiny speech and a tiny codec, trains unbroken, then again: every life is killed at a random moment,
 every third one while a checkpoint is being written; before every fifth one the newest checkpoint is
 damaged (a bit flipped, truncated or emptied). Each life is `train_dual_head.py --resume auto`. Compares
-weights, averaged weights and optimiser of the last checkpoint, and the samples that the committed steps
-saw. Exit code 1 where anything differs.
+weights, averaged weights and optimiser of the last checkpoint, those of discriminators too, and the samples
+that the committed steps saw. Exit code 1 where anything differs.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from conftest import make_snac, save_snac, voice
 from snac48.checkpoint import load_checkpoint
 
 EPOCHS = 6
+ADVERSARIAL = ("--adv_weight", "1", "--adv_epochs", "2", "--disc_width", "1", "--heads", "48k")
 
 
 def prepare(folder: Path) -> None:
@@ -43,7 +45,7 @@ def prepare(folder: Path) -> None:
                    check=True, stdout=subprocess.DEVNULL)  # fmt: skip
 
 
-def command(folder: Path, out: Path) -> list[str]:
+def command(folder: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, str(ROOT / "train_dual_head.py"), "--cache_dir", str(folder / "codes"),
             "--val_cache_dir", str(folder / "codes"), "--audio_48k_dir", str(folder / "audio"),
             "--val_audio_48k_dir", str(folder / "audio"), "--pretrained_model", str(folder / "codec"),
@@ -53,7 +55,7 @@ def command(folder: Path, out: Path) -> list[str]:
             "--batch_size", "4", "--val_segment", "0.3", "--val_limit", "2", "--num_workers", "0",
             "--save_every_batches", "1", "--ema", "0.9", "--sample_log", "--log_every", "1",
             "--main_lr", "1e-3", "--target_kind", "recordings",
-            "--deterministic", "--resume", "auto"]  # fmt: skip
+            "--deterministic", "--resume", "auto", *more]  # fmt: skip
 
 
 def one_life(argv: list[str], out: Path, seconds: float, in_write: bool, least=0) -> tuple[int, bool, str]:
@@ -81,17 +83,18 @@ def damage(out: Path, how: str) -> None:
     os.utime(newest, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def differences(a: Path, b: Path) -> list[str]:
+def differences(one: Path, other: Path) -> list[str]:
     found = []
-    x, y = (load_checkpoint(p / f"checkpoint_epoch{EPOCHS}.pt") for p in (a, b))
-    for part in ("model", "ema"):
-        found += [f"{part} {k}" for k in x[part] if not torch.equal(x[part][k], y[part][k])]
-    for i, state in x["optimizer"]["state"].items():
-        found += [
-            f"optimizer {i} {k}"
-            for k, v in state.items()
-            if not torch.equal(v, y["optimizer"]["state"][i][k])
-        ]
+    x, y = (load_checkpoint(p / f"checkpoint_epoch{EPOCHS}.pt") for p in (one, other))
+    pairs = [("", x, y)]
+    if "adversarial" in x:
+        pairs.append(("adversarial ", x["adversarial"], y["adversarial"]))
+    for whose, a, b in pairs:
+        for part in ("model",) if whose else ("model", "ema"):
+            found += [f"{whose}{part} {k}" for k in a[part] if not torch.equal(a[part][k], b[part][k])]
+        for i, state in a["optimizer"]["state"].items():
+            theirs = b["optimizer"]["state"][i]
+            found += [f"{whose}optimizer {i} {k}" for k in state if not torch.equal(state[k], theirs[k])]
     if x["best"] != y["best"]:
         found.append("best")
     return found
@@ -111,12 +114,14 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", type=int, default=50)
     p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--adversarial", action="store_true", help="the last two epochs are adversarial")
     args = p.parse_args()
+    more = ADVERSARIAL if args.adversarial else ()
     rng, folder = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="survive"))
     prepare(folder)
     whole, out = folder / "whole", folder / "killed"
     began = time.time()
-    subprocess.run(command(folder, whole), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(folder, whole, *more), check=True, stdout=subprocess.DEVNULL)
     length = time.time() - began
     print(f"unbroken run: {length:.1f} s", flush=True)
     kills = in_write = falls = runs = 0
@@ -131,7 +136,7 @@ def main() -> int:
                 how = rng.choice(("bit", "truncated", "empty"))
                 damage(out, how)
             limit = 1e9 if done else rng.uniform(0.5, 1.1) * length
-            code, half, errors = one_life(command(folder, out), out, limit, kills % 3 == 2)
+            code, half, errors = one_life(command(folder, out, *more), out, limit, kills % 3 == 2)
             if how and code in (0, -9) and "is damaged" not in errors and limit > 4:
                 wrong.append(f"a checkpoint ({how}) was damaged and nothing was said")
             falls += bool(how)

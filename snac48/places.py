@@ -143,6 +143,8 @@ def check_training(args, there: bool = False) -> None:
     """Raises UserError on all that a training still lacks, at once; there: named folders must exist."""
     if args.data_dir and args.cache_dir:
         raise UserError("--data_dir encodes recordings, --cache_dir has their codes: give one of them")
+    if args.recipe == "phase12-gan" and not (args.start_checkpoint or args.resume):
+        raise UserError("phase12-gan goes on from a finished run: --start_checkpoint RUN/best_model.pt")
     raw = reads_recordings(vars(args))
     needs = {"data_dir": "recordings"} if raw else {"cache_dir": "codes"}
     if args.heads != "24k" and (not raw or args.audio_48k_dir):

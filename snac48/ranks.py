@@ -37,7 +37,8 @@ LEAVE_S = 300  # for a checkpoint after torchrun itself has died
 
 # Options that may differ from machine to machine: what lies in the folders is compared instead.
 LOCAL = ("device", "num_workers", "prefetch", "config", "resume", "data_root", "pretrained_model",
-         "phase10_checkpoint", "data", "val_data", "eval_decoder", "eval_outdir")  # fmt: skip
+         "phase10_checkpoint", "start_checkpoint", "data", "val_data", "eval_decoder",
+         "eval_outdir")  # fmt: skip
 
 
 def env(name: str, default: int = 0) -> int:
@@ -69,6 +70,16 @@ class Ranks:
         shared = values.to(self.device)
         dist.all_reduce(shared)
         return shared.cpu()
+
+    def sum_gradients(self, parameters: list) -> None:
+        """Of what is not in DDP: every rank's gradients become the sum of all ranks'."""
+        if self.world == 1:
+            return
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        summed = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(summed)
+        for p, part in zip(parameters, summed.split([g.numel() for g in grads])):
+            p.grad = part.view_as(p)
 
     def barrier(self) -> None:
         """Until all ranks have come here."""
@@ -113,7 +124,9 @@ class Ranks:
         with it all end."""
         if self.world == 1:
             return
-        step, weights = (saved["global_step"], saved["model"].values()) if saved else (0, ())
+        step, weights = (saved["global_step"], [*saved["model"].values()]) if saved else (0, [])
+        if saved and "adversarial" in saved:
+            weights += saved["adversarial"]["model"].values()
         facts |= {"the checkpoint": fingerprint(*(w.cpu().numpy() for w in weights)) if saved else "none"}
         facts = {"the step to begin at": step} | facts
         options = {f"--{k}": v for k, v in vars(args).items() if k not in LOCAL and not k.endswith("_dir")}

@@ -52,7 +52,7 @@ def curriculum(args) -> list[tuple[float, int]]:
 @dataclass(frozen=True)
 class Epoch:
     number: int  # from 1
-    phase: str  # features | warmup | main
+    phase: str  # features | warmup | main | adversarial
     segment: float  # seconds
     batch: int  # utterances a step over all GPUs
     first_step: int  # global step before its first step
@@ -64,6 +64,12 @@ def make_plan(args, rows: int) -> list[Epoch]:
     for i, (segment, batch) in enumerate(curriculum(args)):
         late = i - args.feature_epochs
         phase = "features" if late < 0 else "warmup" if late < args.warmup_epochs else "main"
+        if (
+            phase == "main"
+            and args.adv_weight > 0
+            and (args.adv_epochs < 0 or i >= args.epochs - args.adv_epochs)
+        ):
+            phase = "adversarial"
         steps = math.ceil(rows / batch)  # the last batch may be smaller: every row once an epoch
         plan.append(Epoch(i + 1, phase, segment, batch, step, steps))
         step += steps
@@ -78,12 +84,74 @@ def fft_sizes(args) -> tuple[int, ...]:
     return found
 
 
-def adam_betas(args) -> tuple[float, float]:
-    """--adam_betas as numbers. Raises UserError."""
-    found = numbers(float, args.adam_betas, "--adam_betas")
+def adam_betas(args, name: str = "adam_betas") -> tuple[float, float]:
+    """--adam_betas or --adv_betas as numbers. Raises UserError."""
+    given = getattr(args, name)
+    found = numbers(float, given, f"--{name}")
     if len(found) != 2 or not all(0 <= b < 1 for b in found):
-        raise UserError(f"--adam_betas {args.adam_betas!r} must be two numbers from 0 to below 1: 0.9,0.999")
+        raise UserError(f"--{name} {given!r} must be two numbers from 0 to below 1: 0.9,0.999")
     return found[0], found[1]
+
+
+def check(args) -> None:
+    """Raises UserError for options that are malformed or contradict each other."""
+    if args.heads == "24k" and args.warmup_epochs:
+        raise UserError(
+            "--warmup_epochs trains the 48 kHz head alone, which --heads 24k does not have: --warmup_epochs 0"
+        )
+    if trains_codec(args) and args.cache_dir:
+        raise UserError("a codec that is trained itself needs recordings: --data_dir and --val_data_dir")
+    if trains_codec(args) and args.heads != "24k":
+        raise UserError(
+            "encoder and quantizers train with --recipe phase10 only (--heads 24k): a 48 kHz "
+            "head needs codes that stay"
+        )
+    if args.from_scratch and not args.feature_epochs and (args.freeze_encoder or args.freeze_vq):
+        raise UserError("--from_scratch needs --no-freeze_encoder --no-freeze_vq, or --feature_epochs")
+    if (args.feature_epochs or args.pitch_features) and not args.from_scratch:
+        raise UserError("--feature_epochs and --pitch_features belong to --from_scratch")
+    if args.pitch_features < 0:
+        raise UserError("--pitch_features must be 0 (none) or more")
+    if args.phase10_checkpoint and args.heads == "24k":
+        raise UserError("--phase10_checkpoint is the trunk of another recipe; phase10 goes on by --resume")
+    if args.start_checkpoint and (args.phase10_checkpoint or args.from_scratch):
+        raise UserError(
+            "--start_checkpoint brings the whole decoder: leave out --phase10_checkpoint, --from_scratch"
+        )
+    if args.adv_weight > 0 and not (args.freeze_encoder and args.freeze_vq):
+        raise UserError(
+            "gradients of discriminators harm encoder and quantizers: train these first, then the decoder on "
+            "the codes that stay, with --adv_weight and without --no-freeze_encoder and --no-freeze_vq"
+        )
+    curriculum(args)  # these raise on malformed lists
+    fft_sizes(args)
+    adam_betas(args)
+    adam_betas(args, "adv_betas")
+
+
+# ---- what is minimised ----
+
+
+def judged_heads(args) -> list[str]:
+    """The heads that discriminators judge: all that count in the loss."""
+    found = chosen_heads(args.heads)
+    return [name for name in found if len(found) == 1 or getattr(args, f"loss_weight_{name}") > 0]
+
+
+def total_weights(args, phase: str, adversary: bool = False) -> dict[str, float]:
+    """The total loss, {loss: weight}: logged and minimised; in warmup train_step takes the new heads'.
+    adversary: whether discriminators judge, as they do in training, but not in validation."""
+    heads = chosen_heads(args.heads)
+    share = {name: getattr(args, f"loss_weight_{name}") if len(heads) > 1 else 1.0 for name in heads}
+    found = {f"loss_{name}": weight for name, weight in share.items()}
+    for name in judged_heads(args) if adversary else ():
+        found[f"adv_{name}"] = share[name] * args.adv_weight
+        found[f"feat_{name}"] = share[name] * args.feat_weight
+    if not trains_codec(args):
+        return found
+    if phase == "features":
+        return found | {"features": 1.0}
+    return found | {"commitment": args.commitment_weight, "codebook": args.codebook_weight}
 
 
 # ---- rates ----
@@ -127,19 +195,35 @@ def groups_of(args, phase: str) -> list[str]:
     return ["trunk", *heads, *(name for name in frozen if not frozen[name])]
 
 
+def place_in_phase(plan: list[Epoch], step: int) -> tuple[str, int, int]:
+    """(phase, steps of it before, steps of it) at global step `step` (0-based)."""
+    phase = next((e.phase for e in plan if e.first_step <= step < e.first_step + e.steps), plan[-1].phase)
+    first = next(e.first_step for e in plan if e.phase == phase)
+    return phase, step - first, sum(e.steps for e in plan if e.phase == phase)
+
+
 def rates_at(args, plan: list[Epoch], step: int) -> dict[str, float]:
     """Learning rate of every trained group at global step `step` (0-based: the rate of the next update)."""
-    phase = next((e.phase for e in plan if e.first_step <= step < e.first_step + e.steps), plan[-1].phase)
+    phase, done, total = place_in_phase(plan, step)
     groups = groups_of(args, phase)
     if phase == "warmup":
         return dict.fromkeys(groups, args.lr)
-    first = next(e.first_step for e in plan if e.phase == phase)
-    total = sum(e.steps for e in plan if e.phase == phase)
-    shape = lambda rate: SHAPES[args.scheduler](step - first, total, rate, args)
+    shape = lambda rate: SHAPES[args.scheduler](done, total, rate, args)
     if phase == "features":
         return dict.fromkeys(groups, shape(args.lr) * min(1.0, (step + 1) / 100))
     own = {"head_24k": args.lr_24k_final_conv} if args.heads == "both" else {}
-    return {group: shape(own.get(group, args.main_lr)) for group in groups}
+    if phase == "main":
+        return {group: shape(own.get(group, args.main_lr)) for group in groups}
+    own |= {"trunk": args.adv_lr_trunk, "disc": args.disc_lr}
+    rates = {group: shape(own.get(group, args.adv_lr)) for group in [*groups, "disc"]}
+    closed = groups if done < args.disc_alone * total else ["trunk"] if done < args.disc_young * total else []
+    return rates | dict.fromkeys(closed, 0.0)
+
+
+def clip_at(args, plan: list[Epoch], step: int) -> float:
+    """Limit of the decoder's gradient norm at global step `step`: hard while the discriminators are young."""
+    phase, done, total = place_in_phase(plan, step)
+    return args.young_clip if phase == "adversarial" and done < args.disc_young * total else args.grad_clip
 
 
 def plan_lines(args, plan: list[Epoch]) -> list[str]:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import kernels, schedule
+from .adversarial import Adversary
 from .losses import head_losses
 
 SHORT_STEP = 30.0  # seconds of audio a GPU below which launching kernels takes longer than computing them
@@ -110,7 +111,7 @@ def bytes_a_second(model, geometry, args, bf16: bool, codec=None, lengths=(1.0, 
     model.requires_grad_(False)
     for group in schedule.groups_of(args, "main"):
         getattr(model, group).requires_grad_(True)
-    peaks = []
+    peaks, adversary = [], Adversary(args, device, bf16) if args.adv_weight > 0 else None
     for seconds in lengths:
         coarse = geometry.coarse_len(seconds)
         n = coarse * geometry.coarse_samples
@@ -121,13 +122,19 @@ def bytes_a_second(model, geometry, args, bf16: bool, codec=None, lengths=(1.0, 
             "valid_24k": torch.tensor([n]).to(device),
         }
         batch["phase_true"] = torch.zeros(1, dtype=torch.bool, device=device)
+        if adversary:
+            adversary.begin({"disc": 0.0})
         with Live() as live:
             model.set_noise(batch["noise_key"])
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 audio = codec(batch["audio_24k"])[0] if codec else model(codes)
             weights = {"l1": args.l1_weight, "stft": args.stft_weight, "mel": args.mel_weight}
-            losses = head_losses(audio, batch, weights, n_ffts=schedule.fft_sizes(args), stft=args.stft)
-            sum(v.sum() for name, v in losses.items() if name.startswith("loss")).backward()
+            how = {"n_ffts": schedule.fft_sizes(args), "stft": args.stft, "mel": args.mel}
+            losses = head_losses(audio, batch, weights, **how)
+            if adversary:
+                losses |= adversary.losses(audio, batch, 1)
+            minimised = ("loss", "adv", "feat")
+            sum(v.sum() for name, v in losses.items() if name.startswith(minimised)).backward()
         del audio, losses
         model.zero_grad(set_to_none=True)
         peaks.append((live.peak, n / geometry.sampling_rate))
@@ -136,7 +143,8 @@ def bytes_a_second(model, geometry, args, bf16: bool, codec=None, lengths=(1.0, 
     model.trunk_frozen = frozen
     (low, short), (high, long) = peaks
     slope = (high - low) / (long - short)
-    held = sum(p.numel() for p in model.parameters()) * 4 * 3  # weights and AdamW's moments
+    kept = [*model.parameters(), *(adversary.nets.parameters() if adversary else ())]
+    held = sum(p.numel() for p in kept) * 4 * 3  # weights and AdamW's moments
     return slope, low - slope * short + held
 
 

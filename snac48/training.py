@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import DEFAULT_MODEL, codec, schedule
+from .adversarial import Adversary
 from .cache import recorded_model
 from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint
 from .cli import StopFlag, UserError, first_line
@@ -112,9 +113,12 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         )
     if args.phase10_checkpoint and not saved:
         take_phase10(snac, args.phase10_checkpoint, geometry)
-    taps = taps_of(saved["model"]) if saved else None
+    begun = saved or (start_of(args, geometry) if args.start_checkpoint else None)
+    taps = taps_of(begun["model"]) if begun else None
     model = DualHeadDecoder(snac, run.heads, taps, with_encoder=args.heads == "24k")
-    if "48k" in run.heads and not saved:
+    if begun and not saved:
+        codec.load_weights(model, begun["model"], args.start_checkpoint)
+    elif "48k" in run.heads and not saved:
         start_head(model, snac, args.init)
     if args.data_dir and not run.full:
         # before enter_phase opens what it shares with the model
@@ -214,6 +218,20 @@ def some_speech(run: Run, coarse_codes: int):
     return speech
 
 
+def start_of(args, geometry: codec.Geometry) -> dict:
+    """The content of --start_checkpoint, a run with the same heads on the same codec. Raises UserError."""
+    path = args.start_checkpoint
+    saved = require(load_checkpoint(path), path)
+    if differs := geometry.difference(codec.Geometry.from_json(json.dumps(saved["geometry"]))):
+        raise UserError(f"--start_checkpoint {path} belongs to another codec than the data ({differs})")
+    parts = {key.partition(".")[0] for key in saved["model"]}
+    heads = [name for name in schedule.HEAD_NAMES if f"head_{name}" in parts]
+    if heads != list(schedule.chosen_heads(args.heads)):
+        choice = "both" if len(heads) > 1 else "".join(heads)
+        raise UserError(f"--start_checkpoint {path} has heads {' and '.join(heads)}: give --heads {choice}")
+    return saved
+
+
 def take_phase10(snac, path: str, geometry: codec.Geometry) -> None:
     """Put trunk and 24 kHz head of a phase10 checkpoint of the same encoder into `snac`."""
     saved = require(load_checkpoint(path), path)
@@ -236,10 +254,11 @@ class State:
 
     model: DualHeadDecoder
     codec: FullCodec | None  # model with encoder and quantizers in training, where the codec trains
-    phase: str = ""  # features | warmup | main
+    phase: str = ""  # features | warmup | main | adversarial
     step: int = 0  # optimiser steps done or skipped
     validated: int = -1  # last epoch that was validated; 0: the start
     optimizer: torch.optim.Optimizer | None = None
+    adversary: Adversary | None = None  # discriminators and their optimiser, in the adversarial phase
     ema: dict | None = None  # averaged weights by name
     best: dict = field(default_factory=dict)  # lowest validation losses by name
     norm: float | None = None  # running gradient norm of this phase
@@ -267,7 +286,8 @@ class State:
         epoch, geometry, plan = self.epoch(run), run.geometry, [asdict(e) for e in run.plan]
         if run.full:
             geometry = replace(geometry, weights_sha256=codec.weights_hash(self.model.state_dict()))
-        return {
+        theirs = {"adversarial": self.adversary.state_dict()} if self.adversary else {}
+        return theirs | {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"plan": plan, "rates": schedule.rates_at(run.args, run.plan, self.step)},
@@ -322,7 +342,10 @@ class State:
         self.best = {k: float(saved["best"][k]) for k in self.best}
         enter_phase(run, self, saved["phase"])
         restore_optimizer(self.optimizer, saved["optimizer"])
-        for parameter, moments in self.optimizer.state.items():
+        if self.adversary:
+            self.adversary.load_state_dict(saved["adversarial"])
+        optimizers = [self.optimizer, *([self.adversary.optimizer] if self.adversary else [])]
+        for parameter, moments in (item for o in optimizers for item in o.state.items()):
             if any(moments[k].shape != parameter.shape for k in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimiser's moments have other shapes than the weights")
         if saved["ema"] is not None:
@@ -357,10 +380,11 @@ def enter_phase(run: Run, state: State, phase: str) -> None:
     state.optimizer = torch.optim.AdamW(
         [part for g in groups for part in parameters_of(state.model, g, bool(args.from_scratch))],
         lr=0.0,
-        betas=schedule.adam_betas(args),
+        betas=schedule.adam_betas(args, "adv_betas" if phase == "adversarial" else "adam_betas"),
         weight_decay=args.weight_decay,
         fused=not args.plain,  # one pass over weights and moments
     )
+    state.adversary = Adversary(args, run.device, run.speed.bf16) if phase == "adversarial" else None
     state.wrapped = state.codec or state.model
     if state.codec:
         state.codec.from_features = phase == "features"
@@ -512,6 +536,14 @@ def prepare(run: Run, state: State, batch: dict) -> dict:
     return batch
 
 
+def note_disc_skip(run: Run, state: State) -> None:
+    """Log a step that the discriminators alone have skipped."""
+    skipped = state.adversary.skipped
+    why = f"gradient norm of the discriminators {state.adversary.last_norm:.3g}"
+    run.log.say(f"step {state.step}: {why}, they skip it ({skipped} skipped so far)")
+    run.log.metric(event="skip", step=state.step, reason=why, disc_skipped=skipped)
+
+
 def note_codes(run: Run, state: State, seen: list) -> None:
     """Count the codes of a step over all ranks, seen: [(codes, latents, valid)] of its micro-batches; restart
     entries unused over the last 10 x codebook_size codes (an equally likely one stays so with probability
@@ -556,6 +588,7 @@ def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed
     )
     eta, rate = median_low(state.paces) * todo, rates.get("head_48k", rates.get("head_24k"))
     names = {"loss": "loss", "24k": "loss_24k", "48k": "loss_48k"}
+    names |= {name: name for name in means if name.startswith("disc_")}
     shown = {k: means[name] for k, name in names.items() if name in means} | {
         "lr": rate,
         "norm": norm,
@@ -576,6 +609,7 @@ def report(run: Run, state: State, epoch: Epoch, means: dict, norm: float, speed
         **{f"lr_{k}": v for k, v in rates.items()},
         grad_norm=norm,
         skipped=state.skipped,
+        **(state.adversary.numbers() if state.adversary else {}),
         audio_s_per_s=speed,
         eta_s=eta,
     )

@@ -7,7 +7,21 @@ import torch
 from conftest import voice
 
 import train_dual_head as T
-from snac48.losses import REPORTED, TERMS, Magnitude, halve_rate, head_losses, lsd, stft_loss, weighted
+from snac48.losses import (
+    REPORTED,
+    TERMS,
+    Magnitude,
+    double_rate,
+    halve_rate,
+    head_losses,
+    low_pass,
+    lsd,
+    mel_filters,
+    mel_loss,
+    multi_mel_loss,
+    stft_loss,
+    weighted,
+)
 
 WEIGHTS = {"l1": 1.0, "stft": 1.0, "mel": 0.0}
 
@@ -68,6 +82,39 @@ def test_a_target_without_true_phase_gets_its_waveform_loss_below_12_khz_only():
     assert found["l1_48k"] < 1e-3  # 17 kHz is not judged by waveform
     batch["phase_true"][:] = True
     assert head_losses((None, batch["audio_48k"] + high), batch, WEIGHTS)["l1_48k"] > 0.05
+
+
+def test_the_mel_loss_of_seven_scales_matches_its_definition():
+    a, b = (torch.from_numpy(voice(0.5, 24000, seed))[None] for seed in (1, 2))
+    valid, wanted = torch.tensor([a.shape[-1]]), 0.0
+    for bands, n in ((5, 32), (10, 64), (20, 128), (40, 256), (80, 512), (160, 1024), (320, 2048)):
+        window, hop = torch.hann_window(n), n // 4
+        mels = [
+            mel_filters(24000, n, bands)
+            @ torch.stft(x, n, hop, window=window, pad_mode="constant", return_complex=True).abs()
+            for x in (a, b)
+        ]
+        wanted += float(((mels[0] + 1e-3).log10() - (mels[1] + 1e-3).log10()).abs().mean())
+    assert math.isclose(float(multi_mel_loss(a, b, valid, 24000)), wanted, rel_tol=1e-4)
+    assert float(multi_mel_loss(a, a, valid, 24000)) == 0
+    batch = batch_of()
+    junk, only_mel = torch.randn_like(batch["audio_24k"]) * 0.1, {"mel": 1.0}
+    found = {
+        m: float(head_losses((junk, None), batch, only_mel, mel=m)["mel_24k"]) for m in ("single", "multi")
+    }
+    x = junk[:, 0], batch["audio_24k"][:, 0], batch["valid_24k"], 24000
+    assert found["single"] == float(mel_loss(*x)) and found["multi"] == float(multi_mel_loss(*x))
+
+
+def test_a_doubled_rate_halves_to_what_it_was():
+    x = batch_of()["audio_24k"][:, 0]
+    twice = double_rate(x)
+    assert twice.shape[-1] == 2 * x.shape[-1]
+    assert (twice[:, ::2] - x).abs().max() < 0.01 * x.abs().max()
+    low, wanted = (low_pass(x, 0.4)[:, 200:-200] for x in (twice, batch_of()["audio_48k"][:, 0]))
+    assert (low - wanted).abs().max() < 1e-3
+    s = torch.fft.rfft(twice * torch.hann_window(twice.shape[-1])).abs()[0]
+    assert s[int(13000 / 24000 * len(s)) :].max() < 1e-3 * s.max()  # nothing above 12 kHz
 
 
 def test_lsd_matches_its_definition():

@@ -8,7 +8,17 @@ import torch
 from helpers.training import options
 
 from snac48.cli import UserError
-from snac48.schedule import adam_betas, curriculum, epoch_order, fft_sizes, judge_norm, make_plan, rates_at
+from snac48.schedule import (
+    adam_betas,
+    clip_at,
+    curriculum,
+    epoch_order,
+    fft_sizes,
+    judge_norm,
+    make_plan,
+    rates_at,
+    total_weights,
+)
 
 
 def test_phase12_is_the_documented_curriculum():
@@ -39,6 +49,40 @@ def test_rates_follow_one_cycle_over_the_whole_main_phase_and_keep_their_ratio()
             reference.step()
 
 
+def test_the_adversarial_phase_comes_last():
+    phases = lambda **changes: [e.phase for e in make_plan(options(**changes), 960)]
+    assert phases(adv_weight=1.0) == ["warmup"] + ["adversarial"] * 14
+    assert phases(adv_weight=1.0, adv_epochs=3) == ["warmup"] + ["main"] * 11 + ["adversarial"] * 3
+    assert phases(adv_weight=1.0, adv_epochs=99) == phases(adv_weight=1.0)
+    assert phases(adv_epochs=3) == phases()  # of weight 0
+
+
+def test_adversarial_rates_open_one_after_another():
+    args = options(adv_weight=1.0, adv_epochs=10, scheduler="constant", disc_alone=0.1, disc_young=0.5)
+    plan = make_plan(args, 960)
+    first, end = plan[5].first_step, plan[-1].first_step + plan[-1].steps
+    at = lambda share: first + math.ceil(share * (end - first))
+    heads = {"head_48k": 1e-4, "head_24k": 1e-5}
+    closed = dict.fromkeys(("trunk", *heads), 0.0)
+    for share, rates, clip in (
+        (0.0, closed, 0.1),
+        (0.1, {"trunk": 0.0} | heads, 0.1),
+        (0.5, {"trunk": 2e-5} | heads, 1.0),
+    ):
+        assert rates_at(args, plan, at(share)) == rates | {"disc": 1e-4}
+        assert clip_at(args, plan, at(share)) == clip
+    assert clip_at(args, plan, first - 1) == 1.0 and "disc" not in rates_at(args, plan, first - 1)
+
+
+def test_the_total_loss_has_a_share_of_each_head():
+    args = options(adv_weight=2.0)
+    assert total_weights(args, "adversarial") == {"loss_24k": 0.3, "loss_48k": 1.0}
+    judged = {"adv_24k": 0.6, "feat_24k": 0.6, "adv_48k": 2.0, "feat_48k": 2.0}
+    assert total_weights(args, "adversarial", True) == {"loss_24k": 0.3, "loss_48k": 1.0} | judged
+    alone = options(adv_weight=2.0, loss_weight_24k=0.0)  # then nobody judges that head
+    assert "adv_24k" not in total_weights(alone, "adversarial", True)
+
+
 def test_an_epoch_outside_the_ranges_is_an_error_but_the_last_range_goes_on():
     assert curriculum(options(epochs=17))[14:] == [curriculum(options())[-1]] * 3
     with pytest.raises(UserError, match="epoch 3 is in 0"):
@@ -54,6 +98,7 @@ def test_an_epoch_outside_the_ranges_is_an_error_but_the_last_range_goes_on():
         (fft_sizes, {"n_ffts": "8"}, "at least 16"),
         (adam_betas, {"adam_betas": "0.9"}, "two numbers from 0 to below 1"),
         (adam_betas, {"adam_betas": "0.9,1"}, "two numbers from 0 to below 1"),
+        (lambda args: adam_betas(args, "adv_betas"), {"adv_betas": "1,0"}, "--adv_betas '1,0' must be two"),
         (curriculum, {"segment_schedule": "1.0,x"}, "--segment_schedule '1.0,x' must be a comma-separated"),
         (curriculum, {"epoch_ranges": "1-x"}, "--epoch_ranges '1-x' must be ranges"),
     ],

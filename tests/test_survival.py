@@ -55,6 +55,25 @@ def test_killed_inside_checkpoint_writes_and_the_newest_one_damaged_every_time(u
     assert not any(out.glob(".*.pt.*.tmp"))  # a killed run's gigabytes do not stay
 
 
+def test_killed_in_the_adversarial_phase(unbroken, tmp_path):
+    """With -9, where the phase begins and within it: the same bits, the discriminators' optimiser too."""
+    folder, _ = unbroken
+    short = *survive.ADVERSARIAL, "--segment_schedule", "0.3,0.2", "--val_limit", "1"
+    argv = {name: survive.command(folder, tmp_path / name, *short) for name in ("whole", "run")}
+    assert subprocess.run(argv["whole"], capture_output=True).returncode == 0
+    for step in (16, 19):  # it begins after step 16
+        process = subprocess.Popen(argv["run"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / "run" / f"checkpoint_epoch{step // 4 + (step % 4 > 0)}_iter{step}.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert subprocess.run(argv["run"], capture_output=True).returncode == 0
+    assert survive.differences(tmp_path / "whole", tmp_path / "run") == []
+    one = load_checkpoint(tmp_path / "run" / "checkpoint_epoch6.pt")
+    assert all(s["step"] == 8 for s in one["adversarial"]["optimizer"]["state"].values())
+
+
 def test_the_comparison_would_see_a_difference(unbroken, tmp_path):
     _, whole = unbroken
     other = shutil.copytree(whole, tmp_path / "other")

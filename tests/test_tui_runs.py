@@ -232,6 +232,28 @@ def test_divergence_alarm(tmp_path):
     assert "!DIVERGING: loss 4 is" in alarms(run)
 
 
+def test_a_total_that_discriminators_raise_is_no_divergence(tmp_path):
+    r = [fake.train_record(s) | {"phase": "adversarial"} for s in range(5, 1000, 5)]
+    r += [x | {"step": 1000 + x["step"], "loss": 9.0, "loss_48k": 0.5} for x in r[:30]]
+    _, run = one(tmp_path, r)
+    assert run.alarms == []
+
+
+def test_an_alarm_where_the_discriminators_win(tmp_path):
+    r = fake.train_records(300)
+    r += [fake.train_record(s) | {"disc_48k": 0.2, "adv_48k": 4.0} for s in range(305, 405, 5)]
+    _, run = one(tmp_path, r)
+    assert run.alarms == []
+    assert "discriminators 0.2" in run_text(one(tmp_path / "seen", r)[0], 160, 60)
+    for s in range(405, 505, 5):
+        run.state.feed(fake.train_record(s) | {"disc_48k": 0.01, "adv_48k": 7.9})
+    run.judge(1e6, Limits())
+    assert alarms(run).startswith("!DISC WINS: disc_48k 0.01")
+    run.state.feed(fake.train_record(505))  # another phase: the value is an old one
+    run.judge(1e6, Limits())
+    assert run.alarms == []
+
+
 def test_stall_alarm_and_a_clock_set_back(tmp_path):
     clock = [1e6]
     fleet, run = one(

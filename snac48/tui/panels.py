@@ -9,6 +9,8 @@ from .text import clean, fit, short, wrapped
 
 PANELS = {  # kind -> (title, training curves, validation curves); ce_* is one curve for each codebook
     "train": (("48 kHz", "loss_48k", "loss_48k"), ("24 kHz", "loss_24k", "loss_24k"), ("lr", "lr", ""),
+              ("discriminators", "disc_48k disc_24k", ""), ("adversarial", "adv_48k adv_24k", ""),
+              ("feature matching", "feat_48k feat_24k", ""),
               ("LSD val", "", "lsd_48k lsd_12_24k lsd_24k"), ("codes used", "usage_*", ""),
               ("perplexity", "perplexity_*", ""), ("codec", "commitment codebook features", ""),
               ("audio s/s", "audio_s_per_s", "")),

@@ -51,6 +51,7 @@ class Limits:
 
     stall_s: float = 300.0  # RUNNING without a new line for longer than this and than 20 usual gaps
     diverge: float = 3.0  # median of the last 20 losses over the lowest such median at this segment length
+    disc_wins: float = 0.05  # median of the last 20 disc_*: 0.5 is chance, 0 tells everything
     disk_gb: float = 5.0  # free space where the checkpoints go
 
 
@@ -241,6 +242,11 @@ class Run:
                 found.append((True, f"NaN loss at step {s.bad[-1]}, {n} of the last {len(s.recent)} lines"))
             if n := s.recent.count("skip"):
                 found.append((True, f"SKIP: {n} of the last {len(s.recent)} lines: {s.skip_reason}"))
+            for key in ("disc_48k", "disc_24k"):
+                last = sorted(s.series[key].ys[-20:]) if key in s.series else []
+                if len(last) == 20 and last[10] < limits.disc_wins and key in s.line:
+                    told = f"{key} {short(last[10])}, by chance 0.5: a lower --disc_lr may help"
+                    found.append((True, f"DISC WINS: {told}"))
             low = s.lowest.get(s.marks[-1][1:]) if s.marks else None
             median = sorted(s.window)[10] if len(s.window) == 20 else 0
             if low and median > limits.diverge * low:

@@ -152,7 +152,10 @@ class RunState:
         if bad:
             self.bad.append(step)
             del self.bad[:-5000]
-        loss = next((r[k] for k in ("loss", "loss_48k", "loss_24k") if k in r), None)
+        names = ("loss", "loss_48k", "loss_24k")
+        if mark[0] == "adversarial":  # there the total rises as the discriminators learn
+            names = names[1:]
+        loss = next((r[k] for k in names if k in r), None)
         if isinstance(loss, (float, int)) and math.isfinite(loss):
             self.window.append(loss)
             if self.records % 5 == 0 and len(self.window) == 20:

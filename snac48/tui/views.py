@@ -359,6 +359,7 @@ def help_view(fleet: Fleet, ui: Ui, width: int, height: int) -> list:
         "NaN        a loss that is not finite in the last 50 lines",
         "SKIP       steps the trainer skipped in the last 50",
         f"DIVERGING  median of 20 losses over {limits.diverge:g}x its lowest",
+        f"DISC WINS  median of 20 disc_* under {limits.disc_wins:g}",
         f"STALL      no new line for {human_time(limits.stall_s)} and 20 usual gaps",
         f"DISK       under {limits.disk_gb:g} GB free where the checkpoints go",
         "",

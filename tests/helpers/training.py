@@ -104,3 +104,11 @@ def assert_same_state(a, b) -> None:
     for k in a["ema"] or {}:
         assert torch.equal(a["ema"][k], b["ema"][k])
     assert torch.equal(a["codes"], b["codes"])
+    assert ("adversarial" in a) == ("adversarial" in b)
+    if "adversarial" in a:
+        ours, theirs = a["adversarial"], b["adversarial"]
+        assert ours["skipped"] == theirs["skipped"]
+        assert all(torch.equal(v, theirs["model"][k]) for k, v in ours["model"].items())
+        assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
+        for i, s in ours["optimizer"]["state"].items():
+            assert all(torch.equal(s[k], theirs["optimizer"]["state"][i][k]) for k in s)
