@@ -1,7 +1,7 @@
 """Cases of what goes wrong: each says what it does in an empty folder and what a person must be told.
 
-Areas are modules chaos_*.py beside this one, each with `cases(seed) -> list[Case]`. `python tests/fuzz.py` runs
-all of them, tests/test_chaos.py a sample.
+Areas are modules chaos_*.py beside this one, each with `cases(seed) -> list[Case]`. `python tests/fuzz.py`
+runs all of them, tests/test_chaos.py a sample.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ SECONDS = 60  # longer is a hang
 
 @dataclass(frozen=True)
 class Case:
-    """run(empty folder) does it, in this process or another; returns or prints what a person is told, or raises
-    UserError. words: regular expression of what they must say. users: files that run writes first into
-    folder / "users" and nothing may change."""
+    """run(empty folder) does it, in this process or another; returns or prints what a person is told, or
+    raises UserError. words: regular expression of what they must say. Where files of the user's are at hand,
+    run does it inside `unchanged(folder of these)`."""
 
     group: str
     name: str
@@ -49,9 +49,8 @@ def unchanged(folder: Path):
     """A user's files: none of them changed, gone or added to."""
     before = hashes(folder)
     yield
-    assert hashes(folder) == before, (
-        f"the user's files changed: {set(before.items()) ^ set(hashes(folder).items())}"
-    )
+    after = hashes(folder)
+    assert after == before, f"of the user's files: {sorted(set(before.items()) ^ set(after.items()))}"
 
 
 def judge(case: Case, folder: Path) -> str | None:
