@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 from snac48.checkpoint import load_checkpoint
-from snac48.cli import EXIT_DIVERGED, UserError, first_line, main_guard, one_line_errors, unusable_gpus
+from snac48.cli import EXIT_DIVERGED, UserError, first_line, main_guard, read_flags, unusable_gpus
 from snac48.files import atomic_file
 
 COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
@@ -172,7 +172,6 @@ def look_at_machine() -> int:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(p)
     add = p.add_argument
     add("--ckpts", nargs="+", help="checkpoints of one run: files, globs (default: look at the machine)")
     add("--probe-data", help=".npq glob or cache folder: token models' entropy and loss (default: none)")
@@ -180,7 +179,7 @@ def main() -> int:
     add("--csv", help="write all columns there (default: none)")
     add("--jump", type=float, default=0.5, help="nats above the best loss before (default: %(default)s)")
     add("--stride", type=float, default=10.0, help="times the median step length (default: %(default)s)")
-    args, paths = p.parse_args(), set()
+    args, paths = read_flags(p), set()
     if not args.ckpts:
         return look_at_machine()
     for name in args.ckpts:

@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--max_samples_saved", type=int, default=20, help="clips to listen to (-1 = all)")
     add("--visqol", action="store_true", help="also ViSQOL (requirements-evaluate.txt; about 1 s a clip)")
     add("--pitch", action="store_true", help="also F0, voicing, harmonics (requirements-evaluate.txt)")
-    args = read_flags(p, argv, segment_length=0, min_rate=0, seed=0)
+    args = read_flags(p, argv)
     if args.audio_48k_dir and len(args.audio_48k_dir) != len(args.data_dirs):
         p.error("--audio_48k_dir takes one folder for each of --data_dirs, in the same order")
     return args

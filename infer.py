@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--export", metavar="DIR", help="write model.safetensors + config.json for load_dual_head")
     add("--half", action="store_true", help="--export of a codec: float16 weights")
     add("--export_onnx", metavar="FILE", help="write an ONNX graph: codes of any length -> audio")
-    args = read_flags(p, argv, chunk_seconds=0)
+    args = read_flags(p, argv)
     if not (args.export or args.export_onnx) and not (args.input and args.output):
         p.error("--input and --output are required (or --export DIR, --export_onnx FILE)")
     if args.output == "-" and args.sample_rate == "both":

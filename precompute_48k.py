@@ -347,8 +347,9 @@ def parse_args(argv=None):
     add("--max_bad_fraction", type=float, default=0.01, help="more bad files: exit code 5, at the end")
     add("--test_mode", action="store_true", help="only the first files that need upsampling, then a table")
     add("--test_samples", type=int, default=10, help="how many files --test_mode takes")
-    lowest = {"native_rate": 1, "batch_size": 1, "num_workers": 0, "start_idx": 0, "batch_slack": 0}
-    args = read_flags(p, argv, max_bad_fraction=0, **lowest)
+    args = read_flags(p, argv)
+    if -1 < args.end_idx <= args.start_idx:
+        p.error(f"--end_idx {args.end_idx} must be above --start_idx {args.start_idx}: no file would be done")
     flags = "--input_dir and --output_dir"
     args.folders = asked(args.input_dir, args.output_dir, flags, args.data_root, "targets")
     for source, output in args.folders:

@@ -33,8 +33,6 @@ def parse_args(argv=None):
     add("--group_by", default="", help="top, parent, or regex:PATTERN with a parenthesis; default: each file")
     add("--valid_list", default="", help="file of validation paths, one a line, instead of a ratio")
     args = read_flags(p, argv)
-    if not 0 < args.train_ratio < 1:
-        raise UserError(f"--train_ratio {args.train_ratio:g} must lie between 0 and 1")
     if args.group_by not in ("", "top", "parent"):
         pattern = args.group_by.removeprefix("regex:")
         try:

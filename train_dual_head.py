@@ -218,21 +218,27 @@ def config_values(path: str, recipe: str = "", cached: bool = False) -> dict:
     """A JSON config as option values, "recipe" among them."""
     known = {k: k for k in DEFAULTS} | CONFIG_KEYS
     config = cli.read_config(path, known)
-    recipe = recipe or config.get("recipe") or recipe_of(config, path, cached)
+    own = cli.as_type(str, config.get("recipe", ""), f"config {path}: recipe")
+    recipe = recipe or own or recipe_of(config, path, cached)
     values = {"recipe": recipe}
     if recipe in RAW_RECIPES:
         known |= {"train_data": "data_dir", "val_data": "val_data_dir"}
     fixed = recipe in ("phase11-standard", "phase11-warmup") and "curriculum" not in config
     if fixed and "segment_length" in config:  # one segment for training and validation
         values["segment_schedule"] = str(config["segment_length"])
+    given = {}  # option: the key that gives it
     for key, value in config.items():
-        name = known[key]
+        where, name = f"config {path}: {key}", known[key]
+        if name in (None, "recipe"):
+            continue
         if name == "curriculum":
-            values["epoch_ranges"] = ",".join(f"{c['epochs'][0]}-{c['epochs'][1]}" for c in value)
-            values["segment_schedule"] = ",".join(str(c["length"]) for c in value)
-            values["batch_multiplier"] = ",".join(str(c["batch_multiplier"]) for c in value)
-        elif name and name != "recipe":
-            values[name] = typed_value(name, value, f"config {path}: {key}")
+            found = schedule.of_stages(value, where)
+        else:
+            found = {name: typed_value(name, value, where)}
+        for name in found.keys() & given.keys():
+            raise UserError(f"config {path}: {given[name]!r} and {key!r} both give --{name}: leave one out")
+        given |= dict.fromkeys(found, key)
+        values |= found
     return values
 
 
@@ -295,10 +301,13 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     values = {"recipe": recipe, **values}
     settle(values, origin)
     args = argparse.Namespace(**values)
+    told = {"flag": "a flag", "config": f"config {flags['config']}", "checkpoint": typed.get("resume")}
+    told["recipe"] = f"recipe {recipe}"
+    with cli.told_where_from(lambda name: told.get(origin.get(name, "flag" if name in flags else ""))):
+        check_values(args, flags)
     if flags["print_config"]:
         print(cli.config_text(vars(args), origin, flags["print_config"]))
         sys.exit(0)
-    check_values(args)
     if flags["print_schedule"]:
         print("\n".join(schedule.plan_lines(args, schedule.make_plan(args, flags["print_schedule"]))))
         sys.exit(0)
@@ -324,17 +333,12 @@ def values_of(saved: dict, path: str, recipe: str) -> tuple[str, dict]:
     return own, {k: typed_value(k, v, f"{path}: {k}") for k, v in kept.items()}
 
 
-def check_values(args) -> None:
+def check_values(args, flags: dict) -> None:
     """Raises UserError for values that cannot be, or that contradict each other."""
     for name, allowed in CHOICES.items():
         if getattr(args, name) not in allowed:
-            raise UserError(f"{name} must be one of {', '.join(allowed)}, not {getattr(args, name)!r}")
-    for name in ("epochs", "batch_size", "eval_batch_size", "accum_steps", "log_every", "save_every",
-                 "monitor_24k_every"):  # fmt: skip
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if args.keep_checkpoints == 0:  # it would delete the one just written
-        raise UserError("--keep_checkpoints must be at least 1, or -1 for all")
+            raise UserError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(args, name)!r}")
+    cli.within_bounds(vars(args) | flags)
     schedule.check(args)
 
 

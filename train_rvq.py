@@ -113,8 +113,7 @@ OPTIONS = {  # flag: (default, help); the type is the default's, text where that
 DEFAULTS = {flag[2:].replace("-", "_"): default for flag, (default, _) in OPTIONS.items()}
 KINDS = {name: str if default is None else type(default) for name, default in DEFAULTS.items()}
 CHOICES = {"npq2": ("mid", "both"), "pattern": ("depth", "parallel", "delay", "flatten")}
-AT_LEAST_1 = ("ctx", "step", "batch", "accum", "epochs", "d_model", "layers", "heads", "depth_layers",
-              "val_every", "eval_frames", "keep_archived", "log_lr_steps", "prefetch")  # fmt: skip
+FLAGS = dict(zip(DEFAULTS, OPTIONS))
 # what a resumed checkpoint does not decide: where data and run lie, and how this start is meant
 OF_THE_START = ("data", "val_data", "npq2", "save_dir", "tag", "device", "config", "resume", "no_resume",
                 "ignore_arch")  # fmt: skip
@@ -154,9 +153,11 @@ def parse_training(argv: list[str]) -> dict:
     """What the flags and the config give; a flag wins. Raises UserError for values no run can use."""
     flags = vars(training_parser().parse_args(argv))
     path = flags.get("config")
-    given = (typed(cli.read_config(path, DEFAULTS), f"config {path}") if path else {}) | flags
-    settle(given)
-    return given
+    config = typed(cli.read_config(path, DEFAULTS), f"config {path}") if path else {}
+    source = lambda name: "a flag" if name in flags else f"config {path}" if name in config else None
+    with cli.told_where_from(source):
+        settle(config | flags)
+    return config | flags
 
 
 def settle(given: dict, saved: dict | None = None) -> argparse.Namespace:
@@ -165,10 +166,8 @@ def settle(given: dict, saved: dict | None = None) -> argparse.Namespace:
     if "ctx" in given:
         kept.pop("step", None)  # it was half of another ctx
     args = argparse.Namespace(**DEFAULTS | typed(kept, "the resumed checkpoint") | given)
+    cli.within_bounds(vars(args), FLAGS, "train_rvq")
     args.step = args.step or max(1, args.ctx // 2)
-    for name in AT_LEAST_1:
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it must be at least 1")
     if args.d_model % args.heads or args.d_model // args.heads % 2:
         raise UserError(f"--d_model {args.d_model} must be --heads {args.heads} times an even number")
     architecture(args, [])
@@ -221,7 +220,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a wrong optio
     PARSE = {"generate": generate_parser, "tokens": tokens_parser}
     JOB = sys.argv[1] if len(sys.argv) > 1 else "train"
     if JOB in PARSE:
-        GIVEN = PARSE[JOB]().parse_args(sys.argv[2:])
+        GIVEN = cli.read_flags(PARSE[JOB](), sys.argv[2:])
     else:
         GIVEN = cli.guarded(parse_training, sys.argv[1:])
         cli.stop_at_once()
@@ -599,8 +598,6 @@ def listen(run: Run, state: State, epoch: int) -> None:
 
 
 def generate(args) -> int:
-    if args.frames < 1:
-        raise UserError("--frames must be at least 1")
     saved, out = load_checkpoint(args.checkpoint), Path(args.output)
     device = cli.pick_device(args.device)
     model = token_lm.build(saved, "ema", device)

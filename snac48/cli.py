@@ -20,6 +20,8 @@ import sys
 import threading
 from pathlib import Path
 
+from .bounds import LISTS, wrong
+
 # ---- exit codes: docs/jobs.md lists them ----
 
 EXIT_OK = 0
@@ -70,13 +72,27 @@ class TooManyBadFiles(Ending):
 
 
 def read_config(path: str | Path, known) -> dict:
-    """A JSON object, `//` comments allowed; a key not in `known` is a UserError naming the nearest one."""
+    """A JSON object in UTF-8, `//` comments allowed. Raises UserError for anything else, for a key that
+    stands there twice, and for one that is not in `known`, naming the nearest."""
+
+    def once(pairs):
+        keys = [key for key, _ in pairs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise UserError(f"config {path}: key {twice[0]!r} stands there twice; which one counts?")
+        return dict(pairs)
+
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError
         text = re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*', lambda m: m[1] or "", text)
-        config = json.loads(text)
+        config = json.loads(text, object_pairs_hook=once)
     except OSError as e:
         raise UserError(f"config {path} cannot be read: {e.strerror}") from None
+    except UnicodeError:
+        raise UserError(f"config {path} is not UTF-8 text (UTF-16 or Latin-1?): save it as UTF-8") from None
+    except RecursionError:
+        raise UserError(f"config {path} is nested too deeply: it must be one flat JSON object") from None
     except ValueError as e:
         raise UserError(f"config {path} is not JSON: {e}") from None
     if not isinstance(config, dict):
@@ -108,14 +124,17 @@ def config_text(values: dict, origin: dict, form: str) -> str:
 def as_type(kind: type, value, where: str):
     """`value` of a config or checkpoint as bool, int, float or str (a list becomes "a,b"); else a UserError
     that begins with `where`."""
-    if isinstance(value, list) and kind is str:
-        value = ",".join(str(v) for v in value)
+    plain = lambda v: isinstance(v, (str, int, float)) and not isinstance(v, bool)
     try:
-        if (kind is bool) != isinstance(value, bool) or (kind is int and float(value) != int(value)):
+        if kind is str and isinstance(value, list) and all(map(plain, value)):
+            value = ",".join(map(str, value))
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is bool or not plain(value) or (kind is int and float(value) != int(value)):
             raise ValueError
         return kind(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where} must be {kind.__name__}, not {value!r}") from None
+    except (OverflowError, ValueError):
+        raise UserError(f"{where} must be {kind.__name__}, not {value!r:.200}") from None
 
 
 def numbers(kind: type, text: str, name: str) -> list:
@@ -139,18 +158,46 @@ def one_line_errors(parser) -> None:
     parser.error = error
 
 
-def read_flags(parser, argv=None, **lowest):
-    """The parser's args, by one_line_errors; a flag below its lowest value (batch_size=1) is one, too. --help
-    shows the defaults that the texts leave out."""
+def within_bounds(values: dict, flags: dict | None = None, script: str = "") -> None:
+    """Raises UserError for a number that is not what BOUNDS says of its option. flags: {name: its flag} where
+    that is not --name."""
+    for name, value in values.items():
+        flag, given = (flags or {}).get(name, f"--{name}"), value
+        if name in LISTS and isinstance(value, str):
+            value = numbers(LISTS[name], value, flag)
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if must := wrong(name, value, script):
+            raise UserError(f"{flag} must be {'numbers ' * (value is not given)}{must}, not {given!r}")
+
+
+@contextlib.contextmanager
+def told_where_from(source):
+    """A UserError of the block ends with where each option that it names has its value from. source(name):
+    that in words, or None."""
+    try:
+        yield
+    except UserError as e:
+        flags = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", str(e)))
+        names = {flag: flag[2:].replace("-", "_") for flag in flags}
+        told = [f"{flag}: {words}" for flag, name in names.items() if (words := source(name))]
+        raise UserError(f"{e} ({'; '.join(told)})" if told else str(e), e.code) from None
+
+
+def read_flags(parser, argv=None):
+    """The parser's args, by one_line_errors; a number out of its bounds is an error, too. --help shows the
+    defaults that the texts leave out."""
     one_line_errors(parser)
     for action in parser._actions:
         shown = str(action.default) not in ("None", "False", "", "==SUPPRESS==")
         if shown and action.help and "(default" not in action.help:
             action.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
-    for name, low in lowest.items():
-        if not getattr(args, name) >= low:  # so that nan is one, too
-            parser.error(f"--{name} must be at least {low}, not {getattr(args, name)}")
+    flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+    try:
+        within_bounds(vars(args), flags)
+    except UserError as e:
+        parser.error(f"{e} (a flag)")
     return args
 
 
