@@ -44,7 +44,7 @@ from snac48.cli import (
     read_flags,
     stop_at_once,
 )
-from snac48.places import asked, data_root, imports
+from snac48.places import asked, check_place, data_root, imports
 
 
 def parse_args(argv=None):
@@ -74,9 +74,10 @@ def parse_args(argv=None):
         args.folders = imports(Path(args.old), args.data_dir, args.output_dir, root)
     else:
         args.folders = asked(args.data_dir, args.output_dir, flags, args.data_root, "codes")
-    for data_dir, *_ in args.folders:
+    for data_dir, output_dir, *_ in args.folders:
         if not data_dir.is_dir():
             raise UserError(f"audio folder {data_dir} does not exist")
+        check_place(output_dir, "--output_dir")
     return args
 
 

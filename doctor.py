@@ -24,6 +24,7 @@ from statistics import median
 from snac48.checkpoint import load_checkpoint
 from snac48.cli import EXIT_DIVERGED, UserError, first_line, main_guard, read_flags, unusable_gpus
 from snac48.files import atomic_file
+from snac48.places import check_free
 
 COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
     "file": "{}", "kind": None, "epoch": "{}", "step": "{}", "val_loss": "{:.4f}", "best_val": "{:.4f}",
@@ -177,6 +178,7 @@ def main() -> int:
     add("--probe-data", help=".npq glob or cache folder: token models' entropy and loss (default: none)")
     add("--probe-windows", type=int, default=16, help="of up to 256 frames (default: %(default)s)")
     add("--csv", help="write all columns there (default: none)")
+    add("--overwrite", action="store_true", help="replace --csv where it exists")
     add("--jump", type=float, default=0.5, help="nats above the best loss before (default: %(default)s)")
     add("--stride", type=float, default=10.0, help="times the median step length (default: %(default)s)")
     args, paths = read_flags(p), set()
@@ -187,6 +189,8 @@ def main() -> int:
         if not found:
             raise UserError(f"--ckpts {name}: no such file")
         paths |= set(found)
+    if args.csv:
+        check_free([args.csv], paths, args.overwrite, "--csv")
 
     rows, order = [], []
     for path in sorted(paths):  # one at a time: a large run's checkpoints do not fit in memory together

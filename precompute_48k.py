@@ -45,7 +45,7 @@ from snac48.cli import (
     stop_at_once,
 )
 from snac48.files import sweep_leftovers, write_json, write_jsonl
-from snac48.places import asked
+from snac48.places import asked, check_place
 from snac48.runlog import RunLog
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
 from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes
@@ -355,6 +355,7 @@ def parse_args(argv=None):
     for source, output in args.folders:
         if output.resolve().is_relative_to(source.resolve()):
             raise UserError(f"--output_dir {output} lies inside --input_dir; choose a folder beside it")
+        check_place(output, "--output_dir")
     return args
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from snac48.audio import find_audio
 from snac48.cli import UserError, main_guard, read_flags, warn
 from snac48.files import write_json
+from snac48.places import check_place
 
 
 def parse_args(argv=None):
@@ -102,8 +103,9 @@ def read_list(files: list[str], path: str) -> set[str]:
 def main(args) -> int:
     source, out = Path(args.input_dir).resolve(), Path(args.output_dir)
     files = find_audio(args.input_dir)
-    if (out / "train").exists() or (out / "valid").exists():
-        raise UserError(f"{out} already holds a split; remove it or choose another --output_dir")
+    check_place(out, "--output_dir")
+    if held := [name for name in ("train", "valid", "manifest.json") if os.path.lexists(out / name)]:
+        raise UserError(f"{out} holds {held[0]} of another split: choose another --output_dir")
     if args.valid_list:
         valid, groups = read_list(files, args.valid_list), {rel: [rel] for rel in files}
     else:

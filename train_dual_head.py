@@ -35,7 +35,7 @@ from snac48 import DEFAULT_MODEL, cli, schedule
 from snac48.checkpoint import RESUMED, find_resume, refuse_overwriting, require
 from snac48.cli import Diverged, Finished, LoaderDied, Stopped, TooManyBadFiles, UserError
 from snac48.files import write_json
-from snac48.places import RAW_RECIPES, check_training, settle
+from snac48.places import RAW_RECIPES, check_run_place, check_training, settle
 from snac48.runlog import human_time
 
 # ---- options: every default stands here once ----
@@ -317,8 +317,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         print("\n".join(memory_lines(args, cli.numbers(float, flags["print_memory"], "--print_memory"))))
         sys.exit(0)
     check_training(args)
-    if not args.resume:
-        refuse_overwriting(args.output_dir, "resume" in typed)
+    check_run_place(args)
+    refuse_overwriting(args, "resume" in typed)
     return args, origin, saved
 
 

@@ -81,4 +81,5 @@ def words(other: float, low: float, after: bool, high: float, before: bool) -> s
     besides = "" if math.isnan(other) else f"{other:g}, or "
     if not after and not before:
         return f"{besides}from {low:.12g} to {high:.12g}"
-    return f"{besides}{'above' if after else 'at least'} {low:g} and {'below' if before else 'at most'} {high:g}"
+    first, last = "above" if after else "at least", "below" if before else "at most"
+    return f"{besides}{first} {low:g} and {last} {high:g}"

@@ -9,6 +9,7 @@ import ctypes
 import difflib
 import errno
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -214,6 +215,7 @@ def complain(text: str) -> None:
 def guarded(function, *args):
     """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen a traceback. Of
     several processes of one training all end with it, and one on each machine says why."""
+    open_streams()
     try:
         return function(*args)
     except UserError as e:
@@ -229,11 +231,40 @@ def guarded(function, *args):
             where = f"{e.filename} could not be written" if e.filename else "a file could not be written"
             todo = "free some space, then run the same command again (a training: with --resume auto)"
             fail(f"{where}: {e.strerror}; {todo}", EXIT_ERROR)
+        if out_of_memory(e):
+            todo = "give it more, or less to do at once: a smaller --batch_size, fewer --num_workers"
+            fail(f"the memory is exhausted ({first_line(e)}): {todo}; then run the same command again", 1)
+        if isinstance(e, OSError) and (e.filename or e.errno in (errno.EIO, errno.EMFILE, errno.ENFILE)):
+            fail(f"{e.filename or 'a file'} can't be used: {e.strerror}", EXIT_ERROR)
         if not isinstance(e, SystemExit):
             tell_all(f"{type(e).__name__}: {first_line(e)}", EXIT_ERROR)
         elif e.code:
             tell_all("its log says why", e.code)
         raise
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether it is the memory of the machine, not of a GPU, that ran out."""
+    return isinstance(e, MemoryError) or (
+        isinstance(e, (OSError, RuntimeError))
+        and (getattr(e, "errno", 0) == errno.ENOMEM or "can't allocate memory" in str(e))
+    )
+
+
+def open_streams() -> None:
+    """Where the caller has closed stdin, stdout or stderr they are /dev/null: the next file that is opened
+    would get the number, and in it what libraries print. What the terminal's encoding lacks is shown
+    escaped."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            try:
+                os.fstat(fd)
+            except OSError:
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))
+        elif fd and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def fail(sentence: str, code: int) -> None:
@@ -282,6 +313,7 @@ def stop_at_once() -> None:
     """While a program starts, a stop signal ends it at once with EXIT_STOPPED: there is nothing to save yet.
     A thread does it, told by the C part of Python's signal handling: the main thread may be inside a long
     call (importing torch, waiting for the other processes), where no Python handler runs. Until StopFlag."""
+    open_streams()
     read, write = os.pipe()
     os.set_blocking(write, False)
 
