@@ -218,8 +218,9 @@ def config_values(path: str, recipe: str = "", cached: bool = False) -> dict:
     """A JSON config as option values, "recipe" among them."""
     known = {k: k for k in DEFAULTS} | CONFIG_KEYS
     config = cli.read_config(path, known)
-    own = cli.as_type(str, config.get("recipe", ""), f"config {path}: recipe")
-    recipe = recipe or own or recipe_of(config, path, cached)
+    if not isinstance(config.get("recipe", ""), str):
+        raise UserError(f"config {path}: recipe must be str, not {config['recipe']!r:.200}")
+    recipe = recipe or config.get("recipe") or recipe_of(config, path, cached)
     values = {"recipe": recipe}
     if recipe in RAW_RECIPES:
         known |= {"train_data": "data_dir", "val_data": "val_data_dir"}
