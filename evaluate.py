@@ -29,6 +29,7 @@ their own 24 kHz), comb (lines of the envelope at multiples of the frame rate), 
 
 import argparse
 import csv
+import os
 import textwrap
 import time
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def check_outputs(args) -> None:
     """Raises UserError for places that can't be written, and for files that are no older evaluation's."""
     out, samples = Path(args.output), Path(args.samples_dir)
     check_place(samples, "--samples_dir", [*args.data_dirs, *args.audio_48k_dir])
-    ours = out.is_file() and '"level_policy"' in out.read_text(encoding="utf-8", errors="replace")
+    ours = os.path.isfile(out) and '"level_policy"' in out.read_text(encoding="utf-8", errors="replace")
     results = [out, *(out.with_suffix(suffix) for suffix in (".md", ".csv", ".png"))]
     check_free(results, args.checkpoint, args.overwrite or ours, "--output")
     held = samples.is_dir() and next(samples.iterdir(), None)

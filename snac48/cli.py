@@ -156,7 +156,14 @@ def one_line_errors(parser) -> None:
             hints += [f"{word}: did you mean {near}?" for near in difflib.get_close_matches(word, known, 1)]
         parser.exit(2, f"{parser.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}\n")
 
-    parser.error = error
+    def parse_args(*given):
+        args = parse(*given)
+        for action in parser._actions:  # argparse takes `--lr=--` for an empty list
+            if action.nargs is None and getattr(args, action.dest, None) == []:
+                error(f"argument {action.option_strings[0]}: expected one argument")
+        return args
+
+    parse, parser.error, parser.parse_args = parser.parse_args, error, parse_args
 
 
 def within_bounds(values: dict, flags: dict | None = None, script: str = "") -> None:
