@@ -24,6 +24,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import conftest  # noqa: F401  threads and the hub are set before torch is imported
 from helpers import fuzz as formats
+from helpers import scene
 from helpers.chaos import Case, judge
 
 AREAS = [path.stem.removeprefix("chaos_") for path in sorted((TESTS / "helpers").glob("chaos_*.py"))]
@@ -35,6 +36,7 @@ def collect(seed: int, areas=AREAS) -> dict[str, list[Case]]:
 
 def failures(cases: list[Case]):
     """Yield (case, what is wrong or None), each in an empty folder."""
+    scene.run()  # what many share is not one case's time
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
             yield case, judge(case, Path(folder))
