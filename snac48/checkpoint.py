@@ -134,19 +134,19 @@ def position(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def in_order(paths) -> list[Path]:
-    """The files by their step, those that can't be opened first."""
-    found = {path: position(path) for path in paths}
-    return sorted(found, key=lambda p: (found[p] is not None, found[p] or (), p.name))
+def in_order(paths) -> tuple[list[Path], list[Path]]:
+    """(those that can't be opened, the others by their step)."""
+    found = {path: position(path) for path in sorted(paths)}
+    opened = [path for path in found if found[path]]
+    return [path for path in found if not found[path]], sorted(opened, key=lambda p: found[p])
 
 
 def newest_good(paths, check, warn=warn) -> tuple[Path, dict] | None:
     """(path, its content) of the file in `paths` of the highest step that verifies, or None; the others that
     it met are warned about. check: called with (content, path), raises UserError for what can't be resumed.
     warn: takes a sentence."""
-    ordered = in_order(paths)
-    damaged = [path for path in ordered if position(path) is None]
-    for path in [*damaged, *reversed(ordered[len(damaged) :])]:
+    damaged, ordered = in_order(paths)
+    for path in [*damaged, *reversed(ordered)]:
         try:
             state = load_checkpoint(path)
             check(state, path)
@@ -160,7 +160,8 @@ def prune(paths, keep: int) -> None:
     """Delete all but the `keep` files of the highest steps; -1 keeps all."""
     paths = list(paths)
     if 0 <= keep < len(paths):
-        for path in in_order(paths)[: len(paths) - keep]:
+        damaged, ordered = in_order(paths)
+        for path in [*damaged, *ordered][: len(paths) - keep]:
             path.unlink(missing_ok=True)
 
 

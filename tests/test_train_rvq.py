@@ -388,4 +388,6 @@ def test_the_circle_closes(cache_dir, snac_dir, tmp_path):
     state["geometry"]["weights_sha256"] = "f" * 64
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UserError, match="another codec"):
-        generate(tmp_path, "out.wav", "--decoder", str(tmp_path / "other.pt"))
+        generate(tmp_path, "other.wav", "--decoder", str(tmp_path / "other.pt"))
+    with pytest.raises(UserError, match=r"out.wav exists: --overwrite replaces it"):
+        generate(tmp_path, "out.wav")
