@@ -92,6 +92,8 @@ def read_list(files: list[str], path: str) -> set[str]:
         valid = {line for line in Path(path).read_text(encoding="utf-8").splitlines() if line}
     except OSError as e:
         raise UserError(f"--valid_list {path} cannot be read: {e.strerror}") from None
+    except UnicodeError:
+        raise UserError(f"--valid_list {path} is not UTF-8 text: save it as UTF-8") from None
     unknown = sorted(valid - set(files))
     if unknown or not 0 < len(valid) < len(files):
         such = f", such as {unknown[0]}" if unknown else ""

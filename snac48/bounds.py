@@ -29,9 +29,7 @@ BOUNDS = {
     "segment_schedule": "(0, 600]", "batch_multiplier": "(0, 1000]", "val_segment": "(0, 600]",
     "lr": RATE, "main_lr": RATE, "lr_24k_final_conv": RATE, "lr_min_ratio": SHARE, "weight_decay": "[0, 10]",
     "adam_betas": "[0, 1)", "grad_clip": CLIP, "outlier_factor": "-1 or (1, 1e9]", "ema": "[0, 1)",
-    "loss_weight_24k": WEIGHT, "loss_weight_48k": WEIGHT, "l1_weight": WEIGHT, "stft_weight": WEIGHT,
-    "mel_weight": WEIGHT, "commitment_weight": WEIGHT, "codebook_weight": WEIGHT, "n_ffts": "[16, 65536]",
-    "adv_weight": WEIGHT, "feat_weight": WEIGHT, "adv_epochs": "-1 or [1, 10000]", "adv_lr": RATE,
+    "n_ffts": "[16, 65536]", "adv_epochs": "-1 or [1, 10000]", "adv_lr": RATE,
     "adv_lr_trunk": "[0, 10]", "disc_lr": RATE, "adv_betas": "[0, 1)", "disc_alone": "[0, 1)",
     "disc_young": SHARE, "young_clip": CLIP, "disc_clip": CLIP, "disc_width": "[1, 4096]",
     "print_schedule": "[1, 1e12]", "print_memory": "(0, 1e6]",
@@ -60,12 +58,19 @@ OWN = {"train_rvq": {"grad_clip": "[0, 1e6]"}}  # where a script means something
 def wrong(name: str, value, script: str = "") -> str | None:
     """What a value of an option must be instead, in words; None where it may be that. value: a number, or a
     list of them."""
-    other, low, after, high, before = bound(OWN.get(script, {}).get(name) or BOUNDS[name])
+    other, low, after, high, before = bound(row(name, script))
     for x in value if isinstance(value, list) else [value]:
         above = x > low if after else x >= low  # nan is neither
         below = x < high if before else x <= high
         if x != other and not (above and below):
             return words(other, low, after, high, before)
+
+
+def row(name: str, script: str = "") -> str:
+    """The interval of an option. Weights of losses, NAME_weight and loss_weight_HEAD, have one in common."""
+    if name.endswith("_weight") or name.startswith("loss_weight_"):
+        return WEIGHT
+    return OWN.get(script, {}).get(name) or BOUNDS[name]
 
 
 @functools.cache

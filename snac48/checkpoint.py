@@ -198,7 +198,8 @@ def refuse_overwriting(args, asked: bool) -> None:
     overwrite; asked: that it should have been resumed."""
     folder = Path(args.output_dir)
     held = sorted(folder.glob("checkpoint_*.pt"))
-    own = args.resume and Path(args.resume).resolve().parent == folder.resolve()
+    place = Path(args.resume).resolve().parent if args.resume else None
+    own = place in (folder.resolve(), folder.resolve() / ABANDONED)
     if own or int(os.environ.get("RANK", 0)):
         return
     if held and not args.resume:

@@ -162,7 +162,8 @@ def check(args) -> None:
 
 def trains_nothing(args, phase: str) -> str:
     """Which weights are 0 that together leave nothing to minimise in this phase; "" where something is."""
-    terms = ("l1_weight", "stft_weight", "mel_weight")
+    apart = ("adv", "feat", "commitment", "codebook")  # the other weights are of TERMS
+    terms = [name for name in vars(args) if name.endswith("_weight") and name[:-7] not in apart]
     weights = total_weights(args, phase, phase == "adversarial")
     if phase == "warmup":
         weights = {k: w for k, w in weights.items() if k != f"loss_{HEAD_NAMES[0]}"}

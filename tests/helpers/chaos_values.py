@@ -43,9 +43,7 @@ NO_NUMBER = ["abc", "", "0x10", "1,5", "[1]", "1e", "--", "NaN%"]
 
 def bad(rng, name: str, script: str = "") -> str:
     """A value that the option can't have: beyond an end, no number, or of huge size."""
-    other, low, after, high, before = bounds.bound(
-        bounds.OWN.get(script, {}).get(name) or bounds.BOUNDS[name]
-    )
+    other, low, after, high, before = bounds.bound(bounds.row(name, script))
     ends = [low if after else low - 1 if low - 1 != other else low - 3, high if before else 10 * high]
     return str(rng.choice([*NEVER, *(f"{end:g}" for end in ends), *NO_NUMBER]))
 
