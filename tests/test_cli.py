@@ -121,7 +121,8 @@ from snac48.cli import open_streams
 open_streams()
 with open(sys.argv[1], "wb") as f:
     assert f.fileno() > 2
-    print("never in the file"), print("\u00e4\u4e2d", file=sys.stderr), os.system("echo nor this"), sys.stdin.read()
+    print("never in the file"), os.system("echo nor this"), sys.stdin.read()
+    print("\u00e4\u4e2d", file=sys.stderr)
 """
     shell = f'exec "$0" -c "$1" {tmp_path / "f"} <&- >&-'
     done = subprocess.run(["bash", "-c", shell, sys.executable, code], cwd=ROOT, stderr=subprocess.PIPE,
