@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from snac48 import cli, tokens
-from snac48.checkpoint import load_checkpoint, prune, save_checkpoint
+from snac48.checkpoint import load_checkpoint, prune, save_checkpoint, set_aside
 from snac48.cli import Diverged, Finished, Stopped, UserError, one_line_errors
 from snac48.files import write_json
 from snac48.places import check_free, check_place
@@ -312,6 +312,8 @@ def start(given: dict) -> tuple[Run, State]:
         log.say(f"warning: {what}; continuing at the start of epoch {epoch}")
         if epoch > args.epochs:
             raise UserError(f"the checkpoint has finished its {epoch - 1} epochs: give more by --epochs")
+    for kind in ("epoch", "best") if ranks.rank == 0 else ():  # of an earlier run, perhaps
+        set_aside(log.dir, f"{stem}_{kind}_e*__*.pt", (state.step, 0), log.say)
     stop, total = cli.StopFlag(), steps * args.epochs  # from here on a signal is answered with a checkpoint
     run = Run(args, ranks, log, stem, train_set, val_set, loader, plan, weights, forward, stop, steps, total)
     announce(run, state, "start" if fresh else "resume")

@@ -165,17 +165,17 @@ def prune(paths, keep: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def set_aside(folder: Path, here: tuple[int, int]) -> list[str]:
-    """Move checkpoints from beyond position `here`, which the run goes on from, into folder/abandoned: what
-    was chosen by hand, or a divergence, has left them behind. With them the newest would not be the run's.
-    Returns their names."""
-    names = []
-    for path in sorted(folder.glob("checkpoint_*.pt")):
-        if (position(path) or here) > here:
-            (folder / ABANDONED).mkdir(exist_ok=True)
-            os.replace(path, folder / ABANDONED / path.name)
-            names.append(path.name)
-    return names
+def set_aside(folder: Path, pattern: str, here: tuple[int, int], say) -> None:
+    """Move checkpoints from beyond position `here`, at which the run goes on or begins, into
+    folder/abandoned: a choice by hand or a divergence has left them behind, and with them the newest would
+    not be the run's. say: takes a sentence."""
+    names = [path.name for path in sorted(folder.glob(pattern)) if (position(path) or here) > here]
+    for name in names:
+        (folder / ABANDONED).mkdir(exist_ok=True)
+        os.replace(folder / name, folder / ABANDONED / name)
+    if names:
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        say(f"the run goes on from step {here[0]}; {some} of later steps: now in {folder / ABANDONED}")
 
 
 def find_resume(value: str, output_dir: str, pattern: str, check) -> tuple[str, dict | None]:

@@ -479,9 +479,8 @@ def save_before_skips(run: Run, state: State) -> None:
 
 def leave_behind(run: Run, state: State) -> None:
     """Put checkpoints of later steps than the one that the run goes on from out of its way."""
-    if run.rank == 0 and (names := set_aside(run.folder, (state.step, state.validated))):
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        run.log.say(f"the run goes on from step {state.step}; {some} of later steps: now in abandoned/")
+    if run.rank == 0:
+        set_aside(run.folder, "checkpoint_*.pt", (state.step, state.validated), run.log.say)
 
 
 # ---- what is noted on the way ----
