@@ -10,7 +10,9 @@ the cases (tests/test_chaos.py), without groups that begin with `slow: `.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import re
 import subprocess
@@ -36,7 +38,8 @@ def collect(seed: int, areas=AREAS) -> dict[str, list[Case]]:
 
 def failures(cases: list[Case]):
     """Yield (case, what is wrong or None), each in an empty folder."""
-    scene.run()  # what many share is not one case's time
+    with contextlib.redirect_stdout(io.StringIO()):
+        scene.run()  # what many share is not one case's time
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
             yield case, judge(case, Path(folder))
