@@ -4,7 +4,6 @@ CHAOS_SEED=7 python -m pytest tests/test_chaos.py    # other cases
 """
 
 import os
-import time
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ def test_a_seed_decides_the_cases_and_no_two_have_one_name():
 
 def test_a_sample_of_what_may_go_wrong():
     """No traceback, nothing silent, no hang, no changed file of the user; each area has its share."""
-    rng, wrong, began = np.random.default_rng(SEED), [], time.monotonic()
+    rng, wrong = np.random.default_rng(SEED), []
     for area, cases in collect(SEED).items():
         quick = [case for case in cases if not case.group.startswith("slow: ")]
         chosen = rng.permutation(len(quick))[: SAMPLE.get(area, 20)]
@@ -32,4 +31,3 @@ def test_a_sample_of_what_may_go_wrong():
             f"{area}: {c.group}: {c.name}: {what}" for c, what in failures(quick[i] for i in chosen) if what
         ]
     assert not wrong, "\n".join(wrong)
-    print(f"{time.monotonic() - began:.1f} s")
