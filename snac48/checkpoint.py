@@ -168,14 +168,15 @@ def prune(paths, keep: int) -> None:
 def set_aside(folder: Path, pattern: str, here: tuple[int, int], say) -> None:
     """Move checkpoints from beyond position `here`, at which the run goes on or begins, into
     folder/abandoned: a choice by hand or a divergence has left them behind, and with them the newest would
-    not be the run's. say: takes a sentence."""
-    names = [path.name for path in sorted(folder.glob(pattern)) if (position(path) or here) > here]
+    not be the run's. With them go those that can't be opened. say: takes a sentence."""
+    found = {path.name: position(path) for path in sorted(folder.glob(pattern))}
+    names = [name for name, where in found.items() if where is None or where > here]
     for name in names:
         (folder / ABANDONED).mkdir(exist_ok=True)
         os.replace(folder / name, folder / ABANDONED / name)
     if names:
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        say(f"the run goes on from step {here[0]}; {some} of later steps: now in {folder / ABANDONED}")
+        say(f"from step {here[0]}; {some}, damaged or of later steps: now in {folder / ABANDONED}")
 
 
 def find_resume(value: str, output_dir: str, pattern: str, check) -> tuple[str, dict | None]:

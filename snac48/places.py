@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from .cli import UserError
+from .cli import NO_ROOM, UserError
 
 # Names of the two splits; what we make ourselves is called as LAYOUTS says, the others are found, too.
 ALIASES = {"train": ("train",), "val": ("val", "valid", "validation", "dev")}
@@ -119,6 +119,8 @@ def check_place(folder: str | Path, flag: str, inputs=()) -> None:
             raise UserError(f"{flag} {folder} can't be made: {place} is no folder")
         os.rmdir(tempfile.mkdtemp(dir=place))
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        if getattr(e, "errno", 0) in NO_ROOM:
+            return  # whoever writes says what to do, and may find room by then
         why, name = getattr(e, "strerror", None) or e, str(folder)
         name = name if len(name) < 200 else f"{name[:60]}…"
         raise UserError(f"{flag} {name} can't be written ({why}): choose another place") from None

@@ -111,12 +111,12 @@ def test_the_step_says_which_is_the_newest_never_the_clock(tmp_path, capsys):
 def test_checkpoints_beyond_the_one_that_a_run_goes_on_from_step_aside(tmp_path):
     for step in (5, 10, 15):
         make(tmp_path, step)
-    (tmp_path / "checkpoint_bad.pt").write_bytes(b"nobody knows its step")
+    (tmp_path / "checkpoint_bad.pt").write_bytes(b"it would be warned about for ever")
     said = []
     set_aside(tmp_path, "checkpoint_*.pt", (5, 0), said.append)
-    assert "from step 5; checkpoint_epoch10.pt, checkpoint_epoch15.pt of later steps" in said[0]
+    assert "from step 5; checkpoint_bad.pt, checkpoint_epoch10.pt, checkpoint_epoch15.pt, damaged" in said[0]
     assert sorted(p.name for p in (tmp_path / "abandoned").iterdir()) == [
-        "checkpoint_epoch10.pt", "checkpoint_epoch15.pt"]  # fmt: skip
+        "checkpoint_bad.pt", "checkpoint_epoch10.pt", "checkpoint_epoch15.pt"]  # fmt: skip
     set_aside(tmp_path, "checkpoint_*.pt", (5, 0), said.append)
     assert newest(tmp_path)[0].name == "checkpoint_epoch5.pt" and len(said) == 1
 
