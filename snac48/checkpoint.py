@@ -1,5 +1,6 @@
 """Checkpoints: written whole, verified before they are believed."""
 
+import itertools
 import os
 import re
 import zipfile
@@ -173,7 +174,9 @@ def set_aside(folder: Path, pattern: str, here: tuple[int, int], say) -> None:
     names = [name for name, where in found.items() if where is None or where > here]
     for name in names:
         (folder / ABANDONED).mkdir(exist_ok=True)
-        os.replace(folder / name, folder / ABANDONED / name)
+        free = (f"{name}.{n}" if n else name for n in itertools.count())
+        place = next(path for path in map((folder / ABANDONED).joinpath, free) if not path.exists())
+        os.replace(folder / name, place)
     if names:
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         say(f"from step {here[0]}; {some}, damaged or of later steps: now in {folder / ABANDONED}")

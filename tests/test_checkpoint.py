@@ -119,6 +119,10 @@ def test_checkpoints_beyond_the_one_that_a_run_goes_on_from_step_aside(tmp_path)
         "checkpoint_bad.pt", "checkpoint_epoch10.pt", "checkpoint_epoch15.pt"]  # fmt: skip
     set_aside(tmp_path, "checkpoint_*.pt", (5, 0), said.append)
     assert newest(tmp_path)[0].name == "checkpoint_epoch5.pt" and len(said) == 1
+    make(tmp_path, 10)  # again: the one of before stays
+    set_aside(tmp_path, "checkpoint_*.pt", (5, 0), said.append)
+    assert (tmp_path / "abandoned" / "checkpoint_epoch10.pt.1").is_file()
+    assert len(list((tmp_path / "abandoned").iterdir())) == 4
 
 
 def test_a_run_of_others_is_never_overwritten(tmp_path):
