@@ -17,7 +17,7 @@ import re
 import shutil
 from pathlib import Path
 
-from snac48.audio import find_audio
+from snac48.audio import SPLIT_FORMAT, find_audio
 from snac48.cli import UserError, main_guard, read_flags, warn
 from snac48.files import write_json
 
@@ -119,6 +119,8 @@ def main(args) -> int:
     counts = {"train": len(files) - len(valid), "valid": len(valid)}
     found = {p: sorted({g for g, members in groups.items() if part[members[0]] == p}) for p in counts}
     manifest = {
+        "format": SPLIT_FORMAT,  # by which, and by the place, the links in it are known as ours
+        "output_dir": str(out.resolve()),
         "input_dir": str(source),
         "mode": "copy" if args.copy else "symlink",
         "seed": args.seed,

@@ -290,7 +290,7 @@ def start(given: dict) -> tuple[Run, State]:
     if held_out and (held_out.vocab != corpus.vocab or held_out.source != corpus.source):
         raise UserError(f"--val-data {args.val_data} holds other tokens than --data {args.data}")
     stem = f"rvq_{corpus.K}cb" + (f"_{args.tag}" if args.tag else "")
-    log = RunLog(args.save_dir, quiet=ranks.rank > 0)
+    log = RunLog(args.save_dir, quiet=ranks.rank > 0, alone=True)
     log.say(f"device {device}" + (f", {ranks.world} processes" if ranks.world > 1 else ""))
     report_bad(args, corpus, log)
     saved = None if args.no_resume else find_resume(log.dir, stem, args.resume, corpus, log.say)

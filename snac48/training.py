@@ -136,7 +136,7 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         from .sidon import Sidon
 
         run.sidon = Sidon(args.sidon_dir or None, device=device)
-    run.log = RunLog(args.output_dir, quiet=ranks.rank > 0)
+    run.log = RunLog(args.output_dir, quiet=ranks.rank > 0, alone=True)
     if args.sample_log:
         run.samples = SampleLog(run.folder, ranks.rank, state.step)
     run.stop = StopFlag()  # from here on a signal is answered with a checkpoint
