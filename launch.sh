@@ -244,7 +244,7 @@ job = {"name": os.path.basename(base), "kind": kind, "gpus": gpus, "command": co
 began = start_time(int(pid)) or 0
 for path, text in ((base + ".pid", " ".join((pid, str(began), *command)) + "\n"), (base + ".json", json.dumps(job, indent=1))):
     with open(path + ".new", "w") as f:
-        os.fchmod(f.fileno(), 0o644)  # whoever can write it, says what `resume` runs
+        os.fchmod(f.fileno(), 0o644)  # whoever can write it, says what resume runs
         f.write(text)
     os.replace(path + ".new", path)' "$LOG_DIR/$name" "$PID" "$kind" "$gpus" "$run_dir" "$@"
   exec 9>&-

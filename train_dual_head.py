@@ -36,7 +36,7 @@ from snac48.checkpoint import RESUMED, find_resume, refuse_overwriting, require
 from snac48.cli import Diverged, Finished, LoaderDied, Stopped, TooManyBadFiles, UserError
 from snac48.files import write_json
 from snac48.places import RAW_RECIPES, check_training, settle
-from snac48.runlog import human_time
+from snac48.runlog import hold_begun, human_time
 
 # ---- options: every default stands here once ----
 
@@ -284,6 +284,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         places = DEFAULTS | RECIPES[recipe or "phase12"] | config | typed
         check = lambda content, path: require(content, path, RESUMED)
         where = places["output_dir"], "checkpoint_*.pt"
+        if not flags["print_config"]:
+            hold_begun(where[0])  # before the newest is chosen: nobody may write a newer one
         typed["resume"], saved = find_resume(typed["resume"], *where, check)
         if not saved:
             cli.warn(f"no checkpoint in {places['output_dir']}: starting at step 0")

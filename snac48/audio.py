@@ -48,9 +48,9 @@ SPLIT_FORMAT = "snac48 split 1"  # in the manifest.json that prepare_dataset.py 
 
 
 def split_source(root: Path) -> Path | None:
-    """The recordings that a split of prepare_dataset.py links to; `root`: its train/audio or valid/audio. Only
-    a manifest that says it was written here is believed: a data set may bring a file of that name, and what
-    stands in it must not open folders of ours to links of theirs."""
+    """The recordings that a split of prepare_dataset.py links to; `root`: its train/audio or valid/audio.
+    Only a manifest that says it was written here is believed: a data set may bring a file of that name, and
+    what stands in it must not open folders of ours to links of theirs."""
     place = root.parents[1] if len(root.parents) > 1 else root
     try:
         found = read_json(place / "manifest.json")

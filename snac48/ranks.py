@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from .cli import UserError, complain, note_exit, pick_device
+from .workers import end_with_parent
 
 PATIENCE = timedelta(hours=1)  # in a collective operation: a slow disk, rank 0 writing or speaking a sample
 REACH_S = 60  # to reach the store at the beginning
@@ -178,6 +179,7 @@ def join(device: str) -> Ranks:
         store, threads = connect(), connect()
     except RuntimeError:
         raise UserError(gone()) from None
+    end_with_parent(signal.SIGTERM)  # torchrun: with a checkpoint, as if it had been told to stop
     watcher = threading.Thread(target=watch, args=(threads,), daemon=True)
     watcher.start()
     # a thread that is in C++ while the interpreter goes down would abort the process

@@ -72,6 +72,12 @@ def hold(folder: str | Path) -> None:
     f.flush()
 
 
+def hold_begun(folder: str | Path) -> None:
+    """`hold`, by the first process of a training, of a directory that may not exist yet."""
+    if os.environ.get("RANK", "0") == "0" and Path(folder).is_dir():
+        hold(folder)
+
+
 def identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 

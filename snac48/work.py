@@ -16,6 +16,7 @@ from .cli import UserError, ignore_stop_signals
 from .files import read_json, sweep_leftovers, temporary, write_json
 from .process import pid_space, start_time
 from .runlog import RunLog, human_time
+from .workers import check_descriptors, end_with_parent
 
 HEARTBEAT_S = 20.0
 PROGRESS_S = 3.0  # between two lines
@@ -231,6 +232,7 @@ class Progress:
 
 def start_process() -> None:
     """Signals are the parent's business; a process whose parent was killed (-9 too) goes at once."""
+    end_with_parent()  # where that is a fork server, which ends with it
     ignore_stop_signals()
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait_for([parent]), os._exit(1)), daemon=True).start()
@@ -248,6 +250,7 @@ def share_of_cores(device_type: str) -> int:
 
 def processes(number: int, method: str) -> ProcessPoolExecutor | None:
     """A pool for in_order. method: spawn or forkserver; a fork would copy threads and CUDA's state."""
+    check_descriptors(64 + 8 * number)
     context = multiprocessing.get_context(method)
     return ProcessPoolExecutor(number, context, start_process) if number else None
 
