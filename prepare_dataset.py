@@ -20,6 +20,7 @@ from pathlib import Path
 from snac48.audio import SPLIT_FORMAT, find_audio
 from snac48.cli import UserError, main_guard, read_flags, warn
 from snac48.files import write_json
+from snac48.runlog import show
 
 
 def parse_args(argv=None):
@@ -147,7 +148,7 @@ def main(args) -> int:
     done = f"{counts['train']} training and {counts['valid']} validation files{in_groups}"
     share = f"{100 * counts['train'] / len(files):.1f} % for training"
     asked = "by --valid_list" if args.valid_list else f"--train_ratio {args.train_ratio:g}"
-    print(f"{done} ({share}; asked: {asked}) -> {out}/train/audio, {out}/valid/audio")
+    show(f"{done} ({share}; asked: {asked}) -> {out}/train/audio, {out}/valid/audio\n")
     return 0
 
 

@@ -43,6 +43,7 @@ from snac48.runlog import hold_begun, human_time
 OPTIONS = {  # name: (default, help[, type]); the type is the default's; None: by device, see snac48/speed.py
     "data": {
         "data_root": ("", "where corpus/, codes/ and targets/ lie (default: DATA_ROOT, else here)"),
+        "allow_links": ("", "folders, DIR:DIR, that links in the data may lead to"),
         "data_dir": ("", "recordings to encode on the fly, instead of --cache_dir; several: A,B"),
         "val_data_dir": ("", "the same for validation"),
         "codes_dir": ("", "cache folder holding train/ and val/ (for --cache_dir and --val_cache_dir)"),

@@ -37,10 +37,15 @@ def find_audio(root: str | Path) -> list[str]:
     return sorted(found)
 
 
-def allow_links(folders: list[str | Path]) -> None:
-    """Links may lead to these folders, too, in this process and in those that it starts (--allow_links)."""
-    known = filter(None, os.environ.get("ALLOW_LINKS", "").split(":"))
-    os.environ["ALLOW_LINKS"] = ":".join([*known, *(str(Path(f).resolve()) for f in folders)])
+def allow_links(folders: str) -> None:
+    """--allow_links: links may lead to these folders, DIR or DIR:DIR, too, in this process and in those that
+    it starts. Raises UserError for one that is not there."""
+    known = [*filter(None, os.environ.get("ALLOW_LINKS", "").split(":"))]
+    for folder in filter(None, folders.split(":")):
+        if not Path(folder).is_dir():
+            raise UserError(f"--allow_links {folder} is not a folder")
+        known.append(str(Path(folder).resolve()))
+    os.environ["ALLOW_LINKS"] = ":".join(dict.fromkeys(known))
     link_roots.cache_clear()
 
 

@@ -161,11 +161,13 @@ def read_flags(parser, argv=None, **lowest):
 def warn(text: str) -> None:
     """On stderr, of several processes on a machine by the first: all of them have the same to say."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(printable(text), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 def complain(text: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a disk that is full, a pipe without a reader
+        print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def guarded(function, *args):
@@ -196,8 +198,7 @@ def guarded(function, *args):
 def fail(sentence: str, code: int) -> None:
     """Say it once a machine, and leave."""
     if sentence := tell_all(sentence, code):
-        with contextlib.suppress(OSError):  # stderr may lie on a disk that is full
-            complain(f"error: {sentence}")
+        complain(f"error: {sentence}")
     leave(code)
 
 
@@ -250,9 +251,8 @@ def stop_at_once() -> None:
             if ranks.ENDING.is_set():
                 return  # the main thread leaves with another code
             said = ranks.end_all(said, EXIT_STOPPED)
-        with contextlib.suppress(OSError):
-            if said:
-                complain(said)
+        if said:
+            complain(said)
         note_exit(EXIT_STOPPED)
         os._exit(EXIT_STOPPED)
 

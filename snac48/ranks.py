@@ -37,8 +37,8 @@ ENDED = "ended"  # key of the store: who ended first, and why
 LEAVE_S = 300  # for a checkpoint after torchrun itself has died
 
 # Options that may differ from machine to machine: what lies in the folders is compared instead.
-LOCAL = ("device", "num_workers", "prefetch", "config", "resume", "data_root", "pretrained_model",
-         "phase10_checkpoint", "start_checkpoint", "data", "val_data", "eval_decoder",
+LOCAL = ("device", "num_workers", "prefetch", "config", "resume", "data_root", "allow_links",
+         "pretrained_model", "phase10_checkpoint", "start_checkpoint", "data", "val_data", "eval_decoder",
          "eval_outdir")  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from . import DEFAULT_MODEL, codec, schedule
 from .adversarial import Adversary
+from .audio import allow_links
 from .cache import recorded_model
 from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint
 from .cli import StopFlag, UserError, first_line
@@ -105,6 +106,7 @@ class Run:
 
 def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     """Load codec and data, build the model; saved: the checkpoint to go on from. Raises UserError."""
+    allow_links(args.allow_links)
     ranks = join(args.device)
     torch.manual_seed(args.seed)
     snac, geometry = open_codec(args)
