@@ -166,15 +166,41 @@ def target_names(files: list[str]) -> dict[str, str]:
 # ---- decoding ----
 
 
+DISK_FAILS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EHOSTDOWN)
+
+
 class bad_file(contextlib.AbstractContextManager):
-    """Inside, whatever is wrong with a file becomes an AudioError that says what."""
+    """Inside, whatever is wrong with a file becomes an AudioError that says what. path: of a file that is
+    left out for good; where its disk fails, that is a UserError: a whole corpus would be left out."""
+
+    def __init__(self, path: str | Path = ""):
+        self.path = path
 
     def __exit__(self, kind, e, _):
+        if self.path and (why := disk_failure(Path(self.path), e)):
+            todo = "run the same command again when it is back (or, where only this file fails, move it away)"
+            raise UserError(f"{self.path}: {why}; {todo}") from None
         if isinstance(e, FileNotFoundError):
             raise AudioError("file not found") from None
         if isinstance(e, (OSError, RuntimeError, ValueError, MemoryError)):  # libsndfile's are RuntimeErrors
             reason = getattr(e, "error_string", None) or getattr(e, "strerror", None) or str(e)
             raise AudioError(f"unreadable: {reason or type(e).__name__}") from None
+
+
+def disk_failure(path: Path, e) -> str:
+    """Why it is the disk, not the file at `path`, that is the reason of an error; else ""."""
+    if isinstance(e, FileNotFoundError):
+        folder = next((f for f in path.absolute().parents if f.is_dir()), Path("/"))
+        seen = os.listdir(folder) if os.access(folder, os.R_OK) else ["?"]
+        return "" if seen else f"{folder} is empty: was a file system unmounted"
+    if getattr(e, "code", 0) == 2:  # libsndfile's SF_ERR_SYSTEM: a disk, or a header that leads nowhere
+        try:
+            with open(path, "rb") as f:
+                while f.read(1 << 20):
+                    pass
+        except OSError as found:
+            e = found
+    return os.strerror(e.errno) if isinstance(e, OSError) and e.errno in DISK_FAILS else ""
 
 
 # What a header says of its file. size: of the file, by which a noted header is recognised; -1: never.
@@ -255,6 +281,8 @@ def open_sound(path: str | Path):
     import soundfile as sf
 
     f = sf.SoundFile(path)
+    if f.format == "RAW":  # what libsndfile makes of an .au or .vox file without a header
+        raise AudioError("not an audio file: it has no header")
     check_rate(f.samplerate)
     return f
 
@@ -270,7 +298,7 @@ def audio_blocks(path: str | Path, block_seconds: float = 60.0):
     """Decode a file piece by piece: yields (mono float32 samples [n], rate in Hz). Channels are averaged;
     memory stays that of one piece. Raises AudioError (never anything else) for whatever is wrong with the
     file, perhaps only after some pieces; also where it holds more, or less, than its decoder finds."""
-    with bad_file():
+    with bad_file(path):
         fd, found = open_sound_file(path)
         try:
             header_of(fd, found.st_size, path)

@@ -5,12 +5,44 @@ first of several joined streams, and believe a wrong count in a header. So a fil
 decoded. `inspect` is the way in; formats it doesn't know pass.
 """
 
-import mmap
+import os
 import struct
 
 
 class AudioError(Exception):
     """One bad file: the reason goes to skipped.jsonl or the manifest; the job goes on."""
+
+
+class Window:
+    """The bytes of an open file, by pread, a megabyte at a time: a mapped one would end the process (SIGBUS)
+    where the disk fails or somebody shortens the file."""
+
+    def __init__(self, fd: int, size: int):
+        self.fd, self.size, self.first, self.held = fd, size, 0, b""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, where: slice) -> bytes:
+        first, end = where.start, min(where.stop, self.size)
+        if first < self.first or end > self.first + len(self.held):
+            self.first, self.held = first, os.pread(self.fd, max(end - first, 1 << 20), first)
+        return self.held[first - self.first : max(end, first) - self.first]
+
+    def unpack(self, form: str, at: int) -> tuple:
+        found = self[at : at + struct.calcsize(form)]
+        if len(found) < struct.calcsize(form):
+            raise AudioError("truncated inside a header")
+        return struct.unpack(form, found)
+
+    def find(self, wanted: bytes, at: int) -> int:
+        """Where these bytes come first from `at` on; -1 where they don't."""
+        while at < self.size:
+            part = self[at : at + (1 << 20)]
+            if (found := part.find(wanted)) >= 0:
+                return at + found
+            at += max(1, len(part) - len(wanted) + 1)
+        return -1
 
 
 JOINED = "convert it into one stream (ffmpeg -i FILE NEW.wav)"
@@ -22,27 +54,25 @@ def inspect(fd: int, size: int) -> int | None:
     a header that claims another number of samples than the file holds."""
     if size < 12:
         return None
-    with mmap.mmap(fd, size, prot=mmap.PROT_READ) as data:
-        start = after_id3(data, 0)
-        magic = data[start : start + 4]
-        if magic in CHUNKED and not start:
-            return check_chunks(data, CHUNKED[magic])
-        if magic == b".snd":
-            return check_au(data)
-        if magic == b"OggS":
-            return check_ogg(data, start)
-        if magic == b"fLaC":
-            return check_flac(data, start)
-        if magic[:1] == b"\xff" or start:
-            return check_mpeg(data, start)
-    return None
+    data = Window(fd, size)
+    start = after_id3(data, 0)
+    magic = data[start : start + 4]
+    if magic in CHUNKED and not start:
+        return check_chunks(data, CHUNKED[magic])
+    if magic == b".snd":
+        return check_au(data)
+    if magic == b"OggS":
+        return check_ogg(data, start)
+    if magic == b"fLaC":
+        return check_flac(data, start)
+    return check_mpeg(data, start) if magic[:1] == b"\xff" or start else None
 
 
 def after_id3(data, at: int) -> int:
     """Where an ID3v2 tag at `at` ends; `at` where there is none."""
     while data[at : at + 3] == b"ID3" and at + 10 <= len(data):
-        a, b, c, d = (byte & 127 for byte in data[at + 6 : at + 10])
-        at += 10 + (a << 21 | b << 14 | c << 7 | d) + 10 * bool(data[at + 5] & 16)
+        flags, a, b, c, d = data[at + 5 : at + 10]
+        at += 10 + ((a & 127) << 21 | (b & 127) << 14 | (c & 127) << 7 | d & 127) + 10 * bool(flags & 16)
     return at
 
 
@@ -66,7 +96,7 @@ def check_chunks(data, form: tuple) -> None:
     end, header, long_size, heard = len(data), wide + struct.calcsize(size_form), None, False
     while at + header <= end:
         name = data[at : at + 4]
-        (length,) = struct.unpack_from(size_form, data, at + wide)
+        (length,) = data.unpack(size_form, at + wide)
         length -= header if counts_header else 0
         if heard and name in CHUNKED:
             raise AudioError(f"several files joined in one, the second at byte {at}: {JOINED}")
@@ -75,7 +105,7 @@ def check_chunks(data, form: tuple) -> None:
                 raise AudioError(f"{end - at} bytes follow the audio that the header claims: {JOINED}")
             return
         if name == b"ds64":
-            (long_size,) = struct.unpack_from("<Q", data, at + header + 8)
+            (long_size,) = data.unpack("<Q", at + header + 8)
         if name == audio:
             if length >= OPEN_ENDED and long_size is not None:
                 length = long_size
@@ -93,7 +123,7 @@ def check_chunks(data, form: tuple) -> None:
 
 
 def check_au(data) -> None:
-    offset, length = struct.unpack_from(">II", data, 4)
+    offset, length = data.unpack(">II", 4)
     held = len(data) - offset
     if length == 0xFFFFFFFF:
         return
@@ -114,13 +144,12 @@ def check_ogg(data, at: int) -> None:
             if data.find(b"OggS", at) >= 0:
                 raise AudioError(f"damaged at byte {at}: no Ogg page where one must begin")
             return  # a tag behind the last page
-        segments = data[at + 26] if at + 27 <= size else 256
-        end = at + 27 + segments
-        end += sum(data[at + 27 : end])
+        head = data[at : at + 27 + 255]
+        end = at + 27 + (head[26] if len(head) > 26 else 256)
+        end += sum(head[27 : end - at])
         if end > size:
             raise AudioError("truncated: the last Ogg page is not whole")
-        first = data[at + 5] & 2
-        serial, number = struct.unpack_from("<II", data, at + 14)
+        first, (serial, number) = head[5] & 2, struct.unpack_from("<II", head, 14)
         if first and begun:
             raise AudioError(f"several Ogg streams joined in one file, the second at byte {at}: {JOINED}")
         if pages.get(serial, number) != number:
@@ -131,7 +160,7 @@ def check_ogg(data, at: int) -> None:
 # ---- FLAC ----
 
 
-def check_flac(data, start: int) -> int | None:
+def check_flac(data, start: int) -> int:
     """The number of samples by the last frame's header, which STREAMINFO must claim, too."""
     if len(data) < start + 42:
         raise AudioError("truncated: shorter than its FLAC header")
@@ -142,14 +171,16 @@ def check_flac(data, start: int) -> int | None:
     block, largest = struct.unpack(">H", info[:2])[0], int.from_bytes(info[7:10], "big")
     claimed = int.from_bytes(info[13:18], "big") & (1 << 36) - 1
     # the header of the last frame lies in the last bytes; what looks like one by chance is told by its CRC
-    tail = data[max(start, len(data) - max(2 * largest, 1 << 16)) :]
+    tail = data[max(start, len(data) - max(2 * largest, 1 << 16)) : len(data)]
     found, at = [], 0
     while 0 <= (at := tail.find(b"\xff", at)) < len(tail) - 6:
         if tail[at + 1] & 0xFE == 0xF8 and (end := flac_frame_end(tail, at, block)):
             found.append((at, end))
         at += 1
-    if claimed in (0, *(end for _, end in found)):
-        return claimed or None
+    if not claimed:
+        raise AudioError(f"its FLAC header tells no length (of a writer that was cut off): {JOINED}")
+    if claimed in (end for _, end in found):
+        return claimed
     for at, end in reversed(found):
         if crc(tail[at:-2], 0x8005, 16) == int.from_bytes(tail[-2:], "big"):
             raise AudioError(f"its header claims {claimed} samples, its frames hold {end}: decode it anew")
@@ -230,7 +261,7 @@ def check_mpeg(data, at: int) -> int | None:
             continue
         length, samples, found = frame
         if at + length > size:
-            break
+            return counted(total, claimed, samples)
         head = data[at : at + min(length, 64)]
         mark = max(head.find(b"Xing"), head.find(b"Info"))
         if mark > 0 and total:
@@ -261,7 +292,7 @@ def next_frame(data, at: int, kind) -> int | None:
 
 def counted(total: int, claimed: int | None, samples: int) -> int:
     frames = total // samples
-    if claimed is not None and abs(frames - claimed) > 2:
+    if claimed is not None and not claimed - 1 <= frames <= claimed + 2:  # some count their own frame, too
         told = f"its Xing header claims {claimed} frames, the file holds {frames}"
         raise AudioError(f"truncated: {told}" if frames < claimed else f"{told}: {JOINED}")
     return total

@@ -74,6 +74,7 @@ def description(path: str | Path) -> dict:
         raise ValueError("nested too deeply") from None
     if not isinstance(job, dict):
         raise ValueError("not a JSON object")
+    os.fsencode(json.dumps(job, ensure_ascii=False))  # else it names what no file system could hold
     return job
 
 
