@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 
+import precompute_48k
 from helpers.chaos import Case, unchanged
 from snac48 import audio, jobs
 from snac48.process import pid_space, start_time
@@ -161,8 +162,6 @@ def non_utf8(folder: Path) -> str:
 def precomputed(folder: Path, *names: bytes) -> str:
     """precompute_48k.py over good recordings of these names: its manifest and list of those left out."""
     from conftest import call
-
-    import precompute_48k
 
     source, out = folder / "in", folder / "out"
     source.mkdir()
