@@ -13,10 +13,10 @@ precompute_48k.py, likewise.
 
 Between lives: the newest checkpoint is damaged (a bit flipped, truncated, emptied), or the clock is set back
 (all files lie a day in the future). In lives (benchmarks/faults.c, preloaded): a disk that is full, an input
-that cannot be read (EIO); or the processes are stopped (SIGSTOP) before the kill. What ends by itself must say
-why in one sentence. Compares weights, averages and optimiser of the last checkpoint and the samples that the
-committed steps saw; codes row by row; targets byte by byte. Nothing may be there twice, missing or left over.
-Exit code 1 where anything differs.
+that cannot be read (EIO); or the processes are stopped (SIGSTOP) before the kill. What ends by itself must
+say why in one sentence. Compares weights, averages and optimiser of the last checkpoint and the samples that
+the committed steps saw; codes row by row; targets byte by byte. Nothing may be there twice, missing or left
+over. Exit code 1 where anything differs.
 """
 
 import argparse
