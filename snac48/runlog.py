@@ -49,8 +49,8 @@ HELD: dict[tuple[int, int], object] = {}  # lock files of this process: (device,
 
 
 def hold(folder: str | Path) -> None:
-    """Own a run directory that exists until this process ends, however it ends: the kernel keeps the lock on
-    run.lock. Raises UserError naming the owner where another process, perhaps of another machine, has it."""
+    """Own a run directory until the end event or the end of this process, however it ends: the kernel keeps
+    the lock on run.lock. Raises UserError naming the owner where another process, perhaps of another machine, has it."""
     path = Path(folder) / "run.lock"
     try:
         if path.exists() and identity(os.stat(path)) in HELD:  # to open and close it would give it back
@@ -76,6 +76,11 @@ def hold_begun(folder: str | Path) -> None:
     """`hold`, by the first process of a training, of a directory that may not exist yet."""
     if os.environ.get("RANK", "0") == "0" and Path(folder).is_dir():
         hold(folder)
+
+
+def release(folder: str | Path) -> None:
+    with contextlib.suppress(OSError, KeyError):
+        HELD.pop(identity(os.stat(Path(folder) / "run.lock"))).close()
 
 
 def identity(found: os.stat_result) -> tuple[int, int]:
@@ -135,6 +140,8 @@ class RunLog:
             return
         values = finite_json({"t": round(time.time(), 3), **values})
         write_all(self.metrics, json.dumps(values, allow_nan=False) + "\n")
+        if values.get("event") == "end":
+            release(self.dir)
 
 
 def show(text: str) -> None:

@@ -26,9 +26,8 @@ main_guard(main)
 
 
 def test_a_directory_has_one_owner_until_that_ends(tmp_path):
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, ROOT, tmp_path], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", HOLDER, ROOT, tmp_path]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=rf"in use by process {other.pid} on .* stop it first"):
         RunLog(tmp_path, alone=True)
@@ -36,10 +35,12 @@ def test_a_directory_has_one_owner_until_that_ends(tmp_path):
     other.kill()
     other.wait()
     other.stdout.close()
-    hold(tmp_path)
+    log = RunLog(tmp_path, alone=True)
     hold(tmp_path)  # ours: again, without giving it back
     again = subprocess.run(command, capture_output=True, text=True)
     assert "in use by process" in again.stderr
+    log.metric(event="end")
+    hold(tmp_path)  # it was given back
 
 
 def test_a_reader_that_leaves_costs_the_output_not_the_run(tmp_path):
