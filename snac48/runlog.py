@@ -49,8 +49,9 @@ HELD: dict[tuple[int, int], object] = {}  # lock files of this process: (device,
 
 
 def hold(folder: str | Path) -> None:
-    """Own a run directory until the end event or the end of this process, however it ends: the kernel keeps
-    the lock on run.lock. Raises UserError naming the owner where another process, perhaps of another machine, has it."""
+    """Own a run directory until the end event or the end of this process, whichever way: the kernel keeps the
+    lock on run.lock. Raises UserError naming the owner where another process, perhaps of another machine,
+    has it."""
     path = Path(folder) / "run.lock"
     try:
         if path.exists() and identity(os.stat(path)) in HELD:  # to open and close it would give it back
