@@ -38,6 +38,7 @@ from snac48.audio import (
     allow_links,
     audio_blocks,
     find_audio,
+    open_sound_file,
     resolve_inside,
     target_names,
 )
@@ -382,8 +383,10 @@ def choose_files(args, files: list[str]) -> list[str]:
 
         def low(rel: str) -> bool:
             try:
-                return sf.info(args.input_dir / rel).samplerate < args.native_rate
-            except sf.LibsndfileError:
+                file = resolve_inside(args.input_dir, rel)
+                os.close(open_sound_file(file)[0])  # a pipe would be waited for
+                return sf.info(file).samplerate < args.native_rate
+            except (AudioError, OSError, sf.LibsndfileError):
                 return False
 
         files = list(itertools.islice(filter(low, files), args.test_samples))

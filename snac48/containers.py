@@ -5,7 +5,9 @@ first of several joined streams, and believe a wrong count in a header. So a fil
 decoded. `inspect` is the way in; formats it doesn't know pass.
 """
 
+import functools
 import os
+import re
 import struct
 
 
@@ -43,6 +45,15 @@ class Window:
                 return at + found
             at += max(1, len(part) - len(wanted) + 1)
         return -1
+
+    def each(self, pattern: bytes, at: int) -> list[int]:
+        """All places from `at` on where a pattern of at most 8 bytes matches, read once."""
+        found = []
+        while at < self.size:
+            part = self[at : at + (1 << 20)]
+            found += [at + m.start() for m in re.finditer(pattern, part, re.DOTALL)]
+            at += max(1, len(part) - 8) if len(part) == 1 << 20 else len(part)
+        return sorted(set(found))
 
 
 JOINED = "convert it into one stream (ffmpeg -i FILE NEW.wav)"
@@ -164,19 +175,18 @@ def check_flac(data, start: int) -> int:
     """The number of samples by the last frame's header, which STREAMINFO must claim, too."""
     if len(data) < start + 42:
         raise AudioError("truncated: shorter than its FLAC header")
-    for mark in (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22"):
-        if (at := data.find(mark, start + 4)) >= 0:
-            raise AudioError(f"several FLAC streams joined in one file, the second at byte {at}: {JOINED}")
+    if others := data.each(b"fLaC[\x00\x80]\x00\x00\x22", start + 4):
+        at = others[0]
+        raise AudioError(f"several FLAC streams joined in one file, the second at byte {at}: {JOINED}")
     info = data[start + 8 : start + 42]
     block, largest = struct.unpack(">H", info[:2])[0], int.from_bytes(info[7:10], "big")
     claimed = int.from_bytes(info[13:18], "big") & (1 << 36) - 1
     # the header of the last frame lies in the last bytes; what looks like one by chance is told by its CRC
-    tail = data[max(start, len(data) - max(2 * largest, 1 << 16)) : len(data)]
-    found, at = [], 0
-    while 0 <= (at := tail.find(b"\xff", at)) < len(tail) - 6:
-        if tail[at + 1] & 0xFE == 0xF8 and (end := flac_frame_end(tail, at, block)):
-            found.append((at, end))
-        at += 1
+    tail = data[max(start, len(data) - (largest + 1024 if largest else 1 << 16)) : len(data)]
+    found = []
+    for sync in re.finditer(rb"(?=\xff[\xf8\xf9].{5})", tail, re.DOTALL):
+        if end := flac_frame_end(tail, sync.start(), block):
+            found.append((sync.start(), end))
     if not claimed:
         raise AudioError(f"its FLAC header tells no length (of a writer that was cut off): {JOINED}")
     if claimed in (end for _, end in found):
@@ -232,6 +242,7 @@ RATES_2 = (
 )
 
 
+@functools.lru_cache(maxsize=1 << 10)
 def mpeg_frame(head: bytes) -> tuple[int, int, tuple[int, int]] | None:
     """(bytes, samples, (layer, rate in Hz)) of the frame that begins with these 4 bytes; None for none."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
@@ -251,6 +262,7 @@ def mpeg_frame(head: bytes) -> tuple[int, int, tuple[int, int]] | None:
 def check_mpeg(data, at: int) -> int | None:
     """The samples of all frames, which a Xing or Info header must claim, too."""
     size, claimed, total, kind, samples = len(data), None, 0, None, 1152
+    marks = data.each(b"Xing|Info", at)
     while at + 4 <= size:
         frame = mpeg_frame(data[at : at + 4])
         if frame is None or (kind and frame[2] != kind):
@@ -259,19 +271,18 @@ def check_mpeg(data, at: int) -> int | None:
                 return None if kind is None else counted(total, claimed, samples)
             at = nearest
             continue
-        length, samples, found = frame
+        length, samples, kind = frame
         if at + length > size:
             return counted(total, claimed, samples)
-        head = data[at : at + min(length, 64)]
-        mark = max(head.find(b"Xing"), head.find(b"Info"))
-        if mark > 0 and total:
-            raise AudioError(f"several MP3 files joined in one, the second at byte {at}: {JOINED}")
-        if mark > 0:
-            flags, frames = struct.unpack_from(">II", head, mark + 4)
-            claimed = frames if flags & 1 else None
-        else:
-            total += samples
-        kind, at = found, at + length
+        if marks and marks[0] < at + length:
+            mark = marks.pop(0)
+            if mark < at + 64 and total:
+                raise AudioError(f"several MP3 files joined in one, the second at byte {at}: {JOINED}")
+            if mark < at + 64:
+                flags, frames = data.unpack(">II", mark + 4)
+                claimed = frames if flags & 1 else None
+                total -= samples  # a frame without audio
+        total, at = total + samples, at + length
     return counted(total, claimed, samples) if kind else None
 
 
