@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 
 from .cli import LoaderDied, Stopped, UserError, complain, first_line, ignore_stop_signals
@@ -45,7 +46,8 @@ def polled(loader, stop=None):
             if batches is None:
                 batches = iter(loader)
                 # torch's handler would raise a dead worker's error wherever the main thread is just now
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             batch = next(batches)
         except StopIteration:
             return
