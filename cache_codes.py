@@ -54,6 +54,12 @@ def parse_args(argv=None):
     add("--output_dir", default="", help="cache folder, may be shared by several processes; default: both")
     add("--data_root", default="", metavar="DIR", help="where corpus/ and codes/ lie; default: DATA_ROOT, .")
     add("--pretrained_model", default=DEFAULT_MODEL, help="SNAC folder, hub id, or hub id@COMMIT")
+    add(
+        "--allow_links",
+        default="",
+        metavar="DIR[:DIR]",
+        help="folders outside of the data that links in it may lead to",
+    )
     add("--device", default="", help="GPU number or cpu; default: a GPU where there is one")
     clips = "clips of one length encoded together, at most; default: 32 on a GPU, 1 on a CPU"
     add("--batch_size", type=int, default=None, help=clips)
@@ -87,7 +93,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 
 import torch
 
-from snac48.audio import AudioError, find_audio, read_audio, resample, resolve_inside
+from snac48.audio import AudioError, allow_links, find_audio, read_audio, resample, resolve_inside
 from snac48.cache import SHARDS, OldCache, check_ours, write_shard
 from snac48.codec import (
     Geometry,
@@ -414,6 +420,7 @@ def settings_of(geometry: Geometry, args) -> dict:
 
 
 def main(args) -> int:
+    allow_links(args.allow_links)
     device, stop = pick_device(args.device), StopFlag()
     if args.batch_size is None:  # on a CPU a larger batch is no faster, and takes its share of memory
         args.batch_size = 32 if device.type == "cuda" else 1

@@ -45,6 +45,12 @@ def parse_args(argv=None):
     add("--checkpoint", nargs="+", required=True, help="checkpoints or exported folders")
     add("--compare", default="", help="a checkpoint: which differences of the others from it are real")
     add("--data_dirs", nargs="+", required=True, help="folders of held-out recordings")
+    add(
+        "--allow_links",
+        default="",
+        metavar="DIR[:DIR]",
+        help="folders outside of the data that links in it may lead to",
+    )
     add("--audio_48k_dir", nargs="+", default=[], help="their 48 kHz targets, a folder for each of them")
     add(
         "--target_kind", choices=("sidon", "recordings"), default="", help="of targets without manifest.jsonl"
@@ -86,7 +92,15 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 import numpy as np
 import torch
 
-from snac48.audio import AudioError, find_audio, read_audio, resample, resampled_length, resolve_inside
+from snac48.audio import (
+    AudioError,
+    allow_links,
+    find_audio,
+    read_audio,
+    resample,
+    resampled_length,
+    resolve_inside,
+)
 from snac48.codec import geometry_of, load_snac, model_config
 from snac48.decoder import HEADS, DualHead, DualHeadDecoder, load_dual_head
 from snac48.files import atomic_file, write_json
@@ -94,6 +108,7 @@ from snac48.intervals import differences, intervals, means
 from snac48.listening import ListeningPage
 from snac48.losses import halve_rate, spectrum
 from snac48.measures import DISTANCES, FAULTS, METRICS, distances, faults, load_pitch, load_visqol, pitched
+from snac48.runlog import show
 from snac48.targets import KINDS, Targets
 
 DRAWN = 3  # clips in the picture
@@ -413,12 +428,15 @@ def save_results(args, results: dict, findings: Findings, page: ListeningPage) -
     md.write_text(text, encoding="utf-8")
     write_csv(table_of_clips, findings)
     draw(png, [(name, signals) for _, name, signals in findings.loudest])
-    print(f"\n{text}\nnumbers: {out}, clip by clip: {table_of_clips}\ntables: {md}\nspectrograms: {png}")
+    show(f"\n{text}\nnumbers: {out}, clip by clip: {table_of_clips}\ntables: {md}\nspectrograms: {png}\n")
     if page.clips:
-        print(f"listen: open {page.save(results)} in a browser; keys 1-{len(page.systems)} switch the system")
+        show(
+            f"listen: open {page.save(results)} in a browser; keys 1-{len(page.systems)} switch the system\n"
+        )
 
 
 def main(args) -> int:
+    allow_links(args.allow_links)
     stop = StopFlag()
     device, visqol = pick_device(args.device), load_visqol() if args.visqol else None
     pitch = load_pitch() if args.pitch else None

@@ -48,6 +48,12 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--checkpoint", required=True, help="checkpoint, exported folder, or hub id@COMMIT")
     add("--input", help="audio file, folder, cache of cache_codes.py, or one .parquet of it")
+    add(
+        "--allow_links",
+        default="",
+        metavar="DIR[:DIR]",
+        help="folders outside of the data that links in it may lead to",
+    )
     add("--output", help="wav file for one input file, else a folder; - = raw 16-bit PCM to stdout")
     add("--overwrite", action="store_true", help="replace wavs and exports that exist")
     add("--sample_rate", choices=("24000", "48000", "both"), default="48000", help="which heads speak")
@@ -88,10 +94,20 @@ import numpy as np
 import soundfile as sf
 import torch
 
-from snac48.audio import AudioError, find_audio, read_audio, resample, resampled_length, resolve_inside
+from snac48.audio import (
+    AudioError,
+    allow_links,
+    find_audio,
+    read_audio,
+    resample,
+    resampled_length,
+    resolve_inside,
+)
 from snac48.cache import SHARDS, CodeIndex, shard_rows
 from snac48.decoder import HEADS, DualHead, load_dual_head, read_checkpoint
 from snac48.files import atomic_file, write_json
+from snac48.jobs import printable
+from snac48.runlog import show
 
 # ---- export ----
 
@@ -303,17 +319,18 @@ def speak(tts: DualHead, args, stop: StopFlag) -> int:
         spoken = resampled_length(u.n, u.rate, tts.geometry.sampling_rate) / tts.geometry.sampling_rate
         seconds += spoken
         if paths:
-            print(f"{u.path} -> {', '.join(map(str, paths.values()))} ({spoken:.2f} s)", flush=True)
+            show(printable(f"{u.path} -> {', '.join(map(str, paths.values()))} ({spoken:.2f} s)") + "\n")
     spent = time.time() - began
     rtf = f" (rtf {spent / seconds:.3f})" if seconds else ""
     left_out = f"; {bad} bad files left out" if bad else ""
     warn(f"{count} files, {seconds:.1f} s of audio in {spent:.1f} s{rtf}{left_out}")
     if paths:
-        print(f"listen: aplay {shlex.quote(str(list(paths.values())[-1]))}, or any player")
+        show(printable(f"listen: aplay {shlex.quote(str(list(paths.values())[-1]))}, or any player") + "\n")
     return EXIT_BAD_INPUT if bad else 0
 
 
 def main(args) -> int:
+    allow_links(args.allow_links)
     if args.export:
         export(args.checkpoint, args.export, args.half)
         return 0

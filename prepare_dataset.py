@@ -17,10 +17,11 @@ import re
 import shutil
 from pathlib import Path
 
-from snac48.audio import find_audio
+from snac48.audio import SPLIT_FORMAT, find_audio
 from snac48.cli import UserError, main_guard, read_flags, warn
 from snac48.files import write_json
 from snac48.places import check_place
+from snac48.runlog import show
 
 
 def parse_args(argv=None):
@@ -121,6 +122,8 @@ def main(args) -> int:
     counts = {"train": len(files) - len(valid), "valid": len(valid)}
     found = {p: sorted({g for g, members in groups.items() if part[members[0]] == p}) for p in counts}
     manifest = {
+        "format": SPLIT_FORMAT,  # by which, and by the place, the links in it are known as ours
+        "output_dir": str(out.resolve()),
         "input_dir": str(source),
         "mode": "copy" if args.copy else "symlink",
         "seed": args.seed,
@@ -147,7 +150,7 @@ def main(args) -> int:
     done = f"{counts['train']} training and {counts['valid']} validation files{in_groups}"
     share = f"{100 * counts['train'] / len(files):.1f} % for training"
     asked = "by --valid_list" if args.valid_list else f"--train_ratio {args.train_ratio:g}"
-    print(f"{done} ({share}; asked: {asked}) -> {out}/train/audio, {out}/valid/audio")
+    show(f"{done} ({share}; asked: {asked}) -> {out}/train/audio, {out}/valid/audio\n")
     return 0
 
 

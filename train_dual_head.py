@@ -36,13 +36,14 @@ from snac48.checkpoint import RESUMED, find_resume, refuse_overwriting, require
 from snac48.cli import Diverged, Finished, LoaderDied, Stopped, TooManyBadFiles, UserError
 from snac48.files import write_json
 from snac48.places import RAW_RECIPES, check_run_place, check_training, settle
-from snac48.runlog import human_time
+from snac48.runlog import hold_begun, human_time
 
 # ---- options: every default stands here once ----
 
 OPTIONS = {  # name: (default, help[, type]); the type is the default's; None: by device, see snac48/speed.py
     "data": {
         "data_root": ("", "where corpus/, codes/ and targets/ lie (default: DATA_ROOT, else here)"),
+        "allow_links": ("", "folders, DIR:DIR, that links in the data may lead to"),
         "data_dir": ("", "recordings to encode on the fly, instead of --cache_dir; several: A,B"),
         "val_data_dir": ("", "the same for validation"),
         "codes_dir": ("", "cache folder holding train/ and val/ (for --cache_dir and --val_cache_dir)"),
@@ -291,6 +292,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         places = DEFAULTS | RECIPES[recipe or "phase12"] | config | typed
         check = lambda content, path: require(content, path, RESUMED)
         where = places["output_dir"], "checkpoint_*.pt"
+        if not flags["print_config"]:
+            hold_begun(where[0])  # before the newest is chosen: nobody may write a newer one
         typed["resume"], saved = find_resume(typed["resume"], *where, check)
         if not saved:
             cli.warn(f"no checkpoint in {places['output_dir']}: starting at step 0")

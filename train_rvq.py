@@ -36,7 +36,7 @@ import numpy as np
 
 from snac48 import cli, tokens
 from snac48.checkpoint import load_checkpoint, prune, save_checkpoint, set_aside
-from snac48.cli import Diverged, Finished, Stopped, UserError, one_line_errors
+from snac48.cli import Diverged, Finished, LoaderDied, Stopped, UserError, one_line_errors
 from snac48.files import write_json
 from snac48.places import check_free, check_place
 from snac48.runlog import RunLog, git_sha, human_time, step_line, versions
@@ -286,7 +286,7 @@ def start(given: dict) -> tuple[Run, State]:
     if held_out and (held_out.vocab != corpus.vocab or held_out.source != corpus.source):
         raise UserError(f"--val-data {args.val_data} holds other tokens than --data {args.data}")
     stem = f"rvq_{corpus.K}cb" + (f"_{args.tag}" if args.tag else "")
-    log = RunLog(args.save_dir, quiet=ranks.rank > 0)
+    log = RunLog(args.save_dir, quiet=ranks.rank > 0, alone=True)
     log.say(f"device {device}" + (f", {ranks.world} processes" if ranks.world > 1 else ""))
     report_bad(args, corpus, log)
     saved = None if args.no_resume else find_resume(log.dir, stem, args, corpus, log.say)
@@ -359,6 +359,7 @@ ENDINGS = {  # exception: (reason in metrics.jsonl or no line, exit code, is lat
                "outliers; checkpoint saved, lower --lr or look at doctor.py"),
     torch.OutOfMemoryError: ("", cli.EXIT_ERROR, False, "out of GPU memory ({why}); lower --batch and raise "
                              "--accum, or lower --ctx"),
+    LoaderDied: ("", cli.EXIT_ERROR, False, "a data loader process died ({why}): lower --num-workers"),
     OSError: ("", cli.EXIT_ERROR, False, "{file} could not be written: {why}; free some space, then run the "
               "same command again"),
 }  # fmt: skip
@@ -423,10 +424,9 @@ def feed(run: Run, state: State, epoch: int):
     todo = range(state.step - (epoch - 1) * run.per_epoch, run.per_epoch)
     windows = [tokens.step_windows(order, lengths, s, args.batch, args.accum) for s in todo]
     steps = [tokens.passes_of(own, args.batch, ranks.rank, ranks.world) for own in windows]
-    run.loader.batch_sampler[:] = [own.tolist() for step in steps for own in step]
+    lists, stop = [own.tolist() for step in steps for own in step], run.stop if ranks.world == 1 else None
     nothing = torch.full((1, 1, run.train_set.corpus.K), -1, dtype=torch.int32)
-    # persistent workers must not begin with an empty epoch: they would never end
-    passes, began, so_far = iter(run.loader if run.loader.batch_sampler else []), time.time(), 0
+    passes, began, so_far = tokens.loaded(run.loader, lists, stop), time.time(), 0
     for n, step in enumerate(steps, 1):
         frames = int(lengths[windows[n - 1]].sum())
         so_far += frames

@@ -22,6 +22,7 @@ import threading
 from pathlib import Path
 
 from .bounds import LISTS, wrong
+from .jobs import printable
 
 # ---- exit codes: docs/jobs.md lists them ----
 
@@ -30,6 +31,7 @@ EXIT_ERROR = 1  # wrong input or environment: one sentence on stderr says what t
 EXIT_STOPPED = 3  # SIGTERM / SIGINT / SIGUSR1: a checkpoint was written, the same command continues
 EXIT_DIVERGED = 4  # too many non-finite or outlier steps in a row
 EXIT_BAD_INPUT = 5  # more bad files or rows than --max_bad_fraction allows
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE  # as a shell calls it; what keeps a log goes on without its reader
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file size limit
 
@@ -154,7 +156,8 @@ def one_line_errors(parser) -> None:
         known, hints = [flag for action in parser._actions for flag in action.option_strings], []
         for word in re.findall(r"(?<!\S)--[\w-]+", message.partition("unrecognized arguments:")[2]):
             hints += [f"{word}: did you mean {near}?" for near in difflib.get_close_matches(word, known, 1)]
-        parser.exit(2, f"{parser.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}\n")
+        said = f"{parser.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}"
+        parser.exit(2, printable(said) + "\n")
 
     def parse_args(*given):
         args = parse(*given)
@@ -212,11 +215,13 @@ def read_flags(parser, argv=None):
 def warn(text: str) -> None:
     """On stderr, of several processes on a machine by the first: all of them have the same to say."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 def complain(text: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a disk that is full, a pipe without a reader
+        print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def guarded(function, *args):
@@ -230,9 +235,9 @@ def guarded(function, *args):
     except KeyboardInterrupt:
         complain("interrupted")
         leave(EXIT_STOPPED)
-    except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
+    except BrokenPipeError:  # `... | head`: the reader has gone, and the work may be half done
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        leave(EXIT_OK)
+        leave(EXIT_BROKEN_PIPE)
     except (Exception, SystemExit) as e:
         if isinstance(e, OSError) and e.errno in NO_ROOM:
             where = f"{e.filename} could not be written" if e.filename else "a file could not be written"
@@ -277,8 +282,7 @@ def open_streams() -> None:
 def fail(sentence: str, code: int) -> None:
     """Say it once a machine, and leave."""
     if sentence := tell_all(sentence, code):
-        with contextlib.suppress(OSError):  # stderr may lie on a disk that is full
-            complain(f"error: {sentence}")
+        complain(f"error: {sentence}")
     leave(code)
 
 
@@ -332,9 +336,8 @@ def stop_at_once() -> None:
             if ranks.ENDING.is_set():
                 return  # the main thread leaves with another code
             said = ranks.end_all(said, EXIT_STOPPED)
-        with contextlib.suppress(OSError):
-            if said:
-                complain(said)
+        if said:
+            complain(said)
         note_exit(EXIT_STOPPED)
         os._exit(EXIT_STOPPED)
 

@@ -21,11 +21,20 @@ from torch import nn
 
 from . import DEFAULT_MODEL, codec, schedule
 from .adversarial import Adversary
+from .audio import allow_links
 from .cache import recorded_model
 from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint, set_aside
 from .cli import StopFlag, UserError, first_line
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
-from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
+from .data import (
+    CachedCodesDataset,
+    RawAudioDataset,
+    check_room,
+    encode_spans,
+    loader,
+    restore_targets,
+    to_device,
+)
 from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
 from .layers import fold_frozen
@@ -88,7 +97,8 @@ class Run:
         return schedule.trains_codec(self.args)
 
     def loader(self, data, index_lists):
-        return loader(data, index_lists, self.speed.num_workers, pin_memory=self.device.type == "cuda")
+        stop = self.stop if self.world == 1 else None  # of several processes all leave at the same batch
+        return loader(data, index_lists, self.speed.num_workers, self.device.type == "cuda", stop)
 
     def reduce_sum(self, values):
         return self.ranks.reduce_sum(values)
@@ -96,6 +106,7 @@ class Run:
 
 def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     """Load codec and data, build the model; saved: the checkpoint to go on from. Raises UserError."""
+    allow_links(args.allow_links)
     ranks = join(args.device)
     torch.manual_seed(args.seed)
     snac, geometry = open_codec(args)
@@ -128,6 +139,7 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
     state.best = dict.fromkeys(["loss", *each], math.inf)
     settle_accum(speed, args, plan, ranks, model, geometry, state.codec)
+    check_room(data, plan, speed.num_workers, ranks.world * (speed.accum_steps or 1))
     if saved:
         state.load_state_dict(run, saved)
     else:
@@ -136,7 +148,7 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         from .sidon import Sidon
 
         run.sidon = Sidon(args.sidon_dir or None, device=device)
-    run.log = RunLog(args.output_dir, quiet=ranks.rank > 0)
+    run.log = RunLog(args.output_dir, quiet=ranks.rank > 0, alone=True)
     if saved:
         leave_behind(run, state)
     if args.sample_log:
