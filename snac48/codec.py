@@ -12,6 +12,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.utils.parametrize as P
 from snac import SNAC
@@ -27,6 +28,11 @@ except ImportError:  # this file was copied into somebody's server: snac's own l
 
     class UserError(ValueError):
         """Something the caller can mend, in one sentence."""
+
+
+class InputError(UserError, ValueError):
+    """What a function was handed cannot be meant. Raised before anything is computed: on a GPU a code outside
+    the codebook would be an assertion that ends the process."""
 
 
 # of the hub; another model is named with its own: NAME@REVISION
@@ -97,6 +103,77 @@ def slice_at(start: int, coarse_len: int, hop_length: int, vq_strides) -> dict:
         "samples_48k": 2 * n,
     }
     return scales | samples
+
+
+# ---- what callers hand in ----
+
+
+def as_tensor(x, kinds: str, what: str):
+    """A tensor, or numpy array as one, of a dtype among `kinds`: "integer" or "floating"."""
+    if isinstance(x, np.ndarray) and x.dtype.kind in "iuf":
+        x = torch.from_numpy(x.astype(np.float64 if x.dtype.kind == "f" else np.int64))
+    if not isinstance(x, torch.Tensor):
+        kind = f"array of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise InputError(f"{what} is a {kind}: give a tensor or a numpy array of {kinds} numbers")
+    integer = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    if x.layout != torch.strided or integer != (kinds == "integer") or x.is_complex():
+        layout = "" if x.layout == torch.strided else f"{x.layout} of "
+        raise InputError(f"{what} holds {layout}{str(x.dtype)[6:]} values: {kinds} numbers are wanted")
+    return x
+
+
+def check_codes(codes, geometry: Geometry, align: int = 1, batch=None, empty=False) -> list:
+    """codes, a list of [B, T_k] (tensors or numpy arrays) a scale -> the same as integer tensors. Raises
+    InputError where they are none of this codec's, or not of `batch` streams. align: coarse codes a piece is
+    a multiple of; empty: T_k may be 0."""
+    per = geometry.per_coarse
+    wanted = "[" + ", ".join(f"[B, {f}T]" if f > 1 else "[B, T]" for f in per) + "]"
+    if not isinstance(codes, (list, tuple)) or len(codes) != len(per):
+        got = f"{len(codes)} scales" if isinstance(codes, (list, tuple)) else type(codes).__name__
+        raise InputError(f"codes must be a list of {len(per)} scales {wanted}, got {got}")
+    codes = [as_tensor(c, "integer", f"codes[{k}]") for k, c in enumerate(codes)]
+    shapes = [tuple(c.shape) for c in codes]
+    if any(len(shape) != 2 for shape in shapes):
+        raise InputError(f"codes must be {wanted}, got shapes {shapes}")
+    rows, steps = shapes[0]
+    if shapes != [(rows, steps * f) for f in per]:
+        raise InputError(f"the scales don't match: codes must be {wanted}, got shapes {shapes}")
+    if not rows or (batch is not None and rows != batch):
+        raise InputError(
+            f"codes of {rows} streams" + (f": there are {batch}" if batch else ", none to decode")
+        )
+    if steps % align or not (steps or empty):
+        unit = f": attention sees {align} at a time, give a multiple" if align > 1 and steps else ""
+        raise InputError(f"codes of {steps} coarse steps{unit or ', none to decode'}")
+    if steps:
+        device, size = codes[0].device, geometry.codebook_size
+        found = torch.stack([v.to(device) for c in codes for v in (c.min(), c.max())]).view(-1, 2).tolist()
+        for k, (low, high) in enumerate(found):  # one wait for the device
+            if low < 0 or high >= size:
+                wrong = low if low < 0 else high
+                raise InputError(f"codes[{k}] holds {wrong}: this codebook has the entries 0 to {size - 1}")
+    return codes
+
+
+def check_audio(audio):
+    """audio [B, 1, N], a tensor or numpy array -> float32 tensor. Raises InputError."""
+    audio = as_tensor(audio, "floating", "audio")
+    if audio.ndim != 3 or audio.shape[1] != 1 or not audio.numel():
+        raise InputError(f"audio must be [B, 1, N] with at least one sample, got shape {tuple(audio.shape)}")
+    if not bool(torch.isfinite(audio).all()):
+        raise InputError("audio holds NaN or infinite samples")
+    return audio.float()
+
+
+def check_seeds(noise_seed, batch) -> list[int]:
+    """A seed of the noise for each of `batch` streams. noise_seed: an integer for all, or a list of them."""
+    if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= 1 << 16:
+        raise InputError(f"batch {batch!r} is not a number of streams")
+    seeds = list(noise_seed) if isinstance(noise_seed, (list, tuple)) else [noise_seed] * batch
+    whole = all(isinstance(s, int) and not isinstance(s, bool) and -(1 << 63) <= s < 1 << 63 for s in seeds)
+    if not whole or len(seeds) != batch:
+        raise InputError(f"noise_seed {noise_seed!r} must be an integer of 64 bits, or a list of {batch}")
+    return seeds
 
 
 HUB_TIMEOUT_S = 5.0
