@@ -1,5 +1,5 @@
-"""What streaming costs: pieces of 1, 2 and 6 coarse codes against one pass and against windows with context on
-either side, as streams were decoded before; time to the first sound; many streams at once.
+"""What streaming costs: pieces of 1, 2 and 6 coarse codes against one pass and against windows with context
+on either side, as streams were decoded before; time to the first sound; many streams at once.
 
     python benchmarks/stream.py                        # one thread of the CPU
     python benchmarks/stream.py --device 0 --seconds 10

@@ -6,9 +6,9 @@ computed twice, and the samples are those of one pass, whatever the pieces.
         audio_24k, audio_48k = stream.push(codes)     # [1, 1, n]: the samples that these codes settle
     audio_24k, audio_48k = stream.finish()            # the rest
 
-SNAC's convolutions are centred: a sample is settled once the codes that it can see on its right are there (9.3
-latent frames in snac_24khz, 0.2 s). So each layer's output lags behind its input by a fixed number of
-samples, the same for every stream of a batch; what lies before the first or behind the last code is held at
+SNAC's convolutions are centred: a sample is settled once the codes that it can see on its right are there
+(9.3 latent frames in snac_24khz, 0.2 s). So each layer's output lags behind its input by a fixed number of
+samples, the same for every stream of a batch. What lies before the first or behind the last code is held at
 zero, as the padding of one pass is.
 """
 

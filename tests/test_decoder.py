@@ -60,6 +60,10 @@ def test_the_noise_of_all_layers_is_the_definitions_bit_by_bit():
         found = counter_noise(key, spans + extra, "cpu")
         for (layer, start, n), noise in zip(spans + extra, found, strict=True):
             assert noise.shape == (5, 1, n) and torch.equal(noise[:, 0], plain_noise(key, layer, start, n))
+    starts = [5, 700, 2**32 - 300, 0, 1]  # each item at its own position
+    noise = counter_noise(key, [(3, starts, 40), (1, starts, 7)], "cpu")[0][:, 0]
+    for i, start in enumerate(starts):
+        assert torch.equal(noise[i : i + 1], plain_noise(key[i : i + 1], 3, start, 40))
     assert key.tolist() == [0, 42, 2**61 + 3, 2**62 - 1, 0xFFFFFFFF]
 
 
@@ -88,11 +92,11 @@ def test_every_noise_layer_gets_its_own_noise_in_few_operations():
     codes = [torch.randint(64, (2, 3 * f)) for f in (1, 2, 4)]
     for heads, layers in ((None, range(5)), (["24k"], range(4))):
         seen.clear()
-        model.set_noise(key, start_frame=20)
+        model.set_noise(key)
         model(codes, heads)
         assert sorted(seen) == [*layers] and all(m.noise is None for m in model.noises)
         for i, rate in zip(layers, (8, 64, 256, 512, 1024)):
-            assert torch.equal(seen[i], plain_noise(key, i, 20 * rate, 12 * rate))
+            assert torch.equal(seen[i], plain_noise(key, i, 0, 12 * rate))
     with Count():
         counter_noise(key, [(i, 0, 64) for i in range(5)], "cpu")
     views = ("view", "expand", "split", "slice", "unsqueeze", "detach", "lift")
@@ -133,19 +137,23 @@ import numpy, torch
 from decoder import load_dual_head
 
 codes = [torch.from_numpy(c) for c in numpy.load(sys.argv[2]).values()]
-audio = load_dual_head(sys.argv[1]).decode(codes)
+tts = load_dual_head(sys.argv[1])
+stream = tts.open_stream()
+pieces = [stream.push([c[:, i * f : (i + 1) * f] for c, f in zip(codes, (1, 2, 4))]) for i in range(9)]
+audio = [torch.cat(p, -1) for p in zip(*pieces, stream.finish())]
+assert all((a - b).abs().max() < 1e-5 for a, b in zip(audio, tts.decode(codes)))
 numpy.savez(sys.argv[3], *(x.numpy() for x in audio))
 """
 
 
-def test_a_trained_decoder_opens_with_two_files_of_ours_alone(cache_dir, targets_dir, snac_dir, tmp_path):
+def test_a_trained_decoder_opens_with_three_files_of_ours_alone(cache_dir, targets_dir, snac_dir, tmp_path):
     """As people copy it into a TTS server: no library of ours, no reader of audio or parquet, -I: no path."""
     done = training(cache_dir, targets_dir, snac_dir, tmp_path / "run", "--limit", 4, "--val_limit", 1)
     assert done.train() == 0
     run("infer.py", "--checkpoint", tmp_path / "run" / "best_model.pt", "--export", tmp_path / "export")
     server = tmp_path / "server"
     server.mkdir()
-    for name in ("codec.py", "decoder.py"):
+    for name in ("codec.py", "decoder.py", "streaming.py"):
         shutil.copy(ROOT / "snac48" / name, server)
     codes = [torch.randint(64, (1, 9 * f)) for f in (1, 2, 4)]
     np.savez(tmp_path / "codes.npz", *(c.numpy() for c in codes))

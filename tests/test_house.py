@@ -60,8 +60,8 @@ def test_the_library_prints_nothing_by_itself():
     assert speaks <= {"snac48/runlog.py", "snac48/cli.py"}
 
 
-def test_a_decoder_opens_with_two_files():
-    for file in ("codec.py", "decoder.py"):
+def test_a_decoder_opens_with_three_files():
+    for file in ("codec.py", "decoder.py", "streaming.py"):
         found = set(imports(ROOT / "snac48" / file)) - {"__future__", "."}
         foreign = found & {"pyarrow", "soundfile", "soxr", "scipy", "transformers", "tqdm", "textual"}
         assert not foreign, file
