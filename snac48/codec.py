@@ -1,12 +1,15 @@
 """The codec: its geometry, loading SNAC, encoding. Everything is read from the model, never from a constant.
 
-Imports torch, numpy and snac alone: together with decoder.py this file opens a trained decoder anywhere.
+Imports torch, numpy and snac alone: together with decoder.py and streaming.py this file opens a trained
+decoder anywhere.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
@@ -23,7 +26,8 @@ try:
     from .layers import add_noise, replace_layers, run
 except ImportError:  # this file was copied into somebody's server: snac's own layers decode the same
     pick_device = torch.device
-    replace_layers, run = lambda module: module, lambda layers, x: layers(x)
+    replace_layers = lambda module: module
+    run = lambda layers, x: functools.reduce(lambda x, layer: layer(x), layers, x)
     add_noise = lambda x, noise, linear: x + noise * linear(x)
 
     class UserError(ValueError):
@@ -72,6 +76,14 @@ class Geometry:
         a, b = asdict(self), asdict(other)
         found = [f"{k} {b[k]} there, {a[k]} here" for k in a if k != "pretrained_model" and a[k] != b[k]]
         return "; ".join(found) or None
+
+    def check_config(self, config: dict, where: str) -> None:
+        """Raises UserError where a model of these arguments of SNAC has another geometry."""
+        own = {k: config[k] for k in ("sampling_rate", "codebook_size")}
+        own |= {"vq_strides": tuple(config["vq_strides"]), "hop_length": math.prod(config["decoder_rates"])}
+        wrong = [f"{k} {getattr(self, k)}, the model {v}" for k, v in own.items() if getattr(self, k) != v]
+        if wrong:
+            raise UserError(f"{where}: the geometry says {'; '.join(wrong)}")
 
     @staticmethod
     def from_json(text: str, where: str = "codec geometry") -> "Geometry":
@@ -229,12 +241,26 @@ def load_snac(name: str, device="cpu"):
     try:
         model = SNAC.from_pretrained(name)
     except Exception as e:  # hub, network, config and weights each have their own exception classes
+        first = str(e).partition("\n")[0]
         raise UserError(
-            f"model {name} could not be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
+            f"model {name} could not be loaded ({type(e).__name__}: {first}); "
             "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "
             "the hub reachable"
         ) from e
+    check_finite(model.state_dict(), f"model {name}")
+    for k, vq in enumerate(model.quantizer.quantizers):
+        if bool((vq.codebook.weight == vq.codebook.weight[0]).all()):
+            raise UserError(
+                f"model {name}: all entries of codebook {k} are the same, so no code says anything"
+            )
     return replace_layers(model).to(device).eval().requires_grad_(False)
+
+
+def check_finite(state: dict, where: str) -> None:
+    """Raises UserError naming the first tensor that holds NaN or infinity."""
+    for key, x in state.items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise UserError(f"{where} holds NaN or infinite weights, first in {key}: nothing can be decoded")
 
 
 def weights_hash(state: dict) -> str:
@@ -246,6 +272,11 @@ def weights_hash(state: dict) -> str:
             digest.update(f"{key} {tuple(tensor.shape)}".encode())
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def file_hash(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def geometry_of(model, name: str) -> Geometry:
@@ -297,11 +328,20 @@ def encode_context(model) -> int:
     return math.ceil(reach / align_samples(model)) * align_samples(model)
 
 
+IEEE_LOCK = threading.RLock()
+
+
 @contextlib.contextmanager
 def ieee_fp32(device_type: str):
     """Matrix products and convolutions in full fp32 for the time of the block, whatever the defaults: cuDNN
     takes TF32 (10 bits of mantissa) unless told otherwise, and a training may have switched on TF32 or
-    autocast; the latents then move enough to change codes."""
+    autocast; the latents then move enough to change codes. The settings are the process's: one thread at a
+    time."""
+    with IEEE_LOCK:
+        yield from _ieee_fp32(device_type)
+
+
+def _ieee_fp32(device_type: str):
     backends = torch.backends
     kinds = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
     before = [kind.fp32_precision for kind in kinds]
@@ -357,6 +397,11 @@ def new_snac(path: str):
 
 def load_weights(model, state: dict, path) -> None:
     """load_state_dict after checking keys, shapes and dtypes: one sentence instead of a page."""
+    check_weights(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_weights(model, state: dict, path) -> None:
     own = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
     theirs = {k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else None for k, v in dict(state).items()}
     wrong = sorted(map(str, set(own) ^ set(theirs))) + [k for k in own if k in theirs and own[k] != theirs[k]]
@@ -365,7 +410,6 @@ def load_weights(model, state: dict, path) -> None:
             f"weights in {path} don't fit this model: {len(wrong)} tensors differ in name, "
             f"shape or dtype, first {wrong[0]}"
         )
-    model.load_state_dict(state)
 
 
 def model_config(snac) -> dict:

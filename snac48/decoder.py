@@ -347,11 +347,15 @@ def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
     state, config, geometry = (read_checkpoint if path.endswith(".pt") else read_export)(path)
     geometry = codec.Geometry.from_json(json.dumps(geometry, default=str), path)
     try:
+        geometry.check_config(config, path)
+        with torch.device("meta"):  # what doesn't fit is refused before it takes memory
+            codec.check_weights(from_state(state, config), state, path)
         model = from_state(state, config)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
         reason = str(e).partition("\n")[0]
         raise UserError(f"{path} describes no model ({type(e).__name__}: {reason})") from None
-    codec.load_weights(model, state, path)
+    codec.check_finite(state, path)
+    model.load_state_dict(state)
     return DualHead(model, geometry, config, device, pretrained_model or geometry.pretrained_model)
 
 
@@ -384,6 +388,14 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
         )
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return load_file(folder / "model.safetensors"), described["model_config"], described["geometry"]
+        state = load_file(folder / "model.safetensors")
+        config, geometry = described["model_config"], described["geometry"]
     except Exception as e:  # safetensors has its own exception classes
         raise UserError(f"{path} cannot be read: {type(e).__name__}: {str(e)[:200]}") from None
+    wanted, found = described.get("weights_sha256"), codec.file_hash(folder / "model.safetensors")
+    if wanted is not None and wanted != found:
+        raise UserError(
+            f"{path}: model.safetensors is not the file that config.json describes (SHA-256 {found[:12]}, "
+            f"not {str(wanted)[:12]}): copy the whole folder again"
+        )
+    return state, config, geometry

@@ -203,12 +203,17 @@ class Stream:
             return self._give([found.get(r) or self._nothing() for r in chosen], rows)
 
     def _rows(self, rows) -> list[int]:
-        chosen = list(range(self.batch)) if rows is None else [int(r) for r in rows]
-        if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(self.batch)):
-            raise codec.InputError(f"rows {chosen} are not different streams of 0..{self.batch - 1}")
+        numbers = range(self.batch)
+        chosen = list(numbers) if rows is None else rows
+        if not isinstance(chosen, (list, tuple)) or not all(
+            isinstance(r, int) and r in numbers for r in chosen
+        ):
+            raise codec.InputError(f"rows {rows!r} are not a list of streams of 0..{self.batch - 1}")
+        if len(set(chosen)) < len(chosen):
+            raise codec.InputError(f"rows {rows!r} name a stream twice")
         if rows is None and len(set(self.at)) > 1:
             raise codec.InputError("these streams stand at different positions: say which by rows=[...]")
-        return chosen
+        return list(chosen)
 
     def _nothing(self):
         return [torch.zeros(1, 1, 0, device=self.tts.device) for _ in self.plan.heads]
