@@ -256,6 +256,29 @@ def load_snac(name: str, device="cpu"):
     return replace_layers(model).to(device).eval().requires_grad_(False)
 
 
+ENCODER = "encoder.safetensors"  # in an exported folder
+
+
+def load_encoder(name: str, device="cpu"):
+    """A SNAC that encodes: load_snac, or an exported folder that holds its encoder."""
+    folder = Path(name)
+    if not (folder / ENCODER).is_file():
+        return load_snac(name, device)
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_config"]
+        parts = load_file(folder / "model.safetensors")
+        quantizer = {k.removeprefix("quantizer."): v for k, v in parts.items() if k.startswith("quantizer.")}
+        model, encoder = SNAC(**config), load_file(folder / ENCODER)
+    except Exception as e:  # safetensors has its own exception classes
+        raise UserError(f"{name} cannot be read: {type(e).__name__}: {str(e)[:200]}") from None
+    load_weights(model.encoder, encoder, folder / ENCODER)
+    load_weights(model.quantizer, quantizer, folder / "model.safetensors")
+    check_finite(encoder, str(folder / ENCODER))
+    return replace_layers(model).to(device).eval().requires_grad_(False)
+
+
 def check_finite(state: dict, where: str) -> None:
     """Raises UserError naming the first tensor that holds NaN or infinity."""
     for key, x in state.items():

@@ -252,7 +252,7 @@ class DualHead:
         audio_24k = codec.check_audio(audio_24k)
         with self.lock:
             if self.snac is None:
-                self.snac = codec.load_snac(self.encoder_from, self.device)
+                self.snac = codec.load_encoder(self.encoder_from, self.device)
                 if differs := self.geometry.difference(codec.geometry_of(self.snac, self.encoder_from)):
                     self.snac = None
                     raise UserError(
@@ -380,7 +380,8 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
             raise UserError(
                 f"{path} is neither a .pt file nor a folder; a model on the hub is named id@COMMIT"
             )
-        folder = codec.fetch(repo, revision, ["config.json", "model.safetensors"], "the folder instead")
+        files = ["config.json", "model.safetensors", codec.ENCODER]
+        folder = codec.fetch(repo, revision, files, "the folder instead")
     if not (folder / "model.safetensors").is_file():
         raise UserError(
             f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
@@ -398,4 +399,6 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
             f"{path}: model.safetensors is not the file that config.json describes (SHA-256 {found[:12]}, "
             f"not {str(wanted)[:12]}): copy the whole folder again"
         )
+    if (folder / codec.ENCODER).is_file() and isinstance(geometry, dict):
+        geometry = geometry | {"pretrained_model": str(folder)}
     return state, config, geometry

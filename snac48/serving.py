@@ -5,9 +5,8 @@
         send(pcm16(stream.push(tokens.push([token]))[1]))        # b"" until sound is settled
     send(pcm16(stream.finish()[1]))
 
-Models of the Orpheus kind speak seven tokens a frame, in the order c0 c1 c2 c2 c1 c2 c2 (tokens.py), each with
-its slot in it: id = base + 10 + 4096 * slot + code, where base is the id of <custom_token_0>.
-"""
+Models of the Orpheus kind speak seven tokens a frame, in the order c0 c1 c2 c2 c1 c2 c2 (tokens.py), each
+with its slot in it: id = base + 10 + 4096 * slot + code, where base is the id of <custom_token_0>."""
 
 import threading
 from collections import Counter
@@ -25,10 +24,10 @@ class SpeechTokens:
     """Reads token ids frame by frame, whatever a model emits.
 
     base: id of <custom_token_0>; offset: custom tokens before the first code; end: ids that end the speech.
-    bad: what a frame with a slot missing or out of order costs: "drop" leaves it out and reads on at the next
-    slot 0, "stop" ends the speech there. Ids that are no codes are passed over. counts says what there was:
-    frames, dropped, foreign ids, ids after the end, tokens of an unfinished frame. ended: nothing more is read.
-    """
+    bad: what a frame with a slot missing or out of order costs: "drop" leaves it out and reads on at the
+    next slot 0, "stop" ends the speech there. Ids that are no codes are passed over. counts says what there
+    was: frames, dropped, foreign ids, ids after the end, tokens of an unfinished frame. ended: nothing more
+    is read."""
 
     def __init__(self, geometry: Geometry, base=128256, offset=10, end=(128258,), bad="drop"):
         if bad not in POLICIES:
@@ -39,7 +38,8 @@ class SpeechTokens:
         self.frame, self.ended, self.counts = [], False, Counter()
 
     def push(self, ids) -> list:
-        """Ids, as many as there are -> codes [K] of [1, T_k] of the frames that they complete (T_k may be 0)."""
+        """Ids, as many as there are -> codes [K] of [1, T_k] of the frames that they complete (T_k may be
+        0)."""
         frames = [frame for token in ids if (frame := self._take(int(token)))]
         return codes_of(frames, self.columns)
 
@@ -89,13 +89,13 @@ def pcm16(audio) -> bytes:
 
 
 class Converter:
-    """In the place of the function `convert_to_audio(multiframe, count)` of such servers; one for each request.
+    """In the place of the function `convert_to_audio(multiframe, count)` of such servers; one for each
+    request.
 
-    multiframe: codes 0 to 4095 of the last frames, slot after slot; count: codes so far. They decode a window of
-    four frames a call and cut its middle out; this pushes what is new into a stream, so there are no seams, and
-    nothing is computed twice. Returned is 16-bit PCM at the head's rate, or None where nothing is settled yet.
-    Frames that hold anything but codes are left out, and counted in `dropped`.
-    """
+    multiframe: codes 0 to 4095 of the last frames, slot after slot; count: codes so far. They decode a
+    window of four frames a call and cut its middle out; this pushes what is new into a stream, so there are
+    no seams, and nothing is computed twice. Returned is 16-bit PCM at the head's rate, or None where
+    nothing is settled yet. Frames that hold anything but codes are left out, and counted in `dropped`."""
 
     def __init__(self, tts, head="48k", noise_seed=0):
         self.tts, self.head, self.seed = tts, head, noise_seed

@@ -55,7 +55,7 @@ def test_ids_become_codes_however_they_arrive():
     ("a word of text", lambda f: f[1].insert(2, 512), [0, 1, 2, 3], {"foreign": 1}),
     ("an id behind the codes", lambda f: f[1].insert(2, BASE + 10 + 64 * 7), [0, 1, 2, 3], {"foreign": 1}),
     ("an end token early", lambda f: f[2].insert(0, END), [0, 1], {"after the end": 14}),
-    ("an end token in a frame", lambda f: f[2].insert(3, END), [0, 1], {"after the end": 11, "unfinished": 3}),
+    ("an end token inside", lambda f: f[2].insert(3, END), [0, 1], {"after the end": 11, "unfinished": 3}),
     ("an unfinished frame", lambda f: f[3].__delitem__(slice(5, None)), [0, 1, 2], {"unfinished": 5}),
 ])  # fmt: skip
 def test_what_models_really_emit_is_named_and_counted(name, damage, kept, counts):
