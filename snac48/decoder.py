@@ -321,10 +321,15 @@ class DualHead:
         """A stream, or `batch` of them, to push codes into as they come: streaming.py."""
         heads = self.check_heads(heads)
         seeds = codec.check_seeds(noise_seed, batch)
+        return streaming.Stream(self, self.plan(heads), seeds)
+
+    def plan(self, heads=None) -> streaming.Plan:
+        """What a stream of these heads carries."""
+        heads = self.heads if heads is None else heads
         with self.lock:
             if heads not in self.plans:
                 self.plans[heads] = streaming.plan(self.model, heads, self.window, self.device)
-        return streaming.Stream(self, self.plans[heads], seeds)
+            return self.plans[heads]
 
     def _coarse(self, seconds) -> int:
         """Coarse codes in about so many seconds, at least what a piece needs."""

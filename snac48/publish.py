@@ -54,11 +54,15 @@ def export(checkpoint: str, folder: str, half: bool = False, pretrained_model: s
 
 def claim(out: Path) -> None:
     """Make the folder; what is in it must be an earlier export. Raises UserError."""
-    out.mkdir(parents=True, exist_ok=True) others = sorted(p.name for p in out.iterdir() if p.name not in
-    (*FILES, "pytorch_model.bin", "__pycache__")) if others or ((out / "README.md").exists() and not (out /
-    "config.json").exists()):
-        found = others[0] if others else "README.md"
-        raise UserError(f"--export {out} holds {found}, which no export has written: name an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    ours = (*FILES, "pytorch_model.bin", "__pycache__")
+    others = sorted(p.name for p in out.iterdir() if p.name not in ours)
+    if not others and (out / "README.md").exists() and not (out / "config.json").exists():
+        others = ["README.md"]
+    if others:
+        raise UserError(
+            f"--export {out} holds {others[0]}, which no export has written: name an empty folder"
+        )
 
 
 def write_weights(path: Path, weights: dict) -> None:

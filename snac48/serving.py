@@ -38,8 +38,7 @@ class SpeechTokens:
         self.frame, self.ended, self.counts = [], False, Counter()
 
     def push(self, ids) -> list:
-        """Ids, as many as there are -> codes [K] of [1, T_k] of the frames that they complete (T_k may be
-        0)."""
+        """Any number of ids -> codes [K] of [1, T_k] of the frames that they complete; T_k may be 0."""
         frames = [frame for token in ids if (frame := self._take(int(token)))]
         return codes_of(frames, self.columns)
 
@@ -89,8 +88,7 @@ def pcm16(audio) -> bytes:
 
 
 class Converter:
-    """In the place of the function `convert_to_audio(multiframe, count)` of such servers; one for each
-    request.
+    """In the place of `convert_to_audio(multiframe, count)` of such servers; one for each request.
 
     multiframe: codes 0 to 4095 of the last frames, slot after slot; count: codes so far. They decode a
     window of four frames a call and cut its middle out; this pushes what is new into a stream, so there are
