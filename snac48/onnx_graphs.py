@@ -4,9 +4,9 @@ whole:   codes_0 ... [B, T_k], noise_0 ... [B, 1, T * rate] -> audio_24k, audio_
 stream:  codes, noise, position and end [B], state_0 ... -> audio, new_state_0 ...: a piece of any length
 
 noise_i is standard normal, or zeros. position: latent frames before this piece, of each stream; end: latent
-frames of its utterance (a large number until that is known). At first the state is zeros. The audio of a head
-lags by `lag` samples (in the graph's metadata), which are to be left out at the beginning; at the end a piece of
-codes 0 of `ahead` latent frames or more brings the last samples.
+frames of its utterance (a large number until that is known). At first the state is zeros. The audio of a
+head lags by `lag` samples (in the graph's metadata), which are to be left out at the beginning; at the end a
+piece of codes 0 of `ahead` latent frames or more brings the last samples.
 """
 
 import json
@@ -60,11 +60,10 @@ class Piece(Whole):
         self.metadata |= {"kind": "stream", "lag": plan.lags, "ahead": plan.ahead, "state": plan.shapes}
 
     def forward(self, *inputs):
-        inputs = list(inputs)
-        codes, noise, rest = (inputs[: len(self.per_coarse)], inputs[len(self.per_coarse) :][: len(self.noises)],
-                              inputs[len(self.per_coarse) + len(self.noises) :])  # fmt: skip
-        z = self.model.codes_to_z(codes)
-        audio, _, step = streaming.advance(self.model, z, self.heads, rest[2:], rest[:2], noise)
+        k, n = len(self.per_coarse), len(self.per_coarse) + len(self.noises)
+        codes, noise, place, state = inputs[:k], inputs[k:n], inputs[n : n + 2], inputs[n + 2 :]
+        z = self.model.codes_to_z(list(codes))
+        audio, _, step = streaming.advance(self.model, z, self.heads, state, place, noise)
         return (*audio, *step.kept)
 
     def example(self, tts, batch: int, coarse: int, seed: int) -> list:
@@ -74,18 +73,18 @@ class Piece(Whole):
 
 
 def noise_inputs(tts: DualHead, noise_seed: int, batch: int, frames: int, position=None) -> list:
-    """noise_0, ... of `frames` latent frames: what tts.decode(codes, noise_seed=...) has. position: of a piece
-    of a stream, whose layers lag."""
-    spans = [(layer, 0 if position is None else position * rate - lag, frames * rate)
-             for layer, rate, lag in tts.plan().spans]  # fmt: skip
+    """noise_0, ... of `frames` latent frames: what tts.decode(codes, noise_seed=...) has. position: of a
+    piece of a stream, whose layers lag."""
+    first = lambda rate, lag: 0 if position is None else position * rate - lag
+    spans = [(layer, first(rate, lag), frames * rate) for layer, rate, lag in tts.plan().spans]
     key = torch.full((batch,), noise_seed, dtype=torch.int64)
     return list(tts.model.positioned_noise(key, spans, "cpu")) if spans else []
 
 
 def export(tts: DualHead, path: str, stream: bool = False, weights: str = "fp32") -> str:
-    """Write a graph with dynamic batch and length, compared with PyTorch in onnxruntime. weights: fp32, or how
-    they are stored: fp16 halves the file, int8 (a scale for each channel) quarters it; the arithmetic stays
-    float32. Returns what to tell. Raises UserError."""
+    """Write a graph with dynamic batch and length, compared with PyTorch in onnxruntime. weights: fp32, or
+    how they are stored: fp16 halves the file, int8 (a scale for each channel) quarters it; the arithmetic
+    stays float32. Returns what to tell. Raises UserError."""
     try:
         import onnx
         import onnxruntime  # noqa: F401
