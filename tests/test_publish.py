@@ -23,8 +23,8 @@ def trained(tmp_path_factory):
     save_snac(make_snac(), folder / "codec")
     snac = load_snac(str(folder / "codec"))
     geometry = vars(geometry_of(snac, str(folder / "codec"))) | {"vq_strides": [4, 2, 1]}
-    state = {"model": DualHeadDecoder(make_snac()).state_dict(), "geometry": geometry, "global_step": 70,
-             "model_config": model_config(snac), "args": {"recipe": "phase12"}, "best": {"loss": 1.5}}  # fmt: skip
+    state = {"model": DualHeadDecoder(make_snac()).state_dict(), "model_config": model_config(snac)}
+    state |= {"geometry": geometry, "global_step": 70, "args": {"recipe": "phase12"}, "best": {"loss": 1.5}}
     save_checkpoint(folder / "best_model.pt", state)
     (folder / "evaluation_results.md").write_text("| system | lsd |\n|---|---|\n| ours_48k | 1.14 |\n")
     return folder / "best_model.pt"
