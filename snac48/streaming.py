@@ -198,8 +198,8 @@ class Stream:
             found = dict(zip(given, self._advance(given, z, last=True)))
             for r in given:
                 self.at[r] = 0
-                for held in self.state:
-                    held[r] = 0
+            for held in self.state:
+                held[given] = 0
             return self._give([found.get(r) or self._nothing() for r in chosen], rows)
 
     def _rows(self, rows) -> list[int]:
@@ -234,13 +234,14 @@ class Stream:
         spans = [(layer, place(rate, lag), n * rate) for layer, rate, lag in p.spans]
         noise = model.positioned_noise(self.key[rows], spans, device) if spans else []
         whole = rows == list(range(self.batch))
-        state = self.state if whole else [held[rows] for held in self.state]
+        index = torch.tensor(rows, device=device)
+        state = self.state if whole else [held[index] for held in self.state]
         audio, _, step = advance(model, z, p.heads, state, edges, noise)
         if whole:
             self.state = step.kept
         else:
             for held, new in zip(self.state, step.kept):
-                held[rows] = new
+                held[index] = new
         for r in rows:
             self.at[r] += n
         pieces, scales = [], list(zip(p.rates, p.lags))

@@ -1,4 +1,4 @@
-"""snac48/onnx_graphs.py: graphs that compute what PyTorch does, noise on, for any batch, length and piecing."""
+"""snac48/onnx_graphs.py: what PyTorch computes, noise on, for any batch, length and piecing."""
 
 import json
 
