@@ -123,7 +123,7 @@ class Pass:
 def advance(model, z, heads, state=None, edges=None, noise=None):
     """Latent frames z [B, D, n] through trunk and `heads` -> ([audio of each head], [lag of each], Pass)."""
     step, audio, lags = Pass(state, edges, noise), [], []
-    h = step.run(model.trunk, z)
+    h = step.run(model.trunk, step.inside(z))
     shared = step.rate, step.lag
     for name in heads:
         step.rate, step.lag = shared
