@@ -72,8 +72,8 @@ def test_to_the_hub_and_back(trained, tmp_path):
     publish.export(str(trained), str(tmp_path / "out"))
     env = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
            "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
-    with stand_in.serving() as (hub, address):
-        env |= {"HF_ENDPOINT": address, "HF_TOKEN": ""}
+    with stand_in.serving() as hub:
+        env |= {"HF_ENDPOINT": hub.address, "HF_TOKEN": ""}
         code = f"""if True:
             import os, sys, torch
             sys.path.insert(0, {str(ROOT)!r})

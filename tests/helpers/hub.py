@@ -14,7 +14,7 @@ class Hub:
     """repos: {OWNER/NAME: {"private", "commits": [(oid, {path: bytes})]}}; asked: (method, path)."""
 
     def __init__(self):
-        self.repos, self.asked = {}, []
+        self.repos, self.asked, self.address = {}, [], ""
 
     def create(self, name: str, private: bool) -> bool:
         return (
@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
             name = f"{asked['organization']}/{asked['name']}"
             private = asked.get("private") or asked.get("visibility") == "private"
             new = self.hub.create(name, bool(private))
-            return self.answer(200 if new else 409, {"url": f"http://hub/{name}"})
+            return self.answer(200 if new else 409, {"url": f"{self.hub.address}/{name}"})
         if path == ["api", "validate-yaml"]:
             return self.answer(200, {"errors": [], "warnings": []})
         if name not in self.hub.repos:
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
                      for f in json.loads(body)["files"]]  # fmt: skip
             return self.answer(200, {"files": files})
         oid = self.hub.commit(name, [json.loads(line) for line in body.splitlines()])
-        return self.answer(200, {"commitUrl": f"http://hub/{name}/commit/{oid}", "commitOid": oid})
+        return self.answer(200, {"commitUrl": f"{self.hub.address}/{name}/commit/{oid}", "commitOid": oid})
 
     def do_GET(self):
         path = self.path.partition("?")[0].strip("/").split("/")
@@ -118,13 +118,14 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving():
-    """(the hub, its address), answering as long as the block lasts."""
+    """A hub that answers at its `address` as long as the block lasts."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Handler,), {"hub": hub}))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield hub, f"http://127.0.0.1:{server.server_port}"
+        hub.address = f"http://127.0.0.1:{server.server_port}"
+        yield hub
     finally:
         server.shutdown()
         server.server_close()
