@@ -6,31 +6,15 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import make_snac
+from helpers.decoders import codes_of, cut, opened
 
 from snac48.cli import UserError
-from snac48.codec import geometry_of, model_config
-from snac48.decoder import HEADS, DualHead, DualHeadDecoder
-
-
-def opened(**changes) -> DualHead:
-    snac = make_snac(**changes)
-    model = DualHeadDecoder(snac)
-    return DualHead(model, geometry_of(snac, ""), model_config(snac), torch.device("cpu"), "")
+from snac48.decoder import HEADS
 
 
 @pytest.fixture(scope="module")
 def tts():
     return opened()
-
-
-def codes_of(tts, n, batch=1, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randint(64, (batch, n * f), generator=g) for f in tts.geometry.per_coarse]
-
-
-def cut(tts, codes, a, b):
-    return [c[:, a * f : b * f] for c, f in zip(codes, tts.geometry.per_coarse)]
 
 
 def pieces_of(total, sizes, rng):

@@ -13,7 +13,8 @@ from conftest import make_snac, save_snac
 from safetensors.torch import load_file, save_file
 
 from helpers.chaos import Case
-from snac48.codec import file_hash, geometry_of, load_snac, model_config
+from helpers.decoders import opened
+from snac48.codec import file_hash, load_snac
 from snac48.decoder import DualHead, DualHeadDecoder, load_dual_head
 
 PER = (1, 2, 4)
@@ -21,12 +22,9 @@ PER = (1, 2, 4)
 
 @functools.cache
 def tts() -> DualHead:
-    snac = make_snac()
-    model, geometry = DualHeadDecoder(make_snac()), geometry_of(snac, "")
-    as_trained = model.state_dict()  # weight norm is folded when it is opened
-    opened = DualHead(model, geometry, model_config(snac), torch.device("cpu"), "")
-    opened.snac, opened.model_as_trained = snac, as_trained
-    return opened
+    made = opened()
+    made.snac = make_snac()
+    return made
 
 
 def codes(n=3, batch=1, dtype=torch.int64) -> list:
@@ -162,8 +160,8 @@ def good(what: str) -> dict:
         if what == "codec":
             save_snac(make_snac(), folder)
         else:
-            model = tts().model_as_trained
-            save_file({k: v.contiguous().clone() for k, v in model.items()}, folder / "model.safetensors")
+            state = DualHeadDecoder(make_snac()).state_dict()
+            save_file({k: v.contiguous().clone() for k, v in state.items()}, folder / "model.safetensors")
             describe(folder, tts().config, asdict(tts().geometry))
         return {p.name: p.read_bytes() for p in folder.iterdir()}
 
