@@ -6,14 +6,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from helpers.decoders import codes_of, cut, opened
 
 from snac48 import onnx_graphs
 
 
 @pytest.fixture(scope="module")
-def tts:
+def tts():
     """Two blocks of layers instead of four: tracing takes most of the time."""
     return opened(encoder_rates=[16, 32], decoder_rates=[32, 16], decoder_dim=16)
 
