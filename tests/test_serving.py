@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers.chaos_api import tts
+from helpers.chaos_api import put, tts
 
 from snac48.codec import InputError
 from snac48.serving import Converter, SpeechTokens, pcm16
@@ -105,14 +105,15 @@ def test_the_function_of_such_servers_gives_the_samples_of_one_pass():
         convert(plain[0], 49)
 
 
-def test_the_example_of_the_page_speaks_the_recorded_tokens(checkpoint, tmp_path):
+def test_the_example_of_the_page_speaks_the_recorded_tokens(tmp_path):
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     example = next(c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "SpeechTokens" in c)
     assert example.count("\n") < 40
     (tmp_path / "speak.py").write_text(example)
+    (tmp_path / "voice").mkdir()
     ids = [i for frame in spoken(20)[1] for i in frame]
     (tmp_path / "tokens.txt").write_text(" ".join(map(str, ids)))
-    argv = [sys.executable, "speak.py", str(checkpoint), "tokens.txt"]
+    argv = [sys.executable, "speak.py", str(put("export", tmp_path / "voice")), "tokens.txt"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert re.search(r"first sound after [\d.]+ s", done.stdout) and re.search(r"rtf [\d.]+", done.stdout)
