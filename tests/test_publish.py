@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_snac, run, save_snac, voice
@@ -57,6 +58,44 @@ def test_the_folder_holds_all_that_a_server_needs(trained, tmp_path):
     (tmp_path / "moved" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"holds thesis.txt.*empty folder"):
         publish.export(str(trained), str(tmp_path / "moved"))
+
+
+SERVER = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("snac48", "pyarrow", "soundfile", "soxr", "train_dual_head", "infer"):
+            raise ImportError(f"{name} is not on this server")
+
+sys.meta_path.insert(0, Absent())
+sys.path.insert(0, sys.argv[1])
+import numpy, torch
+from decoder import load_dual_head
+
+codes = [torch.from_numpy(c) for c in numpy.load(sys.argv[2]).values()]
+tts = load_dual_head(sys.argv[1])
+stream = tts.open_stream()
+pieces = [stream.push([c[:, i * f : (i + 1) * f] for c, f in zip(codes, (1, 2, 4))]) for i in range(9)]
+audio = [torch.cat(p, -1) for p in zip(*pieces, stream.finish())]
+assert all((a - b).abs().max() < 1e-5 for a, b in zip(audio, tts.decode(codes)))
+numpy.savez(sys.argv[3], *(x.numpy() for x in audio))
+"""
+
+
+def test_the_folder_opens_where_nothing_of_ours_is(trained, tmp_path):
+    """By its own code: no library of ours, no reader of audio or parquet, -I: no path."""
+    publish.export(str(trained), str(tmp_path / "out"))
+    np.savez(tmp_path / "codes.npz", *(torch.cat([c, c[:, : len(c[0]) // 2]], 1).numpy() for c in codes()))
+    argv = [tmp_path / "out", tmp_path / "codes.npz", tmp_path / "audio.npz"]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-I", "-c", SERVER, *map(str, argv)], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    given = [torch.from_numpy(c) for c in np.load(tmp_path / "codes.npz").values()]
+    served = np.load(tmp_path / "audio.npz").values()
+    for mine, theirs in zip(load_dual_head(trained).decode(given), served, strict=True):
+        assert np.abs(mine.numpy() - theirs).max() < 1e-5 and np.abs(theirs).max() > 1e-3
 
 
 def test_without_the_codec_the_export_decodes_and_says_so(trained, tmp_path):
