@@ -4,7 +4,7 @@
     python infer.py --checkpoint C --input corpus/ --output out/ --sample_rate both   # a folder, recursively
     python infer.py --checkpoint C --input codes/val --output out/                    # a cache
     python infer.py --checkpoint C --input codes/val --output - --stream | aplay -f S16_LE -r 48000
-    python infer.py --checkpoint C --export exported/                                 # safetensors + config
+    python infer.py --checkpoint C --export exported/ --push OWNER/NAME                # for servers, the hub
 
 In Python:
 
@@ -13,19 +13,16 @@ In Python:
     for audio_24k, audio_48k in tts.stream(chunks_of_codes):    # as a language model produces them
         ...
 
-Long files are decoded in chunks; each sees as many neighbouring latent frames as the decoder can reach,
-and noise is a function of position, so the samples are those of one pass.
+Long files are decoded in pieces that carry the state of every convolution, and noise is a function of
+position: the samples are those of one pass.
 """
 
 import argparse
 import contextlib
-import functools
-import logging
 import os
 import shlex
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,21 +52,27 @@ def parse_args(argv=None):
         help="folders outside of the data that links in it may lead to",
     )
     add("--output", help="wav file for one input file, else a folder; - = raw 16-bit PCM to stdout")
-    add("--overwrite", action="store_true", help="replace wavs and exports that exist")
+    add("--overwrite", action="store_true", help="replace wavs, exports and, by --push, models that exist")
     add("--sample_rate", choices=("24000", "48000", "both"), default="48000", help="which heads speak")
     add("--device", default="", help="GPU number or cpu (default: a GPU where there is one, else the CPU)")
     add("--pretrained_model", default="", help="where the encoder is (default: where the training found it)")
     add("--chunk_seconds", type=float, default=20.0, help="decoded at once; any value, same samples")
     add("--stream", action="store_true", help="small chunks (0.5 s), written as soon as they exist")
     add("--noise_seed", type=int, default=0, help="seed of the decoder's noise")
-    add("--export", metavar="DIR", help="write model.safetensors + config.json for load_dual_head")
+    add("--export", metavar="DIR", help="write weights, config, code and model card for load_dual_head")
     add("--half", action="store_true", help="--export of a codec: float16 weights")
-    add("--export_onnx", metavar="FILE", help="write an ONNX graph: codes of any length -> audio")
+    add("--push", metavar="ID", help="send the --export to the model hub, as OWNER/NAME, private")
+    add("--public", action="store_true", help="--push: for everybody to see")
+    add("--export_onnx", metavar="FILE", help="write an ONNX graph: codes of any length, noise -> audio")
+    add("--onnx_stream", action="store_true", help="--export_onnx: one piece of a stream, with its state")
+    add("--onnx_weights", choices=("fp32", "fp16", "int8"), default="fp32", help="how FILE stores them")
     args = read_flags(p, argv)
     if not (args.export or args.export_onnx) and not (args.input and args.output):
         p.error("--input and --output are required (or --export DIR, --export_onnx FILE)")
     if args.output == "-" and args.sample_rate == "both":
         p.error("--output - takes one --sample_rate")
+    if args.push and not args.export:
+        p.error("--push ID sends the folder of --export DIR")
     check_outputs(args)
     return args
 
@@ -77,7 +80,8 @@ def parse_args(argv=None):
 def check_outputs(args) -> None:
     """Raises UserError for places that can't be written, and for those of what is read or exists."""
     if args.export:
-        made = [Path(args.export, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")]
+        names = ("config.json", "model.safetensors", "encoder.safetensors", "pytorch_model.bin")
+        made = [Path(args.export, name) for name in names]
         check_free(made, [args.checkpoint], args.overwrite, "--export")
     elif args.export_onnx:
         check_free([args.export_onnx], [args.checkpoint], args.overwrite, "--export_onnx")
@@ -90,10 +94,10 @@ def check_outputs(args) -> None:
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = guarded(parse_args)
 
-import numpy as np
 import soundfile as sf
 import torch
 
+from snac48 import onnx_graphs, publish
 from snac48.audio import (
     AudioError,
     allow_links,
@@ -104,107 +108,11 @@ from snac48.audio import (
     resolve_inside,
 )
 from snac48.cache import SHARDS, CodeIndex, shard_rows
-from snac48.decoder import HEADS, DualHead, load_dual_head, read_checkpoint
-from snac48.files import atomic_file, write_json
+from snac48.decoder import HEADS, DualHead, load_dual_head
+from snac48.files import atomic_file
 from snac48.jobs import printable
 from snac48.runlog import show
-
-# ---- export ----
-
-
-def export(checkpoint: str, folder: str, half: bool = False) -> None:
-    """Write model.safetensors (weights of quantizer, trunk and heads) and config.json for load_dual_head; of
-    a codec that phase10 has trained, SNAC's own pytorch_model.bin and config.json, for --pretrained_model."""
-    from safetensors.torch import save
-
-    state, config, geometry = read_checkpoint(checkpoint)
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    if any(k.startswith("encoder.") for k in state):
-        trunk_layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("trunk."))
-        codec = {snac_name(k, trunk_layers): as_stored(k, v, half) for k, v in state.items()}
-        torch.save(codec, out / "pytorch_model.bin")
-        write_json(out / "config.json", config)
-        print(f"wrote a SNAC codec into {folder}; open it with --pretrained_model {folder}")
-        return
-    with atomic_file(out / "model.safetensors") as f:  # safetensors' own save_file lets nobody else read it
-        f.write(save({k: v.contiguous().clone() for k, v in state.items()}))
-    write_json(out / "config.json", {"model_config": config, "geometry": geometry})
-    print(f"wrote {folder}/model.safetensors and {folder}/config.json; open with load_dual_head({folder!r})")
-
-
-def snac_name(key: str, trunk_layers: int) -> str:
-    """Our name of a weight -> SNAC's: trunk.3.x is decoder.model.3.x, and head_24k the layers that follow."""
-    part, _, rest = key.partition(".")
-    at, _, tail = rest.partition(".")
-    if part not in ("trunk", "head_24k"):
-        return key
-    return f"decoder.model.{int(at) + (trunk_layers if part == 'head_24k' else 0)}.{tail}"
-
-
-def as_stored(key: str, weight, half: bool):
-    """A codec's weight for the file. half: as float16, which SNAC.from_pretrained casts back; one that came
-    as float16 and has not changed (a frozen encoder's) stays so anyway: caches made with it stay valid."""
-    exact = torch.equal(weight.half().float(), weight.float())
-    if half and not exact and key.endswith("weight.original1"):
-        # the direction of a weight-normed row at length 1: a shorter one could become 0 and have none
-        weight = torch.nn.functional.normalize(weight.flatten(1), eps=1e-30).view_as(weight)
-    return (weight.half() if half or exact else weight).clone()
-
-
-class OnnxGraph(torch.nn.Module):
-    """(noise_scale, codes_0, …) -> the heads that are there. ONNX has no position-keyed noise: fresh noise
-    times noise_scale (1 as trained, 0 for comparisons)."""
-
-    def __init__(self, tts: DualHead):
-        super().__init__()
-        self.model, geometry = tts.model, tts.geometry
-        self.entries, scales = geometry.codebook_size, range(len(geometry.vq_strides))
-        self.per_coarse = [geometry.per_coarse[k] for k in scales]
-        self.inputs = ["noise_scale", *(f"codes_{k}" for k in scales)]
-        self.outputs = [f"audio_{head}" for head in tts.heads]
-
-    def forward(self, noise_scale, *codes):
-        for block in self.model.noises:
-            block.forward = functools.partial(self.noisy, block, noise_scale)
-        return tuple(x for x in self.model(list(codes)) if x is not None)
-
-    @staticmethod
-    def noisy(block, noise_scale, x):
-        return x + noise_scale * torch.randn((x.shape[0], 1, x.shape[2])) * block.linear(x)
-
-    def random_codes(self, batch: int, coarse: int) -> list:
-        return [torch.randint(self.entries, (batch, coarse * n)) for n in self.per_coarse]
-
-
-def export_onnx(tts: DualHead, path: str) -> None:
-    """Write the decoder as ONNX with dynamic batch and length, and compare it with PyTorch in onnxruntime."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as e:
-        raise UserError(f"--export_onnx needs {e.name}: pip install onnx onnxscript onnxruntime") from None
-    graph, silent, free = OnnxGraph(tts).eval(), torch.tensor(0.0), torch.export.Dim.DYNAMIC
-    names = {"input_names": graph.inputs, "output_names": graph.outputs}
-    shapes, example = (None, ({0: free, 1: free},) * len(graph.per_coarse)), graph.random_codes(2, 5)
-    options = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision isn't installed
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch about torch
-        program = torch.onnx.export(graph, (silent, *example), **options, **names)
-    with atomic_file(path) as f:
-        f.write(program.model_proto.SerializeToString())
-    session, differences = onnxruntime.InferenceSession(path), []
-    for batch, coarse in ((1, 3), (3, 17)):  # other sizes than the traced one
-        given = [silent, *graph.random_codes(batch, coarse)]
-        found = session.run(graph.outputs, {k: x.numpy() for k, x in zip(graph.inputs, given)})
-        with torch.inference_mode():
-            differences += [np.abs(a - b.numpy()).max() for a, b in zip(found, graph(*given))]
-    worst = float(np.max(differences))  # of anything and NaN: NaN
-    if not worst < 1e-3:
-        raise UserError(f"{path} computes something else than PyTorch (difference {worst:.2g})")
-    names = f"{', '.join(graph.inputs)} -> {', '.join(graph.outputs)}"
-    print(f"wrote {path}: {names}; largest difference from PyTorch {worst:.1e}")
-
+from snac48.serving import pcm16
 
 # ---- files ----
 
@@ -278,13 +186,12 @@ def write_pieces(pieces, paths: dict, left: dict) -> None:
             for head, x in zip(HEADS, piece):
                 if x is None:
                     continue
-                x = x[0, 0, : left[head]].float().cpu().numpy()
+                x = x[0, 0, : left[head]].float().cpu()
                 left[head] -= len(x)
                 if wavs:
-                    wavs[head].write(x)
+                    wavs[head].write(x.numpy())
                 else:
-                    pcm = np.clip(np.rint(x * 32767), -32768, 32767).astype("<i2")
-                    sys.stdout.buffer.write(pcm.tobytes())
+                    sys.stdout.buffer.write(pcm16(x))
                     sys.stdout.buffer.flush()
 
 
@@ -332,13 +239,15 @@ def speak(tts: DualHead, args, stop: StopFlag) -> int:
 def main(args) -> int:
     allow_links(args.allow_links)
     if args.export:
-        export(args.checkpoint, args.export, args.half)
+        print(publish.export(args.checkpoint, args.export, args.half, args.pretrained_model))
+        if args.push:
+            print(publish.push(args.export, args.push, args.public, args.overwrite))
         return 0
     stop = StopFlag()
     device = pick_device("cpu" if args.export_onnx else args.device)
     tts = load_dual_head(args.checkpoint, device, args.pretrained_model)
     if args.export_onnx:
-        export_onnx(tts, args.export_onnx)
+        print(onnx_graphs.export(tts, args.export_onnx, args.onnx_stream, args.onnx_weights))
         return 0
     warn(f"{args.checkpoint} on {device}")  # to stderr: stdout may carry samples
     return speak(tts, args, stop)

@@ -1,17 +1,21 @@
 """The codec: its geometry, loading SNAC, encoding. Everything is read from the model, never from a constant.
 
-Imports torch, numpy and snac alone: together with decoder.py this file opens a trained decoder anywhere.
+Imports torch, numpy and snac alone: together with decoder.py and streaming.py this file opens a trained
+decoder anywhere.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.utils.parametrize as P
 from snac import SNAC
@@ -22,11 +26,17 @@ try:
     from .layers import add_noise, replace_layers, run
 except ImportError:  # this file was copied into somebody's server: snac's own layers decode the same
     pick_device = torch.device
-    replace_layers, run = lambda module: module, lambda layers, x: layers(x)
+    replace_layers = lambda module: module
+    run = lambda layers, x: functools.reduce(lambda x, layer: layer(x), layers, x)
     add_noise = lambda x, noise, linear: x + noise * linear(x)
 
     class UserError(ValueError):
         """Something the caller can mend, in one sentence."""
+
+
+class InputError(UserError, ValueError):
+    """What a function was handed cannot be meant. Raised before anything is computed: on a GPU a code outside
+    the codebook would be an assertion that ends the process."""
 
 
 # of the hub; another model is named with its own: NAME@REVISION
@@ -67,6 +77,14 @@ class Geometry:
         found = [f"{k} {b[k]} there, {a[k]} here" for k in a if k != "pretrained_model" and a[k] != b[k]]
         return "; ".join(found) or None
 
+    def check_config(self, config: dict, where: str) -> None:
+        """Raises UserError where a model of these arguments of SNAC has another geometry."""
+        own = {k: config[k] for k in ("sampling_rate", "codebook_size")}
+        own |= {"vq_strides": tuple(config["vq_strides"]), "hop_length": math.prod(config["decoder_rates"])}
+        wrong = [f"{k} {getattr(self, k)}, the model {v}" for k, v in own.items() if getattr(self, k) != v]
+        if wrong:
+            raise UserError(f"{where}: the geometry says {'; '.join(wrong)}")
+
     @staticmethod
     def from_json(text: str, where: str = "codec geometry") -> "Geometry":
         """Raises UserError beginning with `where` when it is no geometry a codec can have."""
@@ -97,6 +115,77 @@ def slice_at(start: int, coarse_len: int, hop_length: int, vq_strides) -> dict:
         "samples_48k": 2 * n,
     }
     return scales | samples
+
+
+# ---- what callers hand in ----
+
+
+def as_tensor(x, kinds: str, what: str):
+    """A tensor, or numpy array as one, of a dtype among `kinds`: "integer" or "floating"."""
+    if isinstance(x, np.ndarray) and x.dtype.kind in "iuf":
+        x = torch.from_numpy(x.astype(np.float64 if x.dtype.kind == "f" else np.int64))
+    if not isinstance(x, torch.Tensor):
+        kind = f"array of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise InputError(f"{what} is a {kind}: give a tensor or a numpy array of {kinds} numbers")
+    integer = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    if x.layout != torch.strided or integer != (kinds == "integer") or x.is_complex():
+        layout = "" if x.layout == torch.strided else f"{x.layout} of "
+        raise InputError(f"{what} holds {layout}{str(x.dtype)[6:]} values: {kinds} numbers are wanted")
+    return x
+
+
+def check_codes(codes, geometry: Geometry, align: int = 1, batch=None, empty=False) -> list:
+    """codes, a list of [B, T_k] (tensors or numpy arrays) a scale -> the same as integer tensors. Raises
+    InputError where they are none of this codec's, or not of `batch` streams. align: coarse codes a piece is
+    a multiple of; empty: T_k may be 0."""
+    per = geometry.per_coarse
+    wanted = "[" + ", ".join(f"[B, {f}T]" if f > 1 else "[B, T]" for f in per) + "]"
+    if not isinstance(codes, (list, tuple)) or len(codes) != len(per):
+        got = f"{len(codes)} scales" if isinstance(codes, (list, tuple)) else type(codes).__name__
+        raise InputError(f"codes must be a list of {len(per)} scales {wanted}, got {got}")
+    codes = [as_tensor(c, "integer", f"codes[{k}]") for k, c in enumerate(codes)]
+    shapes = [tuple(c.shape) for c in codes]
+    if any(len(shape) != 2 for shape in shapes):
+        raise InputError(f"codes must be {wanted}, got shapes {shapes}")
+    rows, steps = shapes[0]
+    if shapes != [(rows, steps * f) for f in per]:
+        raise InputError(f"the scales don't match: codes must be {wanted}, got shapes {shapes}")
+    if not rows or (batch is not None and rows != batch):
+        raise InputError(
+            f"codes of {rows} streams" + (f": there are {batch}" if batch else ", none to decode")
+        )
+    if steps % align or not (steps or empty):
+        unit = f": attention sees {align} at a time, give a multiple" if align > 1 and steps else ""
+        raise InputError(f"codes of {steps} coarse steps{unit or ', none to decode'}")
+    if steps:
+        device, size = codes[0].device, geometry.codebook_size
+        found = torch.stack([v.to(device) for c in codes for v in (c.min(), c.max())]).view(-1, 2).tolist()
+        for k, (low, high) in enumerate(found):  # one wait for the device
+            if low < 0 or high >= size:
+                wrong = low if low < 0 else high
+                raise InputError(f"codes[{k}] holds {wrong}: this codebook has the entries 0 to {size - 1}")
+    return codes
+
+
+def check_audio(audio):
+    """audio [B, 1, N], a tensor or numpy array -> float32 tensor. Raises InputError."""
+    audio = as_tensor(audio, "floating", "audio")
+    if audio.ndim != 3 or audio.shape[1] != 1 or not audio.numel():
+        raise InputError(f"audio must be [B, 1, N] with at least one sample, got shape {tuple(audio.shape)}")
+    if not bool(torch.isfinite(audio).all()):
+        raise InputError("audio holds NaN or infinite samples")
+    return audio.float()
+
+
+def check_seeds(noise_seed, batch) -> list[int]:
+    """A seed of the noise for each of `batch` streams. noise_seed: an integer for all, or a list of them."""
+    if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= 1 << 16:
+        raise InputError(f"batch {batch!r} is not a number of streams")
+    seeds = list(noise_seed) if isinstance(noise_seed, (list, tuple)) else [noise_seed] * batch
+    whole = all(isinstance(s, int) and not isinstance(s, bool) and -(1 << 63) <= s < 1 << 63 for s in seeds)
+    if not whole or len(seeds) != batch:
+        raise InputError(f"noise_seed {noise_seed!r} must be an integer of 64 bits, or a list of {batch}")
+    return seeds
 
 
 HUB_TIMEOUT_S = 5.0
@@ -152,12 +241,49 @@ def load_snac(name: str, device="cpu"):
     try:
         model = SNAC.from_pretrained(name)
     except Exception as e:  # hub, network, config and weights each have their own exception classes
+        first = str(e).partition("\n")[0]
         raise UserError(
-            f"model {name} could not be loaded ({type(e).__name__}: {str(e).splitlines()[0]}); "
+            f"model {name} could not be loaded ({type(e).__name__}: {first}); "
             "give --pretrained_model a folder with config.json and pytorch_model.bin, or make "
             "the hub reachable"
         ) from e
+    check_finite(model.state_dict(), f"model {name}")
+    for k, vq in enumerate(model.quantizer.quantizers):
+        if bool((vq.codebook.weight == vq.codebook.weight[0]).all()):
+            raise UserError(
+                f"model {name}: all entries of codebook {k} are the same, so no code says anything"
+            )
     return replace_layers(model).to(device).eval().requires_grad_(False)
+
+
+ENCODER = "encoder.safetensors"  # in an exported folder
+
+
+def load_encoder(name: str, device="cpu"):
+    """A SNAC that encodes: load_snac, or an exported folder that holds its encoder."""
+    folder = Path(name)
+    if not (folder / ENCODER).is_file():
+        return load_snac(name, device)
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_config"]
+        parts = load_file(folder / "model.safetensors")
+        quantizer = {k.removeprefix("quantizer."): v for k, v in parts.items() if k.startswith("quantizer.")}
+        model, encoder = SNAC(**config), load_file(folder / ENCODER)
+    except Exception as e:  # safetensors has its own exception classes
+        raise UserError(f"{name} cannot be read: {type(e).__name__}: {str(e)[:200]}") from None
+    load_weights(model.encoder, encoder, folder / ENCODER)
+    load_weights(model.quantizer, quantizer, folder / "model.safetensors")
+    check_finite(encoder, str(folder / ENCODER))
+    return replace_layers(model).to(device).eval().requires_grad_(False)
+
+
+def check_finite(state: dict, where: str) -> None:
+    """Raises UserError naming the first tensor that holds NaN or infinity."""
+    for key, x in state.items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise UserError(f"{where} holds NaN or infinite weights, first in {key}: nothing can be decoded")
 
 
 def weights_hash(state: dict) -> str:
@@ -169,6 +295,11 @@ def weights_hash(state: dict) -> str:
             digest.update(f"{key} {tuple(tensor.shape)}".encode())
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def file_hash(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def geometry_of(model, name: str) -> Geometry:
@@ -220,11 +351,20 @@ def encode_context(model) -> int:
     return math.ceil(reach / align_samples(model)) * align_samples(model)
 
 
+IEEE_LOCK = threading.RLock()
+
+
 @contextlib.contextmanager
 def ieee_fp32(device_type: str):
     """Matrix products and convolutions in full fp32 for the time of the block, whatever the defaults: cuDNN
     takes TF32 (10 bits of mantissa) unless told otherwise, and a training may have switched on TF32 or
-    autocast; the latents then move enough to change codes."""
+    autocast; the latents then move enough to change codes. The settings are the process's: one thread at a
+    time."""
+    with IEEE_LOCK:
+        yield from _ieee_fp32(device_type)
+
+
+def _ieee_fp32(device_type: str):
     backends = torch.backends
     kinds = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
     before = [kind.fp32_precision for kind in kinds]
@@ -280,6 +420,11 @@ def new_snac(path: str):
 
 def load_weights(model, state: dict, path) -> None:
     """load_state_dict after checking keys, shapes and dtypes: one sentence instead of a page."""
+    check_weights(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_weights(model, state: dict, path) -> None:
     own = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
     theirs = {k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else None for k, v in dict(state).items()}
     wrong = sorted(map(str, set(own) ^ set(theirs))) + [k for k in own if k in theirs and own[k] != theirs[k]]
@@ -288,7 +433,6 @@ def load_weights(model, state: dict, path) -> None:
             f"weights in {path} don't fit this model: {len(wrong)} tensors differ in name, "
             f"shape or dtype, first {wrong[0]}"
         )
-    model.load_state_dict(state)
 
 
 def model_config(snac) -> dict:

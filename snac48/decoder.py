@@ -4,14 +4,16 @@
     audio_24k, audio_48k = tts.decode(codes)                    # codes: [K] of [B, T_k]
     for audio_24k, audio_48k in tts.stream(chunks_of_codes):    # as a language model produces them
         ...
+    stream = tts.open_stream(batch=32)                          # the same, many at once: streaming.py
 
-This file and codec.py open an exported decoder wherever torch, numpy, safetensors and snac are installed:
-copy both into a server. Long inputs are decoded in chunks; each sees as many neighbouring latent frames as
-the decoder can reach, and noise is a function of position, so the samples are those of one pass.
+This file, codec.py and streaming.py open an exported decoder wherever torch, numpy, safetensors and snac are
+installed: copy the three into a server. Long inputs are decoded piece by piece; noise is a function of
+position, so the samples are those of one pass. One DualHead may be used from several threads.
 """
 
 import json
 import math
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +23,10 @@ from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d, WNConv1
 from torch import nn
 
 if __package__:
-    from . import codec
+    from . import codec, streaming
 else:  # copied beside a server
     import codec
+    import streaming
 
 UserError = codec.UserError
 
@@ -48,9 +51,9 @@ HEADS = {"24k": Head(24000), "48k": Head(48000)}  # the order of every tuple of 
 # ---- noise ----
 
 
-def counter_noise(key, spans: list[tuple[int, int, int]], device) -> list:
+def counter_noise(key, spans: list[tuple], device) -> list:
     """Standard normal noise as a function of (key, layer, position): float32 [B, 1, length] on `device` for
-    each of spans, (layer, first position, length).
+    each of spans, (layer, first position or a list of B, length).
 
     key: int64 [B]. Position-keyed, so a chunk of an utterance gets the noise of the whole, and a sample the
     same noise on any number of GPUs and after a resume. 32-bit integer mixing, then Box-Muller. The layers
@@ -60,11 +63,11 @@ def counter_noise(key, spans: list[tuple[int, int, int]], device) -> list:
     low, high = key.to(torch.int32)[:, None], (key >> 32 & 0x7FFFFFFF).to(torch.int32)[:, None]
     stream = mix_(mix_(low ^ layers.to(key.device, non_blocking=True)) ^ high)
     stream = stream.to(device, non_blocking=True)  # [B, layers]
-    position = torch.cat([torch.arange(first, first + n, device=device) for _, first, n in spans])
+    position = torch.cat([positions(first, n, device) for _, first, n in spans], -1)  # [(B,) all positions]
     lengths = [n for *_, n in spans]
     each = lambda per_layer: [x.expand(-1, n) for x, n in zip(per_layer.split(1, 1), lengths)]
     a = mix_(position.to(torch.int32)) ^ torch.cat(each(stream), 1)  # [B, all positions]
-    if max(first + n for _, first, n in spans) <= 1 << 32:
+    if max((max(first) if isinstance(first, list) else first) + n for _, first, n in spans) <= 1 << 32:
         second = torch.cat(each(mix_(stream ^ 0x5BF03635)), 1)
     else:
         second = mix_(torch.cat(each(stream), 1) ^ (position >> 32).to(torch.int32) ^ 0x5BF03635)
@@ -72,6 +75,13 @@ def counter_noise(key, spans: list[tuple[int, int, int]], device) -> list:
     a, b = (x.view(torch.uint32).to(torch.float32) for x in (a, b))
     radius = a.add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
     return radius.mul_(b.mul_(2 * math.pi * 2.0**-32).cos_())[:, None].split(lengths, 2)
+
+
+def positions(first, n: int, device):
+    """n positions from `first` on: int64 [n], of a list [B, n]."""
+    if isinstance(first, list):
+        return torch.tensor(first, device=device)[:, None] + torch.arange(n, device=device)
+    return torch.arange(first, first + n, device=device)
 
 
 def mix_(x):
@@ -129,10 +139,10 @@ class DualHeadDecoder(nn.Module):
             old, n = HEADS[name].factor == 1, (taps or {}).get(name)
             head = nn.Sequential(*layers[-3:]) if old else new_head(layers, HEADS[name], n)
             self.add_module(f"head_{name}", head.requires_grad_(True))
-        self.noises, self.noise_key, self.noise_start = [], None, 0
+        self.noises, self.noise_key = [], None
         trunk_rate = self._find_noises(self.trunk, 1, "")
-        for name in self.heads:
-            self._find_noises(self.head(name), trunk_rate, name)
+        # samples a latent frame
+        self.head_rates = {n: self._find_noises(self.head(n), trunk_rate, n) for n in self.heads}
         self.trunk_frozen = False
         codec.replace_layers(self)
 
@@ -150,17 +160,18 @@ class DualHeadDecoder(nn.Module):
                     self.noises.append(m)
         return rate
 
-    def set_noise(self, key, start_frame: int = 0) -> None:
-        """Position-keyed noise for the next calls (key: int64 [B], cheapest on the CPU), or None: fresh noise
-        like stock SNAC. start_frame: latent frame of the utterance at which these calls begin."""
-        self.noise_key, self.noise_start = key, start_frame
+    positioned_noise = staticmethod(counter_noise)
 
-    def _make_noise(self, frames: int, heads, device) -> None:
-        """Give the noise layers of trunk and `heads` their noise for `frames` latent frames."""
+    def set_noise(self, key) -> None:
+        """Position-keyed noise for the next calls (key: int64 [B], cheapest on the CPU), or None: fresh noise
+        like stock SNAC."""
+        self.noise_key = key
+
+    def noise(self, key, frames: int, heads, device) -> dict:
+        """{noise layer of trunk and `heads`: its noise [B, 1, n]} of `frames` latent frames."""
         layers = [m for m in self.noises if m.head in ("", *heads)]
-        spans = [(m.layer, self.noise_start * m.rate, frames * m.rate) for m in layers]
-        for m, noise in zip(layers, counter_noise(self.noise_key, spans, device)):
-            m.noise = noise
+        spans = [(m.layer, 0, frames * m.rate) for m in layers]
+        return dict(zip(layers, counter_noise(key, spans, device) if spans else []))
 
     def codes_to_z(self, codes):
         """codes [K] of [B, T_k] -> z [B, D, T]. Code -1 lies past the end: z is 0 there, as padding is."""
@@ -175,8 +186,9 @@ class DualHeadDecoder(nn.Module):
         wanted = self.heads if heads is None else [name for name in self.heads if name in heads]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen):
             z = codes_or_z if isinstance(codes_or_z, torch.Tensor) else self.codes_to_z(codes_or_z)
-            if self.noise_key is not None and self.noises:
-                self._make_noise(z.shape[-1], wanted, z.device)
+            if self.noise_key is not None:
+                for m, noise in self.noise(self.noise_key, z.shape[-1], wanted, z.device).items():
+                    m.noise = noise
             h = self.trunk(z)  # [B, C, hop * T]
         audio = tuple(codec.run(self.head(name), h) if name in wanted else None for name in HEADS)
         for m in self.noises:
@@ -230,63 +242,105 @@ class DualHead:
         if model.encoder is not None:
             self.snac = SNAC(**config).to(device).eval().requires_grad_(False)
             self.snac.encoder, self.snac.quantizer = model.encoder, model.quantizer
-        stride = geometry.vq_strides[0]
-        heads = map(model.head, model.heads)  # the one with the most layers reaches furthest
-        reach = max(codec.receptive_reach([*model.trunk, *head])[0] for head in heads)  # latent frames
-        self.align = math.lcm(stride, config["attn_window_size"] or 1) // stride  # coarse codes
-        self.context = math.ceil(math.ceil(reach) / stride / self.align) * self.align
+        stride, self.window = geometry.vq_strides[0], config["attn_window_size"] or 1  # latent frames
+        self.align = math.lcm(stride, self.window) // stride  # coarse codes: pieces are multiples
+        self.plans, self.lock = {}, threading.Lock()
 
     def encode(self, audio_24k):
-        """audio [B, 1, N] -> codes [K] of [B, T_k], as `SNAC.encode`; long clips in chunks."""
-        if self.snac is None:
-            self.snac = codec.load_snac(self.encoder_from, self.device)
-            if differs := self.geometry.difference(codec.geometry_of(self.snac, self.encoder_from)):
-                raise UserError(
-                    f"encoder {self.encoder_from} is not the one this decoder was trained with "
-                    f"({differs}); give the right one as --pretrained_model"
-                )
-            codec.fold_weight_norm(self.snac)
+        """audio [B, 1, N], tensor or numpy array -> codes [K] of [B, T_k], as `SNAC.encode`; long clips in
+        chunks. Raises UserError."""
+        audio_24k = codec.check_audio(audio_24k)
+        with self.lock:
+            if self.snac is None:
+                self.snac = codec.load_encoder(self.encoder_from, self.device)
+                if differs := self.geometry.difference(codec.geometry_of(self.snac, self.encoder_from)):
+                    self.snac = None
+                    raise UserError(
+                        f"encoder {self.encoder_from} is not the one this decoder was trained with "
+                        f"({differs}); give the right one as --pretrained_model"
+                    )
+                codec.fold_weight_norm(self.snac)
         with torch.inference_mode():
             return codec.encode(self.snac, audio_24k.to(self.device))
 
-    def decode(self, codes, heads=None, chunk_seconds=20.0, noise_seed=0):
-        """codes [K] of [B, T_k] -> (audio_24k [B, 1, N] | None, audio_48k [B, 1, 2N] | None); see stream."""
-        parts = list(self.stream([codes], chunk_seconds, noise_seed, heads))
-        return tuple(torch.cat(p, -1) if p[0] is not None else None for p in zip(*parts))
+    def check(self, codes, batch=None, empty=False) -> list:
+        """`codes` as int64 tensors on the device of the model; raises UserError (codec.check_codes)."""
+        codes = codec.check_codes(codes, self.geometry, self.align, batch, empty)
+        return [c.to(self.device, torch.long, non_blocking=True) for c in codes]
+
+    def check_heads(self, heads) -> tuple[str, ...]:
+        wanted = self.heads if heads is None else heads
+        if isinstance(wanted, str) or not wanted or not set(wanted) <= set(self.heads):
+            raise codec.InputError(
+                f"heads {wanted!r}: this decoder has {list(self.heads)}; give a list of them"
+            )
+        return tuple(name for name in self.heads if name in wanted)
+
+    def by_head(self, found) -> tuple:
+        """Pairs (head, audio) as a tuple over HEADS, None where there is none."""
+        found = dict(found)
+        return tuple(found.get(name) for name in HEADS)
 
     @torch.inference_mode()
-    def stream(self, code_chunks, chunk_seconds=0.5, noise_seed=0, heads=None):
-        """Yield (audio_24k, audio_48k) pieces while codes arrive: code_chunks gives [K] of [B, T_k] lists.
+    def decode(self, codes, heads=None, chunk_seconds=20.0, noise_seed=0):
+        """codes [K] of [B, T_k] -> (audio_24k [B, 1, N] | None, audio_48k [B, 1, 2N] | None). heads: names of
+        those to decode (default: all that are there). Beyond chunk_seconds it is decoded piece by piece, with
+        the same samples. Raises UserError."""
+        codes, heads = self.check(codes), self.check_heads(heads)
+        if codes[0].shape[1] > self._coarse(chunk_seconds):
+            parts = zip(*self.stream([codes], chunk_seconds, noise_seed, heads))
+            return tuple(torch.cat(p, -1) if p[0] is not None else None for p in parts)
+        seeds = codec.check_seeds(noise_seed, len(codes[0]))
+        with self.lock:  # the noise of one call waits in the layers
+            self.model.set_noise(torch.tensor(seeds))
+            return self.model(codes, heads)
 
-        A piece is decoded once the codes that it can see on its right are there (`context` coarse codes:
-        3 for snac_24khz, 0.26 s) or the input has ended. Joined, the pieces are the output of one pass.
-        heads: names of those to decode (default: all that are there); the others are None.
-        """
-        g, pending = self.geometry, iter(code_chunks)
-        chunk = max(1, g.coarse_len(chunk_seconds) // self.align) * self.align
-        cut = lambda codes, a, b: [c[:, a * f : b * f] for c, f in zip(codes, g.per_coarse)]
-        held, first, done, ended = None, 0, 0, False  # codes kept; coarse codes: where held begins, decoded
-        while True:
-            while not ended and (held is None or first + held[0].shape[1] < done + chunk + self.context):
-                part = next(pending, None)
-                ended = part is None
-                if part is not None:
-                    part = [c.to(self.device, torch.long, non_blocking=True) for c in part]
-                    held = part if held is None else [torch.cat(p, 1) for p in zip(held, part)]
-            if held is None:
-                raise UserError("there are no codes to decode")
-            total = first + held[0].shape[1]
-            if done >= total:
-                return
-            lo, stop = max(0, done - self.context), min(done + chunk, total)
-            window = cut(held, lo - first, min(stop + self.context, total) - first)
-            key = torch.full((window[0].shape[0],), noise_seed, dtype=torch.int64)
-            self.model.set_noise(key, lo * g.vq_strides[0])
-            a, b = (done - lo) * g.coarse_samples, (stop - lo) * g.coarse_samples
-            out = zip(HEADS.values(), self.model(window, heads))
-            yield tuple(x if x is None else x[..., a * head.factor : b * head.factor] for head, x in out)
-            done, kept = stop, max(0, stop - self.context)
-            held, first = cut(held, kept - first, total - first), kept
+    def stream(self, code_chunks, chunk_seconds=0.5, noise_seed=0, heads=None):
+        """Yield (audio_24k, audio_48k) while codes arrive: code_chunks gives [K] of [B, T_k] lists. They are
+        decoded chunk_seconds at a time (0: as they come). Joined, the pieces are the output of one pass; the
+        last one holds what lay behind the others. Raises UserError."""
+        chunk, held, stream = self._coarse(chunk_seconds), None, None
+        per_coarse = self.geometry.per_coarse
+        for part in code_chunks:
+            part = self.check(part, empty=True)
+            if stream is None:
+                stream = self.open_stream(len(part[0]), noise_seed, heads)
+                held = [c[:, :0] for c in part]
+            if len(part[0]) != stream.batch:
+                raise codec.InputError(f"codes of {len(part[0])} streams follow those of {stream.batch}")
+            held = [torch.cat(pair, 1) for pair in zip(held, part)]
+            while held[0].shape[1] >= chunk:
+                yield from settled(stream.push([c[:, : chunk * f] for c, f in zip(held, per_coarse)]))
+                held = [c[:, chunk * f :] for c, f in zip(held, per_coarse)]
+        if stream is None or not (any(stream.at) or held[0].numel()):
+            raise UserError("there are no codes to decode")
+        yield from settled(stream.push(held))
+        yield stream.finish()
+
+    def open_stream(self, batch=1, noise_seed=0, heads=None) -> streaming.Stream:
+        """A stream, or `batch` of them, to push codes into as they come: streaming.py."""
+        heads = self.check_heads(heads)
+        seeds = codec.check_seeds(noise_seed, batch)
+        return streaming.Stream(self, self.plan(heads), seeds)
+
+    def plan(self, heads=None) -> streaming.Plan:
+        """What a stream of these heads carries."""
+        heads = self.heads if heads is None else heads
+        with self.lock:
+            if heads not in self.plans:
+                self.plans[heads] = streaming.plan(self.model, heads, self.window, self.device)
+            return self.plans[heads]
+
+    def _coarse(self, seconds) -> int:
+        """Coarse codes in about so many seconds, at least what a piece needs."""
+        if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+            raise codec.InputError(f"chunk_seconds {seconds!r} is not a number of seconds")
+        return max(1, self.geometry.coarse_len(seconds) // self.align) * self.align
+
+
+def settled(audio):
+    """The piece, if anything is in it."""
+    return [audio] if any(x is not None and x.shape[-1] for x in audio) else []
 
 
 def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
@@ -298,11 +352,15 @@ def load_dual_head(path, device="cpu", pretrained_model: str = "") -> DualHead:
     state, config, geometry = (read_checkpoint if path.endswith(".pt") else read_export)(path)
     geometry = codec.Geometry.from_json(json.dumps(geometry, default=str), path)
     try:
+        geometry.check_config(config, path)
+        with torch.device("meta"):  # what doesn't fit is refused before it takes memory
+            codec.check_weights(from_state(state, config), state, path)
         model = from_state(state, config)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
         reason = str(e).partition("\n")[0]
         raise UserError(f"{path} describes no model ({type(e).__name__}: {reason})") from None
-    codec.load_weights(model, state, path)
+    codec.check_finite(state, path)
+    model.load_state_dict(state)
     return DualHead(model, geometry, config, device, pretrained_model or geometry.pretrained_model)
 
 
@@ -327,7 +385,8 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
             raise UserError(
                 f"{path} is neither a .pt file nor a folder; a model on the hub is named id@COMMIT"
             )
-        folder = codec.fetch(repo, revision, ["config.json", "model.safetensors"], "the folder instead")
+        files = ["config.json", "model.safetensors", codec.ENCODER]
+        folder = codec.fetch(repo, revision, files, "the folder instead")
     if not (folder / "model.safetensors").is_file():
         raise UserError(
             f"{path} is no dual-head decoder: it lacks model.safetensors (a SNAC codec is "
@@ -335,6 +394,16 @@ def read_export(path: str) -> tuple[dict, dict, dict]:
         )
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return load_file(folder / "model.safetensors"), described["model_config"], described["geometry"]
+        state = load_file(folder / "model.safetensors")
+        config, geometry = described["model_config"], described["geometry"]
     except Exception as e:  # safetensors has its own exception classes
         raise UserError(f"{path} cannot be read: {type(e).__name__}: {str(e)[:200]}") from None
+    wanted, found = described.get("weights_sha256"), codec.file_hash(folder / "model.safetensors")
+    if wanted is not None and wanted != found:
+        raise UserError(
+            f"{path}: model.safetensors is not the file that config.json describes (SHA-256 {found[:12]}, "
+            f"not {str(wanted)[:12]}): copy the whole folder again"
+        )
+    if (folder / codec.ENCODER).is_file() and isinstance(geometry, dict):
+        geometry = geometry | {"pretrained_model": str(folder)}
+    return state, config, geometry

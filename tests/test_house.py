@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,11 +61,18 @@ def test_the_library_prints_nothing_by_itself():
     assert speaks <= {"snac48/runlog.py", "snac48/cli.py"}
 
 
-def test_a_decoder_opens_with_two_files():
-    for file in ("codec.py", "decoder.py"):
+def test_a_decoder_opens_with_three_files():
+    for file in ("codec.py", "decoder.py", "streaming.py"):
         found = set(imports(ROOT / "snac48" / file)) - {"__future__", "."}
         foreign = found & {"pyarrow", "soundfile", "soxr", "scipy", "transformers", "tqdm", "textual"}
         assert not foreign, file
+
+
+def test_the_package_holds_every_folder_and_file_of_the_library():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in LIBRARY}
+    others = {p.name for p in (ROOT / "snac48").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert set(project["packages"]) == folders and set(project["package-data"]["snac48"]) == others
 
 
 def test_readme_is_short_and_shows_only_what_is_there():
