@@ -90,7 +90,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 import torch
 
 from snac48.audio import AudioError, find_audio, read_audio, resample, resolve_inside
-from snac48.cache import SHARDS, OldCache, check_ours, write_shard
+from snac48.cache import SHARDS, OldCache, check_ours, stamps_in, write_shard
 from snac48.codec import (
     Geometry,
     align_samples,
@@ -101,6 +101,7 @@ from snac48.codec import (
     load_snac,
 )
 from snac48.files import sweep_leftovers, temporary, write_json, write_jsonl
+from snac48.proof import ABSENT, NO_STAMP, forget_changed, stamp_of
 from snac48.runlog import RunLog
 from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes, share, share_of_cores
 
@@ -112,15 +113,18 @@ MAX_WAITING_SECONDS = 30 * 60  # of audio that waits for companions of its lengt
 
 
 def read_one(root: str, rel: str, rate: int):
-    """In a reading process: (path, samples at `rate` | None, reason | None)."""
+    """In a reading process: (path, samples at `rate` | None, reason | None, stamp of the file)."""
+    stamp = ABSENT
     try:
         rel.encode("utf-8")
-        samples, source_rate = read_audio(resolve_inside(root, rel))
-        return rel, resample(samples, source_rate, rate), None
+        path = resolve_inside(root, rel)
+        stamp = stamp_of(path)  # its bytes are in memory then
+        samples, source_rate = read_audio(path)
+        return rel, resample(samples, source_rate, rate), None, stamp
     except UnicodeEncodeError:
-        return rel.encode("utf-8", "backslashreplace").decode(), None, "file name is not UTF-8"
+        return rel.encode("utf-8", "backslashreplace").decode(), None, "file name is not UTF-8", stamp
     except AudioError as e:
-        return rel, None, str(e)
+        return rel, None, str(e), stamp
 
 
 def read(pool, files: list[str], args, rate: int, stop: StopFlag):
@@ -146,9 +150,11 @@ def read(pool, files: list[str], args, rate: int, stop: StopFlag):
 # ---- encoding ----
 
 
-def long_enough(clips, min_seconds: float, rate: int, skipped: list):
-    """Those of read_one's clips that will be encoded, (path, samples); the others join `skipped`."""
-    for rel, samples, reason in clips:
+def long_enough(clips, min_seconds: float, rate: int, skipped: list, stamps: dict):
+    """Those of read_one's clips that will be encoded, (path, samples); the others join `skipped`. stamps: of
+    all of them."""
+    for rel, samples, reason, stamp in clips:
+        stamps[rel] = stamp
         if reason is not None:
             skipped.append({"file_path": rel, "reason": reason, "bad": True})
         elif len(samples) < min_seconds * rate:
@@ -213,9 +219,10 @@ def one_late(items, begin):
 
 
 def encode_unit(model, clips, args, stop: StopFlag, progress: Progress):
-    """({path: (samples, codes)}, [{file_path, reason, bad}] of those left out). Raises Stopped."""
-    rows, skipped, rate = {}, [], model.sampling_rate
-    clips = long_enough(clips, args.min_seconds, rate, skipped)
+    """({path: (samples, codes)}, [{file_path, reason, bad}] of those left out, {path: stamp} of all). Raises
+    Stopped."""
+    rows, skipped, stamps, rate = {}, [], {}, model.sampling_rate
+    clips = long_enough(clips, args.min_seconds, rate, skipped, stamps)
     batches = equally_long(clips, align_samples(model), rate, args.batch_size)
     for (_, batch), codes in one_late(batches, partial(begin_batch, model)):
         if stop:
@@ -225,7 +232,7 @@ def encode_unit(model, clips, args, stop: StopFlag, progress: Progress):
             progress.add(len(samples) / rate)
     for _ in skipped:
         progress.add(None)
-    return rows, skipped
+    return rows, skipped, stamps
 
 
 # ---- the job ----
@@ -261,7 +268,7 @@ def encode_claimed(unit: int, model, geometry, work: SharedWork, progress: Progr
     progress.at(unit)
     try:
         clips = read(pool, work.units[unit], args, geometry.sampling_rate, stop)
-        rows, skipped = encode_unit(model, clips, args, stop, progress)
+        rows, skipped, stamps = encode_unit(model, clips, args, stop, progress)
     except Stopped:
         work.release(unit)
         raise
@@ -272,10 +279,21 @@ def encode_claimed(unit: int, model, geometry, work: SharedWork, progress: Progr
         stale.unlink()  # of an owner that died before it could commit
     shard = f"codes_batch_{worker}_{unit}.parquet" if rows else None
     if rows:
-        write_shard(out / shard, rows, geometry, args.data_dir, encoding_of(model))
+        write_shard(out / shard, rows, geometry, args.data_dir, encoding_of(model), stamps)
     seconds = sum(length for length, _ in rows.values()) / geometry.sampling_rate
-    work.commit(unit, {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped})
+    result = {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped}
+    result |= {"shard_stamp": stamp_of(out / shard) if shard else None}
+    result |= {"stamps": {s["file_path"]: stamps[s["file_path"]] for s in skipped}}
+    work.commit(unit, result)
     return sum(s["bad"] for s in skipped)
+
+
+def recorded_of(out: Path, result: dict) -> tuple[dict, dict]:
+    """({recording: stamp}, {parquet file: stamp}) of a unit that is done, for forget_changed."""
+    sources, shard = dict(result.get("stamps", {})), result["shard"]
+    if shard is None:
+        return sources, {}
+    return sources | stamps_in(out / shard), {shard: result.get("shard_stamp") or NO_STAMP}
 
 
 def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
@@ -375,7 +393,7 @@ def check_rows(rows: OldCache, model, log: RunLog, args, stop: StopFlag) -> None
         for i in range(0, len(chosen), 1000):
             part = chosen[i : i + 1000]
             clips = read(pool, part, again, model.sampling_rate, stop)
-            fresh, _ = encode_unit(model, clips, again, stop, progress)
+            fresh, *_ = encode_unit(model, clips, again, stop, progress)
             differ |= {rel: why for rel in part if (why := rows.compare(rel, fresh.get(rel)))}
     if chosen:
         log.say(f"{len(chosen) - len(differ)} of {len(chosen)} rows agree with {args.pretrained_model}")
@@ -450,6 +468,8 @@ def cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
     files = files[: args.limit] if args.limit >= 0 else files
     work = SharedWork(args.output_dir, files, args.rows_per_file, settings_of(geometry, args), print)
     log = RunLog(args.output_dir, "cache.log")
+    out, units = Path(args.output_dir), range(len(work.units))
+    forget_changed(work, units, partial(recorded_of, out), Path(args.data_dir), out, log.say)
     marks = {"phase": "cache", "worker": args.worker if device.type == "cuda" else "cpu"}
     progress = Progress(log, "cache", {u: len(unit) for u, unit in enumerate(work.units)}, **marks)
     codec = f"{geometry.sampling_rate} Hz, hop {geometry.hop_length}, strides {geometry.vq_strides}"

@@ -46,6 +46,7 @@ from snac48.cli import (
 )
 from snac48.files import sweep_leftovers, write_json, write_jsonl
 from snac48.places import asked
+from snac48.proof import ABSENT, NO_STAMP, forget_changed, stamp_of
 from snac48.runlog import RunLog
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
 from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes
@@ -58,9 +59,10 @@ LONG_SECONDS = 300  # longer files are read by the main process: 64 of them woul
 # ---- reading and writing ----
 
 
-def write_target(rel: str, name: str, output_dir: str, waveform) -> dict:
-    """Write the target `name` of the source `rel` from a Kept or Restored; returns its manifest row. gain:
-    stored wav / raw waveform; level: stored wav / source, below 1 only where PCM16 would have clipped."""
+def write_target(rel: str, name: str, output_dir: str, waveform, stamp: tuple) -> dict:
+    """Write the target `name` of the source `rel` from a Kept or Restored; returns its manifest row. stamp:
+    of the source. gain: stored wav / raw waveform; level: stored wav / source, below 1 only where PCM16 would
+    have clipped."""
     target = Path(output_dir) / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,8 @@ def write_target(rel: str, name: str, output_dir: str, waveform) -> dict:
         raise UserError(f"{target} could not be written: {e.strerror or e}; {todo}") from None
     row = {"path": rel, "target": name, "kind": waveform.kind, "source_rate": waveform.rate}
     row |= {"seconds": round(waveform.n / waveform.rate, 6), "samples": spool.n}
-    return row | {"gain": scale * level, "level": level} | measured
+    row |= {"gain": scale * level, "level": level} | measured
+    return row | {"source_stamp": stamp, "target_stamp": stamp_of(target)}
 
 
 class Kept:
@@ -106,6 +109,7 @@ class Waiting:
     rate: int
     features: np.ndarray | None = None  # [T, 160]
     source: Source | None = None
+    stamp: tuple = NO_STAMP
 
     @property
     def frames(self) -> int:
@@ -115,20 +119,22 @@ class Waiting:
 def read_file(rel: str, name: str, job: dict) -> dict | Waiting:
     """In a reading process: what SIDON needs of a file, or the manifest row of one that is kept (written
     here), or {path, reason} of one that is skipped."""
+    stamp = ABSENT
     try:
         file = resolve_inside(job["input_dir"], rel)
+        stamp = stamp_of(file)
         blocks = audio_blocks(file, BLOCK_SECONDS)
         first, rate = next(blocks)
         blocks = itertools.chain([first], (x for x, _ in blocks))
         kind = "copied" if rate >= job["native_rate"] else job["upsampler"]
         if kind != "sidon":
-            return write_target(rel, name, job["output_dir"], Kept(kind, blocks, rate))
+            return write_target(rel, name, job["output_dir"], Kept(kind, blocks, rate), stamp)
         pieces = list(itertools.islice(blocks, int(LONG_SECONDS / BLOCK_SECONDS) + 1))
         if len(pieces) * BLOCK_SECONDS > LONG_SECONDS:
-            return Waiting(rel, name, file, rate)
-        return Waiting(rel, name, file, rate, *front_end(lambda: iter(pieces), rate))
+            return Waiting(rel, name, file, rate, stamp=stamp)
+        return Waiting(rel, name, file, rate, *front_end(lambda: iter(pieces), rate), stamp)
     except AudioError as e:
-        return {"path": rel, "reason": str(e)}
+        return {"path": rel, "reason": str(e), "source_stamp": stamp}
 
 
 # ---- the job ----
@@ -141,6 +147,8 @@ class Job:
         self.args, self.settings, self.work, self.log, self.stop = args, settings, work, log, stop
         self.files, self.names = set(files), names
         self.units = [u for u, unit in enumerate(work.units) if not self.files.isdisjoint(unit)]
+        recorded = partial(recorded_of, names)
+        forget_changed(work, self.units, recorded, args.input_dir, args.output_dir, log.say)
         proc = f"{socket.gethostname()}-{os.getpid()}"  # several processes append to one metrics.jsonl
         self.progress = Progress(log, "precompute", {u: len(work.units[u]) for u in self.units}, proc=proc)
         self.writers = ThreadPoolExecutor(2)
@@ -230,7 +238,7 @@ class Job:
         (waves,) = self.sidon.stream(np.stack(features))  # [B, T, 160] -> [B, 960 T]
         for w, wave in zip(group, waves):
             w.features = None  # the memory is wanted
-            row = (w.path, w.target, self.settings["output_dir"], Restored(w.source, [wave]))
+            row = (w.path, w.target, self.settings["output_dir"], Restored(w.source, [wave]), w.stamp)
             futures.append(self.writers.submit(write_target, *row))
             self.progress.add(w.source.n / w.rate)
         return futures
@@ -243,9 +251,9 @@ class Job:
                 blocks = lambda: (x for x, _ in audio_blocks(w.file, BLOCK_SECONDS))
                 features, source = front_end(blocks, w.rate)
             restored = Restored(source, self.until_stopped(self.sidon.stream(features[None])))
-            row = write_target(w.path, w.target, self.settings["output_dir"], restored)
+            row = write_target(w.path, w.target, self.settings["output_dir"], restored, w.stamp)
         except AudioError as e:
-            row = {"path": w.path, "reason": str(e)}
+            row = {"path": w.path, "reason": str(e), "source_stamp": w.stamp}
         except Stopped:
             return []
         self.progress.add(row.get("seconds"))
@@ -377,6 +385,24 @@ def choose_files(args, files: list[str]) -> list[str]:
     return files
 
 
+def names_of(files: list[str], work: SharedWork) -> dict[str, str]:
+    """target_names of the files, where a recording whose target is made keeps that name: one that came later
+    takes no other's place."""
+    made = [(row["path"], row["target"]) for result in work.results() for row in result["rows"]]
+    held = collections.Counter(target.lower() for _, target in made)
+    given = {rel: target for rel, target in made if held[target.lower()] == 1}
+    return target_names(files, given)
+
+
+def recorded_of(names: dict[str, str], result: dict) -> tuple[dict, dict]:
+    """({recording: stamp}, {target: stamp}) of a unit that is done, for forget_changed."""
+    rows = [*result["rows"], *result["skipped"]]
+    sources = {row["path"]: row.get("source_stamp") or NO_STAMP for row in rows}
+    shared = [row["target"] for row in result["rows"] if names[row["path"]] != row["target"]]
+    targets = {row["target"]: row.get("target_stamp") or NO_STAMP for row in result["rows"]}
+    return sources, targets | dict.fromkeys(shared, ABSENT)  # one file of two recordings: nobody's
+
+
 def check_ours(folder: Path) -> None:
     """Raises UserError for a folder with 48 kHz files of other programs: they would be written over."""
     made = (folder / "work").exists() or (folder / "manifest.jsonl").exists()
@@ -398,7 +424,7 @@ def open_job(args, stop: StopFlag) -> Job:
     except OSError as e:
         raise UserError(f"--output_dir {args.output_dir} cannot be written: {e.strerror}") from None
     work = SharedWork(output, files, None, shared, log.say, UNIT_FILES)
-    names = target_names(sorted(set(listed).union(*work.units)))  # others may have seen more files
+    names = names_of(sorted(set(listed).union(*work.units)), work)  # others may have seen more files
     for folder in {os.path.dirname(name) for name in names.values()} - {""}:
         sweep_leftovers(output / folder)
     job = Job(args, files, names, shared | {"output_dir": str(output)}, work, log, stop)

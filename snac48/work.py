@@ -158,6 +158,10 @@ class SharedWork:
         paths = map(self.result_path, range(len(self.units)))
         return [read_json(p) for p in paths if p.exists()]
 
+    def forget(self, unit: int) -> None:
+        """A unit that was done is to be done again."""
+        self.result_path(unit).unlink(missing_ok=True)
+
     def unfinished(self, units=None) -> list[int]:
         """Those of `units` (of all, without them) that nobody has finished."""
         units = range(len(self.units)) if units is None else units

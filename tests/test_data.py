@@ -165,10 +165,10 @@ def test_a_48k_folder_that_lacks_files_says_how_many_and_which_first(cache_dir, 
     folder, rows = targets
     write_manifest(folder, [r for r in rows if "utt03" not in r["path"]])
     (folder / "a" / "utt00.wav").unlink()  # in the manifest, not on the disk
-    with pytest.raises(UserError, match=r"lacks 2 of 14 files, first a/utt00.wav"):
+    with pytest.raises(UserError, match=r"2 of 14 rows have no 48 kHz target, first a/utt00.wav"):
         CachedCodesDataset(cache_dir, folder, 1.0)
     data = CachedCodesDataset(cache_dir, folder, 1.0, max_bad_fraction=0.5)
-    assert len(data) == 12 and data.left_out == {"no 48 kHz target": 2}
+    assert len(data) == 12 and data.left_out == {"no 48 kHz target, first a/utt00.wav": 2}
 
 
 def test_unfaithful_rows_are_left_out_and_counted(cache_dir, targets):
