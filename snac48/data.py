@@ -256,6 +256,10 @@ class CachedCodesDataset(SliceDataset):
     def path(self, row: int) -> str:
         return self.index.path(row)
 
+    def halved(self, row: int) -> bool:
+        """Whether the 24 kHz audio of a row is made of its target."""
+        return bool(self.targets) and not self.force_24k and KINDS[self.targets.kinds[row]] == "copied"
+
     def open(self, row: int) -> dict:
         kind = KINDS[self.targets.kinds[row]] if self.targets else "copied"
         samples = int(self.index.lengths[row])
@@ -284,7 +288,7 @@ class CachedCodesDataset(SliceDataset):
         peak = 1.0
         rate, low, n = self.geometry.sampling_rate, at["start_sample_24k"], at["samples_24k"]
         need = min(n, utterance["samples"] - low)
-        if utterance["kind"] == "copied" and not self.force_24k:
+        if self.halved(row):
             del audio["24k"]
             batch["halve"][b] = True
         for name, x in audio.items():

@@ -115,13 +115,13 @@ class Originals:
 
 # ---- 48 kHz targets ----
 
-# kind: index into KINDS. level: what the stored wav was scaled by to fit 16 bits. corr: its envelope's
-# correlation with the recording's, as it was made. path: where it begins in the blob of paths that follows
-# the rows in the file, `size` bytes of UTF-8. crc: of the file, by which its content is proven; size of that
-# in the header.
+# kind: index into KINDS. level: what the stored wav was scaled by to fit 16 bits. corr, lag: correlation of
+# its envelope with the recording's, and samples at 48 kHz that it is late, as it was made. path: where it
+# begins in the blob of paths that follows the rows in the file, `size` bytes of UTF-8. crc: of the file, by
+# which its content is proven; size of that in the header.
 TARGET = np.dtype(
-    [("header", HEADER), ("path", "i8"), ("level", "f4"), ("size", "u4"), ("corr", "f4"), ("crc", "u4"),
-     ("kind", "u1")],
+    [("header", HEADER), ("path", "i8"), ("level", "f4"), ("size", "u4"), ("corr", "f4"), ("lag", "f4"),
+     ("crc", "u4"), ("kind", "u1")],
     align=True,
 )  # fmt: skip
 
@@ -203,8 +203,8 @@ class Targets:
                     row = order[at]
                     if path(row) == line["path"]:
                         name = line["target"].encode("utf-8", "surrogateescape")
-                        crc = line["target_stamp"][2]
-                        found = UNKNOWN, len(blob), line["level"], len(name), line["corr"], crc, line["kind"]
+                        measured = line["corr"], line["lag"], line["target_stamp"][2]
+                        found = UNKNOWN, len(blob), line["level"], len(name), *measured, line["kind"]
                         rows[row], names[row] = found, hash(line["target"])
                         blob += name
                         stamps[row], sources[row] = line["target_stamp"], line["source_stamp"]
@@ -254,7 +254,8 @@ class Targets:
         rows["header"][others], there[others] = note_headers(self.folder, (names[row] for row in others))
         rows["header"]["mtime"] = -1  # nothing says what the files were
         rows["kind"] = np.where(there, KINDS.index("sidon" if kind == "sidon" else "copied"), 0)
-        rows["level"], paths = 1, PathBlob([*names, "\n"])
+        rows["level"] = rows["corr"] = 1
+        paths = PathBlob([*names, "\n"])
         rows["path"], rows["size"] = paths.ends[:-2], np.diff(paths.ends)[:-1]
         return rows, paths.blob
 
@@ -282,7 +283,8 @@ def manifest_rows(manifest: Path):
                 row = json.loads(line)
                 kind = KINDS.index(row["kind"] if row.get("faithful", True) else "unfaithful")
                 found = {"path": str(row["path"]), "target": str(row["target"]), "kind": kind}
-                found |= {"level": float(row.get("level", 1.0)), "corr": float(row.get("envelope_corr", 1.0))}
+                found["corr"] = float(row.get("envelope_corr", 1.0))
+                found |= {"level": float(row.get("level", 1.0)), "lag": float(row.get("lag_samples", 0.0))}
                 if not LEVELS[0] <= found["level"] <= LEVELS[1]:
                     raise ValueError(f"level {found['level']:g}, which lies between 0 and 1")
                 for name in ("source_stamp", "target_stamp"):

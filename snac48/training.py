@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import DEFAULT_MODEL, codec, schedule
+from . import DEFAULT_MODEL, codec, schedule, verify
 from .adversarial import Adversary
 from .cache import recorded_model
 from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint
-from .cli import StopFlag, UserError, first_line
+from .cli import EXIT_BAD_INPUT, StopFlag, UserError, first_line
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
 from .decoder import DualHeadDecoder, taps_of
@@ -52,6 +52,7 @@ class Run:
     speed: Speed
     snac: nn.Module | None = None  # encodes recordings on the fly
     sidon: object = None  # restores them
+    told: list[str] = field(default_factory=list)  # what the log says of the data
     log: RunLog | None = None  # opened last: a mistake before leaves no folder
     samples: SampleLog | None = None
     stop: StopFlag | None = None
@@ -107,6 +108,7 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     facts = {"the number of steps": run.total, "the codec": geometry.weights_sha256}
     facts |= {"the training data": mark_of(data), "the validation data": mark_of(val)}
     ranks.agree(args, saved, facts)
+    prove_data(run, snac, saved["global_step"] if saved else 0)
     if args.from_scratch and not saved:
         start_from_features(
             snac, some_speech(run, 12 * geometry.codebook_size), args.seed, args.pitch_features
@@ -201,6 +203,32 @@ def open_data(args, snac, geometry: codec.Geometry, prefix: str):
             f"--pretrained_model {args.pretrained_model}"
         )
     return data
+
+
+def prove_data(run: Run, snac, step: int) -> None:
+    """Look at --verify_rows rows of either split, shared by all ranks: others at every start. Adds to
+    run.told. Raises UserError where rows are not what they should be."""
+    n, rank = run.args.verify_rows, run.ranks.rank
+    for which, data in (("training", run.data), ("validation", run.val)):
+        index = getattr(data, "index", None)
+        run.told += index.told if index else []
+        if not (index or data.targets):
+            continue  # recordings as they are: nothing is derived from them
+        if index and (np.asarray(index.stamps[0:1])["size"] < 0).all():
+            run.told.append(
+                f"cache {index.cache_dir} says nothing of its recordings' size and time: it is older"
+            )
+        if n == 0:
+            run.told.append(f"--verify_rows 0: nobody has looked at the {which} rows")
+            continue
+        draw, began = np.random.default_rng([run.args.seed, step]), time.time()
+        rows = np.sort(draw.choice(data.rows, min(n, len(data)), replace=False))[rank :: run.ranks.world]
+        how = codec.align_samples(snac), codec.encode_context(snac), run.device, step
+        looked = verify.prove(data, rows, snac.to(run.device), *how)
+        snac.to("cpu")
+        if wrong := verify.refusal(looked):
+            raise UserError(f"{which} data: {wrong}", EXIT_BAD_INPUT)
+        run.told.append(f"{which}: {verify.told(looked)} ({time.time() - began:.1f} s)")
 
 
 def some_speech(run: Run, coarse_codes: int):
@@ -497,7 +525,7 @@ def announce(run: Run, state: State) -> None:
     for which, data in (("training", run.data), ("validation", run.val)):
         for reason, n in data.left_out.items():
             log.say(f"  left out of {which}: {n} rows, {reason}")
-    for line in [*run.speed.told, *schedule.plan_lines(a, run.plan)]:
+    for line in [*run.told, *run.speed.told, *schedule.plan_lines(a, run.plan)]:
         log.say("  " + line)
     if any(float(factor) * a.batch_size % 1 for factor in a.batch_multiplier.split(",")):
         log.say("  batch sizes are rounded down")
