@@ -9,6 +9,7 @@
 
 --import checks a random sample of an older cache's rows by encoding them again, and writes those of the right
 lengths in our schema; the same command without it then encodes the files that were missing or refused.
+--verify encodes every recording of a finished cache once more and names the rows that have other codes.
 
 Any number of processes on any machines that see the folder share the work; a restart skips what is done.
 Writes codes_batch_gpu{G}_{N}.parquet, metadata.json (rows, seconds, skipped by reason), skipped.jsonl (one
@@ -64,6 +65,8 @@ def parse_args(argv=None):
     workers = "decoding processes, 0 = in this process; default: cores / GPUs, 1 beside a CPU"
     add("--num_workers", type=int, default=None, help=workers)
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more files than this are bad")
+    look = "encode everything once more and compare; exit code 5 beyond --max_bad_fraction"
+    add("--verify", action="store_true", help=look)
     add("--import", dest="old", metavar="OLD", help="a cache of the older schema, instead of encoding")
     add("--import_sample", type=int, default=64, help="rows of it to encode again; -1 = all, keep the right")
     add("--segment_length", type=float, help="not needed: whole files are encoded, for every length")
@@ -90,7 +93,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 import torch
 
 from snac48.audio import AudioError, find_audio, read_audio, resample, resolve_inside
-from snac48.cache import SHARDS, OldCache, check_ours, stamps_in, write_shard
+from snac48.cache import SHARDS, CodeIndex, OldCache, check_ours, row_differs, stamps_in, write_shard
 from snac48.codec import (
     Geometry,
     align_samples,
@@ -103,6 +106,7 @@ from snac48.codec import (
 from snac48.files import sweep_leftovers, temporary, write_json, write_jsonl
 from snac48.proof import ABSENT, NO_STAMP, forget_changed, stamp_of
 from snac48.runlog import RunLog
+from snac48.verify import give_back, report, shared_look, units_of
 from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes, share, share_of_cores
 
 MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
@@ -325,6 +329,56 @@ def summarize(rows: int, seconds: float, skipped: list, log: RunLog, args, geome
         log.say(f"  skipped {n}: {why}")
 
 
+# ---- a look at everything ----
+
+
+def verify(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
+    """Encode every recording of a cache again and compare the codes; returns the exit code."""
+    out, index = Path(args.output_dir), CodeIndex(args.output_dir)
+    if differs := geometry.difference(index.geometry):
+        raise UserError(f"cache {out} was made by another model ({differs}): give it as --pretrained_model")
+    size = share(len(index), 1000)
+    sizes = [min(size, len(index) - first) for first in range(0, len(index), size)]
+    log = RunLog(args.output_dir, "cache.log")
+    work = shared_look(out, index.folder.name.removeprefix("index-"), sizes, log.say)
+    log.say(f"verify: {device}; {len(index)} rows of {out}, recordings in {args.data_dir}")
+    progress = Progress(log, "verify", dict(enumerate(sizes)))
+    try:
+        with contextlib.closing(work), contextlib.ExitStack() as stack:
+            if pool := processes(args.num_workers, "forkserver"):
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            for unit in units_of(work, stop):
+                progress.at(unit)
+                rows = range(unit * size, unit * size + sizes[unit])
+                wrong = wrong_rows(index, rows, model, args, pool, stop, progress)
+                work.commit(unit, {"rows": len(rows), "wrong": wrong})
+    except Stopped:
+        log.say(f"stopped by {stop.signal}: the same command goes on")
+        return EXIT_STOPPED
+    wrong, rows = report(out, work, "cache_codes.py", log)
+    if wrong and (out / "work").is_dir():
+        with contextlib.closing(SharedWork(out, [], None, {}, log.say)) as made:
+            give_back(made, wrong)
+    return EXIT_BAD_INPUT if len(wrong) > args.max_bad_fraction * rows else 0
+
+
+def wrong_rows(index: CodeIndex, rows: range, model, args, pool, stop: StopFlag, progress) -> list[tuple]:
+    """[(path, what, why)] of those rows that are not what encoding their recordings gives. Raises Stopped."""
+    again = argparse.Namespace(**vars(args) | {"min_seconds": 0.0})
+    clips = read(pool, [index.path(row) for row in rows], again, model.sampling_rate, stop)
+    fresh, skipped, _ = encode_unit(model, clips, again, stop, progress)
+    reasons, wrong = {s["file_path"]: s["reason"] for s in skipped}, []
+    for row in rows:
+        path = index.path(row)
+        if path not in fresh:
+            wrong.append((path, "recording", reasons[path]))
+            continue
+        kept = int(index.lengths[row]), index.slice(row, 0, index.coarse(row))
+        if why := row_differs(kept, fresh[path]):
+            wrong.append((path, "codes", why))
+    return wrong
+
+
 # ---- caches of the older schema ----
 
 
@@ -448,7 +502,8 @@ def main(args) -> int:
     if (size := geometry.codebook_size) > 32767:
         raise UserError(f"codebook of {size} entries does not fit the cache's int16 columns")
     fold_weight_norm(model)
-    job = import_cache if args.old else cache
+    job = import_cache if args.old else verify if args.verify else cache
+    code = 0
     for data_dir, output_dir, *old in args.folders:
         place = {
             "data_dir": str(data_dir),
@@ -456,10 +511,11 @@ def main(args) -> int:
             "worker": f"gpu{device.index or 0}",
         }
         place |= {"old": old[0]} if old else {}
-        code = job(model, geometry, device, argparse.Namespace(**vars(args) | place), stop)
-        if code:
-            return code
-    return 0
+        found = job(model, geometry, device, argparse.Namespace(**vars(args) | place), stop)
+        code = max(code, found)
+        if found == EXIT_STOPPED or (found and not args.verify):
+            return found
+    return code
 
 
 def cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:

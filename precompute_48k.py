@@ -5,6 +5,7 @@
     python precompute_48k.py ... --sidon_dir models/sidon     # no network: the same files in a folder
     python precompute_48k.py ... --native_rate 44100          # CD-quality corpora: nothing to restore
     python precompute_48k.py ... --test_mode                  # ten files and a table, before the long run
+    python precompute_48k.py ... --verify                     # look at every target beside its recording
 
 Sources at --native_rate or above are kept (decoded, downmixed, resampled to 48 kHz where the rate differs);
 lower ones go through SIDON: aligned, at the source's level, exactly as long as it, checked one by one.
@@ -17,6 +18,7 @@ but more files were bad than --max_bad_fraction allows (skipped.jsonl names them
 
 import argparse
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -49,6 +51,8 @@ from snac48.places import asked
 from snac48.proof import ABSENT, NO_STAMP, forget_changed, stamp_of
 from snac48.runlog import RunLog
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
+from snac48.targets import manifest_row
+from snac48.verify import give_back, line_of, report, shared_look, units_of
 from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes
 
 UNIT_FILES = 64  # files a claim at most: a killed process loses no more work
@@ -323,6 +327,60 @@ def merge(work: SharedWork, output_dir: Path, min_corr: float) -> dict:
     return summary
 
 
+# ---- a look at everything ----
+
+
+def verify(args, stop: StopFlag) -> int:
+    """Compare every target of a manifest with its recording; returns the exit code."""
+    out, manifest = args.output_dir, args.output_dir / "manifest.jsonl"
+    if not manifest.is_file():
+        raise UserError(f"--verify: {out} has no manifest.jsonl; run the same command without --verify first")
+    with open(manifest, "rb") as f:
+        ends = np.cumsum([0, *map(len, f)])  # of the lines, in bytes
+    sizes = [min(UNIT_FILES, len(ends) - 1 - first) for first in range(0, len(ends) - 1, UNIT_FILES)]
+    log, state = RunLog(out, log_name="precompute.log"), stamp_of(manifest)[2]
+    work = shared_look(out, f"{state:08x}", sizes, log.say)
+    log.say(f"verify: {len(ends) - 1} targets of {out}, recordings in {args.input_dir}")
+    progress = Progress(log, "verify", dict(enumerate(sizes)))
+    try:
+        with contextlib.closing(work), contextlib.ExitStack() as stack:
+            if pool := processes(args.num_workers, "spawn"):
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            for unit in units_of(work, stop):
+                progress.at(unit)
+                rows = manifest_part(manifest, ends, unit * UNIT_FILES, sizes[unit])
+                wrong = compared(pool, rows, args, stop, progress)
+                work.commit(unit, {"rows": sizes[unit], "wrong": wrong})
+    except Stopped:
+        log.say(f"stopped by {stop.signal}: the same command goes on")
+        return EXIT_STOPPED
+    wrong, rows = report(out, work, "precompute_48k.py", log)
+    if wrong and (out / "work").is_dir():
+        with contextlib.closing(SharedWork(out, [], None, {}, log.say)) as made:
+            give_back(made, wrong)
+    return EXIT_BAD_INPUT if len(wrong) > args.max_bad_fraction * rows else 0
+
+
+def manifest_part(manifest: Path, ends, first: int, count: int) -> list[dict]:
+    """manifest_row of `count` lines from line `first` on, which begin at ends[first], bytes."""
+    with open(manifest, "rb") as f:
+        f.seek(int(ends[first]))
+        lines = f.read(int(ends[first + count] - ends[first])).decode().splitlines()
+    return [manifest_row(line, f"{manifest} line {n}") for n, line in enumerate(lines, first + 1)]
+
+
+def compared(pool, rows: list[dict], args, stop: StopFlag, progress: Progress) -> list[tuple]:
+    """[(path, what, why)] of the rows that are wrong. Raises Stopped."""
+    wrong, folders = [], (str(args.input_dir), str(args.output_dir))
+    jobs = ((row["seconds"], (row, *folders)) for row in rows)
+    for seconds, found in in_order(pool, line_of, jobs, 2 * args.num_workers):
+        if stop:
+            raise Stopped
+        progress.add(seconds)
+        wrong += [found] if found else []
+    return wrong
+
+
 # ---- command line ----
 
 
@@ -353,6 +411,8 @@ def parse_args(argv=None):
     # checks
     add("--min_envelope_corr", type=float, default=0.9, help="rows below: faithful false, out of training")
     add("--max_bad_fraction", type=float, default=0.01, help="more bad files: exit code 5, at the end")
+    look = "look at every target beside its recording; exit code 5 beyond --max_bad_fraction"
+    add("--verify", action="store_true", help=look)
     add("--test_mode", action="store_true", help="only the first files that need upsampling, then a table")
     add("--test_samples", type=int, default=10, help="how many files --test_mode takes")
     lowest = {"native_rate": 1, "batch_size": 1, "num_workers": 0, "start_idx": 0, "batch_slack": 0}
@@ -438,7 +498,7 @@ def main(args) -> int:
     stop, code = StopFlag(), 0
     for input_dir, output_dir in args.folders:
         split = argparse.Namespace(**vars(args) | {"input_dir": input_dir, "output_dir": output_dir})
-        found = EXIT_STOPPED if stop else precompute(split, stop)
+        found = EXIT_STOPPED if stop else (verify if args.verify else precompute)(split, stop)
         if found == EXIT_STOPPED:
             return found
         code = max(code, found)

@@ -453,11 +453,16 @@ class OldCache:
         """Why a row is not what encoding its file again gave (fresh, None where it can't be read)."""
         if fresh is None:
             return "the recording can't be read"
-        (length, codes), (samples, anew) = self.row(rel), fresh
-        if abs(length - samples) > 1 or [len(c) for c in codes] != [len(c) for c in anew]:
-            return "audio length is not the recording's"
-        agree = np.mean(np.concatenate(codes) == np.concatenate(anew))
-        return None if agree >= AGREE else "codes of another model or another recording"
+        return row_differs(self.row(rel), fresh)
+
+
+def row_differs(row: tuple, fresh: tuple) -> str | None:
+    """Why a row is not what encoding its recording gives, both (samples, codes of each scale)."""
+    (length, codes), (samples, anew) = row, fresh
+    if abs(length - samples) > 1 or [len(c) for c in codes] != [len(c) for c in anew]:
+        return "audio length is not the recording's"
+    agree = np.mean(np.concatenate(codes) == np.concatenate(anew))
+    return None if agree >= AGREE else "codes of another model or another recording"
 
 
 def check_ours(folder: Path) -> None:

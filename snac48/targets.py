@@ -6,6 +6,7 @@ number of rows.
 
 import hashlib
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -275,25 +276,29 @@ class Targets:
 
 
 def manifest_rows(manifest: Path):
-    """{path, target, kind as an index into KINDS, level, corr, source_stamp, target_stamp} of each line; the
-    stamps are NO_STAMP where an older program noted none. Raises UserError."""
+    """manifest_row of each line. Raises UserError."""
     with open(manifest, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-                kind = KINDS.index(row["kind"] if row.get("faithful", True) else "unfaithful")
-                found = {"path": str(row["path"]), "target": str(row["target"]), "kind": kind}
-                found["corr"] = float(row.get("envelope_corr", 1.0))
-                found |= {"level": float(row.get("level", 1.0)), "lag": float(row.get("lag_samples", 0.0))}
-                if not LEVELS[0] <= found["level"] <= LEVELS[1]:
-                    raise ValueError(f"level {found['level']:g}, which lies between 0 and 1")
-                for name in ("source_stamp", "target_stamp"):
-                    if name in row and not is_stamp(row[name]):
-                        raise ValueError(f"{name} {row[name]}")
-                    found[name] = tuple(row.get(name, NO_STAMP))
-                yield found
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise UserError(
-                    f"{manifest} line {number} is not a manifest row ({e}); run "
-                    "precompute_48k.py again to rewrite it"
-                ) from None
+            yield manifest_row(line, f"{manifest} line {number}")
+
+
+def manifest_row(line: str, where: str) -> dict:
+    """{path, target, kind as an index into KINDS, level, corr, lag, seconds, source_stamp, target_stamp} of a
+    line; the stamps are NO_STAMP where an older program noted none. Raises UserError, naming `where`."""
+    try:
+        row = json.loads(line)
+        kind = KINDS.index(row["kind"] if row.get("faithful", True) else "unfaithful")
+        found = {"path": str(row["path"]), "target": str(row["target"]), "kind": kind}
+        numbers = {"level": "level", "corr": "envelope_corr", "lag": "lag_samples", "seconds": "seconds"}
+        normal = {"level": 1.0, "corr": 1.0, "lag": 0.0, "seconds": math.inf}
+        found |= {name: float(row.get(key, normal[name])) for name, key in numbers.items()}
+        if not LEVELS[0] <= found["level"] <= LEVELS[1]:
+            raise ValueError(f"level {found['level']:g}, which lies between 0 and 1")
+        for name in ("source_stamp", "target_stamp"):
+            if name in row and not is_stamp(row[name]):
+                raise ValueError(f"{name} {row[name]}")
+            found[name] = tuple(row.get(name, NO_STAMP))
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        todo = "run precompute_48k.py again to rewrite it"
+        raise UserError(f"{where} is not a manifest row ({e}); {todo}") from None
