@@ -91,7 +91,7 @@ class CodeIndex:
         self.stamps = Records(self.folder / "stamps.rec", STAMP)
 
     def __getstate__(self):  # spawned workers open the files themselves
-        return {"folder": self.folder, "cache_dir": self.cache_dir, "info": self.info}
+        return {"folder": self.folder, "cache_dir": self.cache_dir, "info": self.info, "told": []}
 
     def __setstate__(self, state):
         self.__dict__.update(state)

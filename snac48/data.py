@@ -41,7 +41,7 @@ from .targets import KINDS, REFUSED, Originals, PathBlob, Targets
 # 12 dB over full scale: nobody speaks so. Lossy codecs decode to 1.6 at most; integers stored as floats and
 # broken recordings are louder, and one in 30 steps keeps Adam's second moments off for all other weights.
 MAX_PEAK = 4.0
-CHANGED = "a recording that is gone or has changed since it was encoded"
+CHANGED_RECORDING = "a recording that is gone or has changed since it was encoded"
 HALVED = "48k"  # the head whose audio, where it is the recording itself, the 24 kHz audio is made of
 
 
@@ -88,15 +88,18 @@ class SliceDataset:
         max_bad_fraction: float,
         kind="",
         index: CodeIndex | None = None,
+        recordings: str = "",
     ) -> None:
         """Set `targets`, those in `folder` if it is given, and `rows`, int64: at most `limit` of the n rows
         that have a (faithful) one; the others are counted in `left_out`. Raises UserError where more than
         max_bad_fraction have none, or not what was recorded of them, or where no row of `name`, the data, is
-        left. index: of the cache that the rows are of."""
+        left. index: of the cache that the rows are of; recordings: where they lie, if they are no cache's."""
         self.targets, keep = None, np.ones(n, bool)
         if folder:
-            known = index and {"index_folder": index.folder, "seconds": index.seconds, "stamps": index.stamps}
-            self.targets = Targets(str(folder), self.path, n, kind=kind, **known or {})
+            known = {"recordings": recordings}
+            if index:
+                known = {"index_folder": index.folder, "seconds": index.seconds, "stamps": index.stamps}
+            self.targets = Targets(str(folder), self.path, n, kind=kind, **known)
             kinds = self.targets.kinds
             unfaithful = kinds == KINDS.index("unfaithful")
             refused = {what: np.flatnonzero(kinds == KINDS.index(k)) for k, what in REFUSED.items()}
@@ -109,6 +112,12 @@ class SliceDataset:
         if not len(self.rows):
             left_out = f": {self.left_out}" if self.left_out else ""
             raise UserError(f"nothing in {name} can be used{left_out}")
+
+    @property
+    def told(self) -> list[str]:
+        """Lines on what was damaged beside the data and is made again."""
+        parts = (getattr(self, name, None) for name in ("index", "targets", "originals"))
+        return [line for part in parts if part for line in part.told]
 
     def refuse(self, refused: dict, where: str, n: int, max_bad_fraction: float) -> None:
         """Count {what they have: rows} in `left_out`, by the first one's name. Raises UserError where they
@@ -247,7 +256,9 @@ class CachedCodesDataset(SliceDataset):
             place = self.audio_24k_dir, self.index.path, wanted, self.index.folder
             self.originals = Originals(*place, stamps)
             changed = self.originals.changed
-            self.refuse({CHANGED: changed}, f"originals folder {self.audio_24k_dir}", n, max_bad_fraction)
+            self.refuse(
+                {CHANGED_RECORDING: changed}, f"originals folder {self.audio_24k_dir}", n, max_bad_fraction
+            )
             self.rows = self.rows[~np.isin(self.rows, changed)]
             if not len(self.rows):
                 raise UserError(f"nothing in {cache_dir} can be used: {self.left_out}")
@@ -344,7 +355,14 @@ class RawAudioDataset(SliceDataset):
             raise UserError("--audio_48k_dir goes with one --data_dir")
         name = ", ".join(map(str, data_dirs))
         self.choose_rows(
-            name, len(found), limit, folder, include_unfaithful, max_bad_fraction, kind=target_kind
+            name,
+            len(found),
+            limit,
+            folder,
+            include_unfaithful,
+            max_bad_fraction,
+            target_kind,
+            recordings=str(data_dirs[0]),
         )
 
     def path(self, row: int) -> str:

@@ -169,6 +169,14 @@ def json_crc(info: dict) -> int:
     return zlib.crc32(json.dumps(info, sort_keys=True).encode())
 
 
+def kept_table(table: Path, told: list[str]) -> dict | None:
+    """read_proof of the JSON beside a table; `told` gets a line where there is a table without its proof."""
+    info = read_proof(table.with_suffix(".json"))
+    if info is None and table.exists():
+        told.append(f"table {table} was not as it was written: it is made again")
+    return info
+
+
 def read_proof(path: Path, at_most: int = 1 << 62) -> dict | None:
     """What write_proof was given; None where anything about it or its files is not as it was written.
     at_most: files of more bytes are only asked for their length."""

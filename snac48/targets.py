@@ -18,12 +18,13 @@ from .cli import UserError
 from .files import Records, atomic_file
 from .proof import (
     AT_ONCE,
+    CHANGED,
     NO_STAMP,
     READERS,
     SAME,
     STAMP,
     is_stamp,
-    read_proof,
+    kept_table,
     same_times,
     states_of,
     write_proof,
@@ -86,15 +87,14 @@ def keep_as_recorded(folder: Path, headers, stamps, path) -> np.ndarray:
 class Originals:
     """The recordings that 24 kHz audio is read from, with their headers: HEADER [rows], noted for the rows
     `wanted`, bool [rows]. path: row -> path below `folder`. stamps: STAMP [rows] as the cache noted them, if
-    these are the files that it was made of. changed: rows whose recording is another one now."""
+    these are the files that it was made of. changed: rows whose recording is another one now. told: lines."""
 
     def __init__(self, folder: str, path, wanted, index_folder: Path, stamps=None):
-        self.folder, self.path, self.allowed = Path(folder), path, link_roots(folder)
+        self.folder, self.path, self.allowed, self.told = Path(folder), path, link_roots(folder), []
         what = np.packbits(wanted).tobytes() + bytes(self.folder.resolve()) + str(stamps is None).encode()
         table = index_folder / f"headers-{hashlib.sha256(what).hexdigest()[:16]}.rows"
-        proof, n = table.with_suffix(".json"), len(wanted)
-        if (known := read_proof(proof)) is None:
-            rows, headers = np.flatnonzero(wanted), np.full(n, np.array(UNKNOWN, HEADER))
+        if (known := kept_table(table, self.told)) is None or known.keys() != {"changed"}:
+            rows, headers = np.flatnonzero(wanted), np.full(len(wanted), np.array(UNKNOWN, HEADER))
             there, _ = note_headers(self.folder, map(path, rows.tolist()))
             asked = (
                 np.full(len(rows), np.array(NO_STAMP, STAMP)) if stamps is None else np.asarray(stamps)[rows]
@@ -104,8 +104,8 @@ class Originals:
             with atomic_file(table) as f:
                 headers.tofile(f)
             known = {"changed": rows[changed].tolist()}
-            write_proof(proof, known, [table.name])
-        self.headers = Records(table, HEADER, 0, n, mapped=True)
+            write_proof(table.with_suffix(".json"), known, [table.name])
+        self.headers = Records(table, HEADER, 0, len(wanted), mapped=True)
         self.changed = np.array(known["changed"], np.int64)
 
     def read(self, out, row: int, start: int, rate: int, need: int) -> bool:
@@ -135,7 +135,8 @@ class Targets:
     `index_folder`, if given, until the manifest changes; without a manifest it is made anew while files are
     missing. Rows whose file is not what it should be get a kind of REFUSED.
     path: row -> path of the source, for rows 0 to n - 1. seconds: [n] of the sources, where they are known;
-    stamps: likewise, STAMP [n], as they were encoded.
+    stamps: likewise, STAMP [n], as they were encoded; recordings: where the sources lie, if they are to be
+    looked at instead. told: lines on tables that were damaged.
     """
 
     def __init__(
@@ -147,8 +148,9 @@ class Targets:
         kind: str = "",
         seconds=None,
         stamps=None,
+        recordings: str = "",
     ):
-        self.folder, self.n, table = Path(folder), n, None
+        self.folder, self.n, self.told, table = Path(folder), n, [], None
         if not self.folder.is_dir():
             raise UserError(f"48 kHz folder {folder} does not exist; make it with precompute_48k.py")
         self.allowed = link_roots(folder)
@@ -164,11 +166,10 @@ class Targets:
             what = f"{manifest.resolve()} {stat.st_size} {stat.st_mtime_ns}" if listed else kind
             key = hashlib.sha256(f"v3 {self.folder.resolve()} {what}".encode()).hexdigest()[:16]
             table = index_folder / f"targets-{key}.rows"
-            whole = read_proof(table.with_suffix(".json")) is not None
-            if whole and (self._open(table) or listed):
+            if kept_table(table, self.told) is not None and (self._open(table) or listed):
                 return
         self.rows, self.blob = (
-            self._by_manifest(path, manifest, stamps) if listed else self._by_name(path, kind)
+            self._by_manifest(path, manifest, stamps, recordings) if listed else self._by_name(path, kind)
         )
         if seconds is not None:
             self._compare_lengths(np.asarray(seconds))
@@ -188,9 +189,9 @@ class Targets:
         self.blob = Records(table, np.uint8, self.n * (1 + TARGET.itemsize))
         return bool(self.kinds.all())
 
-    def _by_manifest(self, path, manifest: Path, encoded) -> tuple:
+    def _by_manifest(self, path, manifest: Path, encoded, recordings: str) -> tuple:
         """(TARGET [n], blob). Rows are found by the hash of their path: no Python object a row is kept.
-        encoded: STAMP [n] of the sources when they were encoded, or None."""
+        encoded, recordings: as for __init__, `stamps` and itself."""
         hashes = np.fromiter((hash(path(r)) for r in range(self.n)), np.int64, self.n)
         order = np.argsort(hashes)
         hashes, rows, blob = hashes[order], np.zeros(self.n, TARGET), bytearray()
@@ -222,7 +223,10 @@ class Targets:
             encoded = np.asarray(encoded)
             older = (encoded["size"] >= 0) & (sources["size"] >= 0)
             older &= (encoded["size"] != sources["size"]) | (encoded["crc"] != sources["crc"])
-            rows["kind"][older] = KINDS.index("older")
+            rows["kind"][older & (rows["kind"] > 0)] = KINDS.index("older")
+        if recordings:
+            states = states_of(recordings, map(path, range(self.n)), sources, link_roots(recordings))
+            rows["kind"][(states == CHANGED) & (rows["kind"] > 0)] = KINDS.index("older")
         rows["kind"][named[~there]] = KINDS.index("missing")
         return rows, self.blob
 

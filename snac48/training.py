@@ -211,7 +211,7 @@ def prove_data(run: Run, snac, step: int) -> None:
     n, rank = run.args.verify_rows, run.ranks.rank
     for which, data in (("training", run.data), ("validation", run.val)):
         index = getattr(data, "index", None)
-        run.told += index.told if index else []
+        run.told += data.told
         if not (index or data.targets):
             continue  # recordings as they are: nothing is derived from them
         if index and (np.asarray(index.stamps[0:1])["size"] < 0).all():
