@@ -415,31 +415,33 @@ def again_cases() -> list[Case]:
     found = []
     change = lambda place, rng: rewrite(place.audio / place.name(3), other)
     both = made_again("precompute", "cache")
-    found += [
-        case("again", "a recording was replaced", "1 recordings have changed, first s1/utt3.*(.|\n)*10 rows proven",
-             change, both),
-        case("again", "a recording was replaced, codes alone", "another recording than", change,
-             made_again("cache")),
-        case("again", "a recording was replaced, targets alone", "changed since it was encoded|another recording",
-             change, made_again("precompute")),
-        case("again", "a shard was deleted", "1 files of ours are gone(.|\n)*10 rows proven",
-             lambda place, rng: next(place.codes.glob("*.parquet")).unlink(), both),
-        case("again", "a shard was cut", "files of ours are gone or not as written(.|\n)*10 rows proven",
-             lambda place, rng: cut(next(place.codes.glob("*.parquet"))), both),
-        case("again", "a target was deleted", "1 files of ours are gone or not(.|\n)*10 rows proven",
-             lambda place, rng: (place.targets / place.name(2)).unlink(), both),
-        case("again", "a target was replaced", "1 files of ours are gone or not(.|\n)*10 rows proven",
-             lambda place, rng: rewrite(place.targets / place.name(2), other), both),
-        case("again", "two targets were swapped", "2 files of ours are gone or not(.|\n)*10 rows proven",
-             lambda place, rng: exchange(place.targets, place.name(0), place.name(1)), both),
-        case("again", "a result in work/ was cut", "files of ours are gone or not(.|\n)*10 rows proven",
-             lambda place, rng: [cut(next((d / "work").glob("unit_*.json")))
-                                 for d in (place.codes, place.targets)], both),
-        case("again", "only the times have changed", "10 rows proven",
-             lambda place, rng: [os.utime(p) for p in place.root.rglob("*.wav")], both),
-        case("again", "all recordings are other ones", "10 recordings have changed(.|\n)*10 rows proven",
-             lambda place, rng: [rewrite(place.audio / place.name(r), other) for r in range(ROWS)], both),
-    ]  # fmt: skip
+    replaced, lost, proven = (
+        "1 recordings have changed, first s1/utt3",
+        "of ours are gone or not",
+        "10 rows proven",
+    )
+    then = lambda first: f"{first}(.|\n)*{proven}"
+    for what, words, do, after in [
+        ("a recording was replaced", then(replaced), change, both),
+        ("a recording was replaced, codes alone", "another recording than", change, made_again("cache")),
+        ("a recording was replaced, targets alone", "since it was encoded|another recording", change,
+         made_again("precompute")),
+        ("a shard was deleted", then(f"1 files {lost}"), lambda p, rng: shard_of(p).unlink(), both),
+        ("a shard was cut", then(f"1 files {lost}"), lambda p, rng: cut(shard_of(p)), both),
+        ("a target was deleted", then(f"1 files {lost}"),
+         lambda p, rng: (p.targets / p.name(2)).unlink(), both),
+        ("a target was replaced", then(f"1 files {lost}"),
+         lambda p, rng: rewrite(p.targets / p.name(2), other), both),
+        ("two targets were swapped", then(f"2 files {lost}"),
+         lambda p, rng: exchange(p.targets, p.name(0), p.name(1)), both),
+        ("a result in work/ was cut", then(lost),
+         lambda p, rng: [cut(next((d / "work").glob("unit_*.json"))) for d in (p.codes, p.targets)], both),
+        ("only the times have changed", proven,
+         lambda p, rng: [os.utime(f) for f in p.root.rglob("*.wav")], both),
+        ("all recordings are other ones", then("10 recordings have changed"),
+         lambda p, rng: [rewrite(p.audio / p.name(r), other) for r in range(ROWS)], both),
+    ]:  # fmt: skip
+        found.append(case("again", what, words, do, after))
 
     def mp3_then_wav(place: Place):
         x = voice(1.2, 48000, 5)
@@ -453,24 +455,21 @@ def again_cases() -> list[Case]:
 
     nothing = lambda place, rng: None
     words = f"{ROWS + 2} rows proven"
-    found.append(case("again", "a.wav comes after a.flac", words, nothing, mp3_then_wav, user="codes/work"))
+    found.append(case("again", "a.wav comes after a.flac", words, nothing, mp3_then_wav, user="none"))
 
     def verified(place: Place):
-        codes = (
-            place.cache("--verify", "--max_bad_fraction", 1),
-            place.precompute("--verify", "--max_bad_fraction", 1),
-        )
-        assert codes == (0, 0)
+        allowed = "--verify", "--max_bad_fraction", 1
+        assert (place.cache(*allowed), place.precompute(*allowed)) == (0, 0)
         return ""
 
     swap = lambda place, rng: exchange(place.targets, place.name(0), place.name(1))
     for stamps in (True, False):
         found += [
-            case("verify", f"swapped targets, {stamps}", "wrong: s0/utt0.wav .target(.|\n)*2 are wrong", swap,
-                 verified, stamps=stamps),
+            case("verify", f"swapped targets, {stamps}", "wrong: s0/utt0.wav .target(.|\n)*2 are wrong",
+                 swap, verified, stamps=stamps),
             case("verify", f"a replaced recording, {stamps}",
-                 "wrong: s1/utt3.wav .(codes|recording)(.|\n)*1 are wrong(.|\n)*1 are wrong", change, verified,
-                 stamps=stamps),
+                 "wrong: s1/utt3.wav .(codes|recording)(.|\n)*1 are wrong(.|\n)*1 are wrong", change,
+                 verified, stamps=stamps),
             case("verify", f"nothing is wrong, {stamps}", "0 are wrong(.|\n)*0 are wrong", nothing, verified,
                  stamps=stamps),
         ]  # fmt: skip
@@ -484,7 +483,8 @@ def again_cases() -> list[Case]:
     for stamps in (True, False):
         words = "another recording|target:"
         found += [
-            case("raw audio", f"swapped targets, {stamps}", "48 kHz target|target:", swap, raw, stamps=stamps),
+            case("raw audio", f"swapped targets, {stamps}", "48 kHz target|target:", swap, raw,
+                 stamps=stamps),
             case("raw audio", f"a replaced recording, {stamps}", words, change, raw, stamps=stamps),
             case("raw audio", f"nothing is wrong, {stamps}", "10 rows proven, 10 targets", nothing, raw,
                  stamps=stamps),
@@ -504,11 +504,15 @@ def again_cases() -> list[Case]:
     found += [
         case("no manifest", "swapped, restored", "target:", without_manifest(swap), restored),
         case("no manifest", "late, restored", "target:", without_manifest(late), restored),
-        case("no manifest", "nothing is wrong, restored", "10 rows proven", without_manifest(nothing), restored),
+        case("no manifest", "nothing is wrong, restored", proven, without_manifest(nothing), restored),
         case("no manifest", "swapped, recordings", "target:", without_manifest(swap),
              lambda place: place.look(target_kind="recordings")),
     ]  # fmt: skip
     return found
+
+
+def shard_of(place: Place) -> Path:
+    return next(place.codes.glob("*.parquet"))
 
 
 def cut(path: Path) -> None:
