@@ -221,8 +221,7 @@ def prove_data(run: Run, snac, step: int) -> None:
         if n == 0:
             run.told.append(f"--verify_rows 0: nobody has looked at the {which} rows")
             continue
-        draw, began = np.random.default_rng([run.args.seed, step]), time.time()
-        rows = np.sort(draw.choice(data.rows, min(n, len(data)), replace=False))[rank :: run.ranks.world]
+        rows, began = verify.draw(data.rows, n, run.args.seed, step)[rank :: run.ranks.world], time.time()
         how = codec.align_samples(snac), codec.encode_context(snac), run.device, step
         looked = verify.prove(data, rows, snac.to(run.device), *how)
         snac.to("cpu")

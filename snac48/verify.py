@@ -303,10 +303,16 @@ class Prover:
         return ("target", why) if why else None
 
 
+def draw(rows, n: int, seed: int, step: int):
+    """At most n of the rows, sorted: others for another step."""
+    chosen = np.random.default_rng([seed, step]).choice(rows, min(n, len(rows)), replace=False)
+    return np.sort(chosen)
+
+
 def prove(data, rows, snac, align: int, context: int, device, seed: int) -> Looked:
     """Look at these rows of a dataset, int [n]; seed: decides where in them. snac made their codes."""
-    looked, draw = Looked(len(rows)), np.random.default_rng(seed)
-    prover, places = Prover(data, align, context), draw.random(len(rows)).tolist()
+    looked, places = Looked(len(rows)), np.random.default_rng(seed).random(len(rows)).tolist()
+    prover = Prover(data, align, context)
     with ThreadPoolExecutor(READERS) as readers:
         seen = list(readers.map(prover.look, map(int, rows), places))
     if prover.index:
