@@ -256,7 +256,9 @@ class Prover:
     def look_at_codes(self, seen: Seen, at: float) -> tuple | None:
         index, row, rel = self.index, seen.row, self.data.path(seen.row)
         encoded, given = Path(index.data_dir), Path(self.data.audio_24k_dir)
-        there = [f for f in dict.fromkeys((encoded, given)) if index.data_dir and (f / rel).exists()]
+        folders = dict.fromkeys(Path(f) for f in (index.data_dir, self.data.audio_24k_dir) if f)
+        there = [f for f in folders if (f / rel).exists()]
+        seconds = float(index.lengths[row] / index.geometry.sampling_rate)
         if not there and self.data.originals is not None and not self.data.halved(row):
             return "recording", "it is gone"
         source = self.sound(there[0], rel) if there else None
@@ -265,10 +267,10 @@ class Prover:
             return "recording", "it has changed since it was encoded"
         if source is None:  # the target is the recording: rounded to 16 bits it has nearly the same codes
             source, seen.least = self.target(row), 0.5
-        elif found := self.look_at_target(seen, at, source, float(index.seconds[row])):
+        elif found := self.look_at_target(seen, at, source, seconds):
             return found
         if there and source.folder != given and not self.data.halved(row):
-            why = pair_fault(source, self.sound(given, rel), float(index.seconds[row]), at, true=True)
+            why = pair_fault(source, self.sound(given, rel), seconds, at, true=True)
             if why:
                 return "recording", f"that in --audio_24k_dir: {why}"
         return self.choose_span(seen, at, source)

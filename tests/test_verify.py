@@ -107,7 +107,7 @@ def test_a_training_says_that_its_data_is_proven_or_ends_by_name(
     folder = shutil.copytree(targets_dir, tmp_path / "targets")
     name, times = folder / "a" / "utt03.wav", os.stat(targets_dir / "a" / "utt03.wav")
     rewrite(name, CHANGES["shifted by 300 ms"])
-    os.utime(name, ns=(0, times.st_mtime_ns))  # size and time are as recorded: the look alone finds it
+    os.utime(name, ns=(0, times.st_mtime_ns))  # size and time as recorded: the look finds it
     with pytest.raises(UserError, match=r"1 of 14 rows looked at .*utt03\.mp3 \(target: it has") as e:
         training(cache_dir, folder, snac_dir, tmp_path / "c")
     assert e.value.code == 5 and "run precompute_48k.py again" in str(e.value)
@@ -115,7 +115,7 @@ def test_a_training_says_that_its_data_is_proven_or_ends_by_name(
 
 
 def test_rows_drawn_and_rows_looked_at(cache_dir, targets_dir, snac, tmp_path):
-    """2 % of wrong targets end about 73 % of the trainings that look at 64 rows, and clean data none: the look
+    """2 % of wrong targets end about 73 % of trainings that look at 64 rows, clean data ends none: the look
     itself finds each wrong row and no other one, the draw has one among its rows as chance says."""
     folder = shutil.copytree(targets_dir, tmp_path / "targets")
     rows = [json.loads(line) for line in open(folder / "manifest.jsonl")]
