@@ -353,6 +353,7 @@ def verify(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
                 wrong = wrong_rows(index, rows, model, args, pool, stop, progress)
                 work.commit(unit, {"rows": len(rows), "wrong": wrong})
     except Stopped:
+        work.release()
         log.say(f"stopped by {stop.signal}: the same command goes on")
         return EXIT_STOPPED
     wrong, rows = report(out, work, "cache_codes.py", log)

@@ -46,7 +46,7 @@ from snac48.cli import (
     read_flags,
     stop_at_once,
 )
-from snac48.files import sweep_leftovers, write_json, write_jsonl
+from snac48.files import read_json, sweep_leftovers, write_json, write_jsonl
 from snac48.places import asked
 from snac48.proof import ABSENT, NO_STAMP, forget_changed, stamp_of
 from snac48.runlog import RunLog
@@ -352,6 +352,7 @@ def verify(args, stop: StopFlag) -> int:
                 wrong = compared(pool, rows, args, stop, progress)
                 work.commit(unit, {"rows": sizes[unit], "wrong": wrong})
     except Stopped:
+        work.release()
         log.say(f"stopped by {stop.signal}: the same command goes on")
         return EXIT_STOPPED
     wrong, rows = report(out, work, "precompute_48k.py", log)
@@ -448,7 +449,11 @@ def choose_files(args, files: list[str]) -> list[str]:
 def names_of(files: list[str], work: SharedWork) -> dict[str, str]:
     """target_names of the files, where a recording whose target is made keeps that name: one that came later
     takes no other's place."""
-    made = [(row["path"], row["target"]) for result in work.results() for row in result["rows"]]
+    made = []
+    for unit in set(range(len(work.units))).difference(work.unfinished()):
+        with contextlib.suppress(UserError, KeyError, TypeError):  # a damaged result: forget_changed tells
+            rows = read_json(work.result_path(unit))["rows"]
+            made += [(row["path"], row["target"]) for row in rows]
     held = collections.Counter(target.lower() for _, target in made)
     given = {rel: target for rel, target in made if held[target.lower()] == 1}
     return target_names(files, given)

@@ -23,6 +23,8 @@ from snac48.verify import target_fault
 
 def all_pass(x, rate):
     """The same envelope, another phase: what a restorer's target is beside its recording."""
+    if not x.any():
+        return x
     n, rng = rate // 400, np.random.default_rng(3)
     h = np.fft.irfft(np.exp(1j * rng.uniform(-np.pi, np.pi, n // 2 + 1)), n)
     y = np.convolve(x, np.roll(h, n // 2))[n // 2 :][: len(x)]
@@ -40,8 +42,8 @@ def test_a_target_is_the_recording_s_or_it_is_said_what_is_wrong(rate, true):
     }
     for name in ("other audio of the same length", "shifted by 300 ms", "noise", "backwards"):
         assert "is not the recording's (correlation" in said[name]
-    assert said["silenced"] == "it is silent" and "too late" in said["shifted by 30 ms"]
-    assert "5.0 ms too early" in said["shifted by 5 ms"] or not true
+    assert said["silenced"] == "it is silent" and "ms too early" in said["shifted by 5 ms"]
+    assert "30.0 ms too late" in said["shifted by 30 ms"] or not true
     assert "-6.0 dB" in said["half as loud"] and "+6.0 dB" in said["twice as loud"]
     assert (
         "speaks where" in target_fault(0 * x, x, rate, true)
