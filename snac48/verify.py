@@ -267,13 +267,14 @@ class Prover:
             return "recording", "it has changed since it was encoded"
         if source is None:  # the target is the recording: rounded to 16 bits it has nearly the same codes
             source, seen.least = self.target(row), 0.5
-        elif found := self.look_at_target(seen, at, source, seconds):
-            return found
+        else:
+            seen.wrong = self.look_at_target(seen, at, source, seconds)
         if there and source.folder != given and not self.data.halved(row):
             why = pair_fault(source, self.sound(given, rel), seconds, at, true=True)
             if why:
                 return "recording", f"that in --audio_24k_dir: {why}"
-        return self.choose_span(seen, at, source)
+        self.choose_span(seen, at, source)
+        return seen.wrong
 
     def choose_span(self, seen: Seen, at: float, source: Sound) -> None:
         """The part of the recording whose codes are compared, with what the encoder sees beside it."""
@@ -318,7 +319,7 @@ def prove(data, rows, snac, align: int, context: int, device, seed: int) -> Look
     with ThreadPoolExecutor(READERS) as readers:
         seen = list(readers.map(prover.look, map(int, rows), places))
     if prover.index:
-        encode_seen(data, [s for s in seen if not s.wrong], snac, device, looked)
+        encode_seen(data, [s for s in seen if s.span], snac, device, looked)
     looked.targets = sum(s.target for s in seen)
     looked.wrong = [(data.path(s.row), *s.wrong) for s in seen if s.wrong]
     return looked
@@ -347,7 +348,9 @@ def encode_seen(data, seen: list[Seen], snac, device, looked: Looked) -> None:
             equal = sum(int((c[b, : len(k)] == k).sum()) for c, k in zip(codes, kept))
             count = sum(map(len, kept))
             if equal < s.least * count:
-                s.wrong = "codes", f"encoded again, {100 * equal / count:.0f} % of its codes are these"
+                why = f"encoded again, {100 * equal / count:.0f} % of its codes are these"
+                neither = ("recording", f"{why}, and its target: {s.wrong[1]}") if s.wrong else None
+                s.wrong = neither or ("codes", why)
             elif s.least == ROW_AGREES:
                 looked.codes, looked.equal = looked.codes + count, looked.equal + equal
 
