@@ -95,6 +95,13 @@ class Sound:
                 info = sf.info(f)
                 return info.frames / info.samplerate, info.samplerate
 
+    def rate_if_long(self, seconds: float) -> int:
+        """Its rate. Raises AudioError where it does not last so long (an mp3 only estimates it)."""
+        said, rate = self.measure()
+        if abs(said - seconds) > LENGTH_S and not self.rel.lower().endswith(".mp3"):
+            raise AudioError(f"it lasts {said:.3f} s, and {seconds:.3f} s as it was")
+        return rate
+
     def read(self, first: int, count: int, rate: int):
         """Samples [first, first + count) at `rate`: float32. Raises AudioError."""
         out = np.empty(count, np.float32)
@@ -104,11 +111,9 @@ class Sound:
 
 def pair_fault(source: Sound, target: Sound, seconds: float, at: float, **how) -> str | None:
     """target_fault of two files, of at most WINDOW_S, which begin at the share `at` of what is left; or that
-    they differ in length. seconds: of the source (infinite: as its header says). level: what the target was
-    scaled by. true, corr, lag: as for target_fault. Raises AudioError for a source that can't be read."""
-    level = how.pop("level", 1.0)
-    said, rate = source.measure()
-    rate, seconds = min(rate, BAND_RATE), said if math.isinf(seconds) else seconds
+    they differ in length. seconds: of the source. level: what the target was scaled by. true, corr, lag: as
+    for target_fault. Raises AudioError for a source that can't be read, or is not so long."""
+    level, rate = how.pop("level", 1.0), min(source.rate_if_long(seconds), BAND_RATE)
     count = round(min(seconds, WINDOW_S) * rate)
     first = int(at * max(0, round(seconds * rate) - count))
     original = source.read(first, count, rate)
@@ -139,8 +144,9 @@ def line_of(row: dict, source_dir: str, target_dir: str) -> tuple | None:
     kind = KINDS[row["kind"]]
     how = {"true": kind != "sidon", "corr": row["corr"], "lag": row["lag"], "level": row["level"]}
     try:
-        for at in (0.0,) if row["seconds"] <= WINDOW_S else (0.0, 0.5, 1.0):
-            why = kind != "unfaithful" and pair_fault(source, target, row["seconds"], at, **how)
+        seconds = source.measure()[0] if math.isinf(row["seconds"]) else row["seconds"]
+        for at in (0.0,) if seconds <= WINDOW_S else (0.0, 0.5, 1.0):
+            why = kind != "unfaithful" and pair_fault(source, target, seconds, at, **how)
             if why:
                 return row["path"], "target", why
     except AudioError as e:
@@ -279,6 +285,7 @@ class Prover:
     def choose_span(self, seen: Seen, at: float, source: Sound) -> None:
         """The part of the recording whose codes are compared, with what the encoder sees beside it."""
         g, found = self.data.geometry, self.data.open(seen.row)
+        source.rate_if_long(found["samples"] / g.sampling_rate)
         seen.take = min(found["coarse"], g.coarse_len(CODES_S))
         seen.start, n = int(at * (found["coarse"] - seen.take)), g.coarse_samples
         up = lambda samples: -(-samples // self.align) * self.align
