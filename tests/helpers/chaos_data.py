@@ -195,7 +195,7 @@ def audio_cases() -> list[Case]:
             do = lambda place, rng, rate=rate: [
                 header_rate(place.targets / place.name(2 * int(rng.integers(4))), rate) for _ in range(2)
             ]
-            name, said = f"a target whose header says {rate} Hz, {stamps}", "48 kHz target|another length"
+            name, said = f"a target whose header says {rate} Hz, {stamps}", "48 kHz target|target:"
             found.append(case("wrong audio", name, said, do, stamps=stamps, user="targets"))
 
     def next_one(place, rng, folder="targets"):
