@@ -191,5 +191,5 @@ def read_proof(path: Path, at_most: int = 1 << 62) -> dict | None:
             if wanted["bytes"] <= at_most and checksums(file)[1] != wanted["crc32"]:
                 return None
         return info
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
