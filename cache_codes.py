@@ -45,7 +45,7 @@ from snac48.cli import (
     read_flags,
     stop_at_once,
 )
-from snac48.places import asked, data_root, imports
+from snac48.places import asked, check_place, data_root, imports
 
 
 def parse_args(argv=None):
@@ -70,19 +70,17 @@ def parse_args(argv=None):
     add("--import", dest="old", metavar="OLD", help="a cache of the older schema, instead of encoding")
     add("--import_sample", type=int, default=64, help="rows of it to encode again; -1 = all, keep the right")
     add("--segment_length", type=float, help="not needed: whole files are encoded, for every length")
-    args = read_flags(p, argv, min_seconds=0, max_bad_fraction=0)
-    for name, low in {"rows_per_file": 1, "batch_size": 1, "num_workers": 0}.items():
-        if (value := getattr(args, name)) is not None and value < low:
-            p.error(f"--{name} must be at least {low}, not {value}")
+    args = read_flags(p, argv)
     flags = "--data_dir and --output_dir"
     if args.old:
         root = data_root(args.data_root)
         args.folders = imports(Path(args.old), args.data_dir, args.output_dir, root)
     else:
         args.folders = asked(args.data_dir, args.output_dir, flags, args.data_root, "codes")
-    for data_dir, *_ in args.folders:
+    for data_dir, output_dir, *_ in args.folders:
         if not data_dir.is_dir():
             raise UserError(f"audio folder {data_dir} does not exist")
+        check_place(output_dir, "--output_dir")
     return args
 
 

@@ -29,12 +29,14 @@ their own 24 kHz), comb (lines of the envelope at multiples of the frame rate), 
 
 import argparse
 import csv
+import os
 import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from snac48.cli import EXIT_STOPPED, StopFlag, UserError, guarded, main_guard, pick_device, read_flags, warn
+from snac48.places import check_free, check_place
 
 
 def parse_args(argv=None):
@@ -56,12 +58,26 @@ def parse_args(argv=None):
     add("--output", default="evaluation_results.json", help="the numbers; tables and picture lie beside them")
     add("--samples_dir", default="comparison_samples", help="where the wavs and the listening page go")
     add("--max_samples_saved", type=int, default=20, help="clips to listen to (-1 = all)")
+    add("--overwrite", action="store_true", help="replace files there that are not of an evaluation")
     add("--visqol", action="store_true", help="also ViSQOL (requirements-evaluate.txt; about 1 s a clip)")
     add("--pitch", action="store_true", help="also F0, voicing, harmonics (requirements-evaluate.txt)")
-    args = read_flags(p, argv, segment_length=0, min_rate=0, seed=0)
+    args = read_flags(p, argv)
     if args.audio_48k_dir and len(args.audio_48k_dir) != len(args.data_dirs):
         p.error("--audio_48k_dir takes one folder for each of --data_dirs, in the same order")
+    check_outputs(args)
     return args
+
+
+def check_outputs(args) -> None:
+    """Raises UserError for places that can't be written, and for files that are no older evaluation's."""
+    out, samples = Path(args.output), Path(args.samples_dir)
+    check_place(samples, "--samples_dir", [*args.data_dirs, *args.audio_48k_dir])
+    ours = os.path.isfile(out) and '"level_policy"' in out.read_text(encoding="utf-8", errors="replace")
+    results = [out, *(out.with_suffix(suffix) for suffix in (".md", ".csv", ".png"))]
+    check_free(results, args.checkpoint, args.overwrite or ours, "--output")
+    held = samples.is_dir() and next(samples.iterdir(), None)
+    if held and not (args.overwrite or (samples / "audio" / "000.js").is_file()):
+        raise UserError(f"--samples_dir {samples} holds {held.name}, of no evaluation: choose another folder")
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once

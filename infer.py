@@ -40,6 +40,7 @@ from snac48.cli import (
     read_flags,
     warn,
 )
+from snac48.places import check_free, check_place
 
 
 def parse_args(argv=None):
@@ -48,6 +49,7 @@ def parse_args(argv=None):
     add("--checkpoint", required=True, help="checkpoint, exported folder, or hub id@COMMIT")
     add("--input", help="audio file, folder, cache of cache_codes.py, or one .parquet of it")
     add("--output", help="wav file for one input file, else a folder; - = raw 16-bit PCM to stdout")
+    add("--overwrite", action="store_true", help="replace wavs and exports that exist")
     add("--sample_rate", choices=("24000", "48000", "both"), default="48000", help="which heads speak")
     add("--device", default="", help="GPU number or cpu (default: a GPU where there is one, else the CPU)")
     add("--pretrained_model", default="", help="where the encoder is (default: where the training found it)")
@@ -57,12 +59,26 @@ def parse_args(argv=None):
     add("--export", metavar="DIR", help="write model.safetensors + config.json for load_dual_head")
     add("--half", action="store_true", help="--export of a codec: float16 weights")
     add("--export_onnx", metavar="FILE", help="write an ONNX graph: codes of any length -> audio")
-    args = read_flags(p, argv, chunk_seconds=0)
+    args = read_flags(p, argv)
     if not (args.export or args.export_onnx) and not (args.input and args.output):
         p.error("--input and --output are required (or --export DIR, --export_onnx FILE)")
     if args.output == "-" and args.sample_rate == "both":
         p.error("--output - takes one --sample_rate")
+    check_outputs(args)
     return args
+
+
+def check_outputs(args) -> None:
+    """Raises UserError for places that can't be written, and for those of what is read or exists."""
+    if args.export:
+        made = [Path(args.export, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")]
+        check_free(made, [args.checkpoint], args.overwrite, "--export")
+    elif args.export_onnx:
+        check_free([args.export_onnx], [args.checkpoint], args.overwrite, "--export_onnx")
+    elif args.output != "-" and Path(args.input).is_dir():
+        check_place(args.output, "--output", [args.input])
+    elif args.output != "-" and args.sample_rate != "both" and not args.input.endswith(".parquet"):
+        check_free([args.output], [args.input], args.overwrite, "--output")
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
@@ -279,6 +295,7 @@ def speak(tts: DualHead, args, stop: StopFlag) -> int:
             name = args.output if one_file else wav_name(u.path, args.output, taken)
             stem = name.removesuffix(".wav")
             paths = {h: Path(f"{stem}_{h}.wav" if len(heads) > 1 else name) for h in heads}
+            check_free(paths.values(), [args.input], args.overwrite, "--output")
         lengths = {h: resampled_length(u.n, u.rate, HEADS[h].rate) for h in heads}
         pieces = tts.stream([u.codes], 0.5 if args.stream else args.chunk_seconds, args.noise_seed, heads)
         write_pieces(pieces, paths, lengths)

@@ -47,7 +47,7 @@ from snac48.cli import (
     stop_at_once,
 )
 from snac48.files import read_json, sweep_leftovers, write_json, write_jsonl
-from snac48.places import asked
+from snac48.places import asked, check_place
 from snac48.proof import ABSENT, NO_STAMP, forget_changed, stamp_of
 from snac48.runlog import RunLog
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
@@ -416,13 +416,15 @@ def parse_args(argv=None):
     add("--verify", action="store_true", help=look)
     add("--test_mode", action="store_true", help="only the first files that need upsampling, then a table")
     add("--test_samples", type=int, default=10, help="how many files --test_mode takes")
-    lowest = {"native_rate": 1, "batch_size": 1, "num_workers": 0, "start_idx": 0, "batch_slack": 0}
-    args = read_flags(p, argv, max_bad_fraction=0, **lowest)
+    args = read_flags(p, argv)
+    if -1 < args.end_idx <= args.start_idx:
+        p.error(f"--end_idx {args.end_idx} must be above --start_idx {args.start_idx}: no file would be done")
     flags = "--input_dir and --output_dir"
     args.folders = asked(args.input_dir, args.output_dir, flags, args.data_root, "targets")
     for source, output in args.folders:
         if output.resolve().is_relative_to(source.resolve()):
             raise UserError(f"--output_dir {output} lies inside --input_dir; choose a folder beside it")
+        check_place(output, "--output_dir")
     return args
 
 

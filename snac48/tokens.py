@@ -397,6 +397,16 @@ def split_windows(corpus: Corpus, held_out: Corpus | None, ctx: int, step: int, 
     return [Windows(corpus, own, ctx, step) for own in files]
 
 
+def architecture(args, vocab: list[int]) -> dict:
+    """What TokenLM is built from, by the options of train_rvq.py. Raises UserError."""
+    size = args.d_model // args.heads
+    wide = args.depth_d_model or max(1, args.heads // 2) * size
+    if wide % size:
+        raise UserError(f"--depth_d_model {wide} must be a multiple of the head size {size}")
+    names = ("pattern", "d_model", "layers", "heads", "depth_layers", "dropout", "ctx")
+    return {k: getattr(args, k) for k in names} | {"vocab": vocab, "depth_d_model": wide}
+
+
 def codebook_weights(text: str, alpha: float, K: int) -> list[float]:
     """Weights in the loss. auto: 1 + alpha * k / (K - 1); uniform: 1; or K numbers, comma-separated."""
     if text == "auto":

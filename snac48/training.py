@@ -22,7 +22,7 @@ from torch import nn
 from . import DEFAULT_MODEL, codec, schedule, verify
 from .adversarial import Adversary
 from .cache import recorded_model
-from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint
+from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint, set_aside
 from .cli import EXIT_BAD_INPUT, StopFlag, UserError, first_line
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
@@ -139,6 +139,8 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
 
         run.sidon = Sidon(args.sidon_dir or None, device=device)
     run.log = RunLog(args.output_dir, quiet=ranks.rank > 0)
+    if saved:
+        leave_behind(run, state)
     if args.sample_log:
         run.samples = SampleLog(run.folder, ranks.rank, state.step)
     run.stop = StopFlag()  # from here on a signal is answered with a checkpoint
@@ -302,7 +304,7 @@ class State:
         None  # [ranks that got a signal, bad files not shared yet] as the last step summed them
     )
     shared: int = 0  # of bad_files: those that all ranks know
-    saved_at: float = field(default_factory=time.time)  # the last checkpoint by the clock
+    saved_at: float = field(default_factory=time.monotonic)  # the last checkpoint by the clock
     paces: deque = field(default_factory=lambda: deque(maxlen=20))  # seconds a second of audio, latest lines
     bad_files: dict[str, str] = field(default_factory=dict)  # name: reason
     left_out: dict[str, str] = field(default_factory=dict)  # likewise
@@ -354,10 +356,14 @@ class State:
     def _take_over(self, run: Run, saved: dict, path) -> None:
         """Set the fields from `saved`."""
         if saved["scheduler"]["plan"] != [asdict(e) for e in run.plan]:
+            steps = sum(e["steps"] for e in saved["scheduler"]["plan"])
+            todo = "resume it with its own flags and data, or begin a new run in another --output_dir"
+            if saved["global_step"] >= steps:
+                todo = "it is finished: begin a new run in another --output_dir, from its weights by "
+                todo += f"--start_checkpoint {Path(path).parent}/best_model.pt"
             raise UserError(
-                f"{path} belongs to a run with another schedule or number of rows "
-                f"({sum(e['steps'] for e in saved['scheduler']['plan'])} steps there, "
-                f"{run.total} here): resume it with its own flags and data"
+                f"{path} belongs to a run with another schedule or number of rows ({steps} steps there, "
+                f"{run.total} here): {todo}"
             )
         codec.load_weights(self.model, saved["model"], path)
         self.step = self.first_step = saved["global_step"]
@@ -471,10 +477,10 @@ def save_if_due(run: Run, state: State, epoch: Epoch) -> None:
     a = run.args
     if a.save_every_batches > 0 and state.step % a.save_every_batches == 0:
         save_step(run, state)
-    if a.save_every_minutes > 0 and time.time() - state.saved_at > 60 * a.save_every_minutes:
+    if a.save_every_minutes > 0 and time.monotonic() - state.saved_at > 60 * a.save_every_minutes:
         stamp = time.strftime("%Y%m%d_%H%M%S")
         save(run, state, f"checkpoint_epoch{epoch.number}_time_{stamp}.pt", "checkpoint_epoch*_time_*.pt")
-        state.saved_at = time.time()
+        state.saved_at = time.monotonic()
 
 
 def save_step(run: Run, state: State) -> None:
@@ -494,7 +500,14 @@ def save_before_skips(run: Run, state: State) -> None:
     state.step = max(state.step - state.in_a_row, first)
     state.skipped, state.in_a_row = state.skipped - (now[0] - state.step), 0
     save_step(run, state)
+    leave_behind(run, state)
     state.step, state.skipped, state.in_a_row = now
+
+
+def leave_behind(run: Run, state: State) -> None:
+    """Put checkpoints of later steps than the one that the run goes on from out of its way."""
+    if run.rank == 0:
+        set_aside(run.folder, "checkpoint_*.pt", (state.step, state.validated), run.log.say)
 
 
 # ---- what is noted on the way ----

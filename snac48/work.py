@@ -79,8 +79,6 @@ class SharedWork:
         differ = [f"{k}: {begun.get(k)!r} then, {v!r} now" for k, v in settings.items() if begun.get(k) != v]
         if differ:
             todo = "use the same ones or another --output_dir"
-            if not any(self.dir.glob("unit_*.json")):
-                todo += f", or delete {self.dir}: no file is done yet"
             raise UserError(f"{self.dir.parent} was begun with other settings ({'; '.join(differ)}); {todo}")
         return begun
 

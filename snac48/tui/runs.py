@@ -196,10 +196,10 @@ class Run:
     @property
     def end(self) -> dict | None:
         """The end event of this attempt (not of an earlier one in the same directory); where no metrics hold
-        one, the exit code that the job left."""
+        one, or the clock was set back, the exit code that the job left."""
         end = self.state.end or self.left
         t, started = number((end or {}).get("t")), number(self.info.get("started", self.began))
-        return None if end is None or (t is not None and started is not None and t < started) else end
+        return self.left if t is not None and started is not None and t < started else end
 
     @property
     def shown_state(self) -> str | None:
