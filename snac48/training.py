@@ -23,7 +23,7 @@ from . import DEFAULT_MODEL, codec, schedule, verify
 from .adversarial import Adversary
 from .cache import recorded_model
 from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint, set_aside
-from .cli import EXIT_BAD_INPUT, StopFlag, UserError, first_line
+from .cli import StopFlag, UserError, first_line
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
 from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
 from .decoder import DualHeadDecoder, taps_of
@@ -210,26 +210,10 @@ def open_data(args, snac, geometry: codec.Geometry, prefix: str):
 def prove_data(run: Run, snac, step: int) -> None:
     """Look at --verify_rows rows of either split, shared by all ranks: others at every start. Adds to
     run.told. Raises UserError where rows are not what they should be."""
-    n, rank = run.args.verify_rows, run.ranks.rank
+    place, a = snac.to(run.device), run.args
     for which, data in (("training", run.data), ("validation", run.val)):
-        index = getattr(data, "index", None)
-        run.told += data.told
-        if not (index or data.targets):
-            continue  # recordings as they are: nothing is derived from them
-        if index and (np.asarray(index.stamps[0:1])["size"] < 0).all():
-            run.told.append(
-                f"cache {index.cache_dir} says nothing of its recordings' size and time: it is older"
-            )
-        if n == 0:
-            run.told.append(f"--verify_rows 0: nobody has looked at the {which} rows")
-            continue
-        rows, began = verify.draw(data.rows, n, run.args.seed, step)[rank :: run.ranks.world], time.time()
-        how = codec.align_samples(snac), codec.encode_context(snac), run.device, step
-        looked = verify.prove(data, rows, snac.to(run.device), *how)
-        snac.to("cpu")
-        if wrong := verify.refusal(looked):
-            raise UserError(f"{which} data: {wrong}", EXIT_BAD_INPUT)
-        run.told.append(f"{which}: {verify.told(looked)} ({time.time() - began:.1f} s)")
+        run.told += verify.proven(which, data, place, a.verify_rows, a.seed, step, run.ranks)
+    snac.to("cpu")
 
 
 def some_speech(run: Run, coarse_codes: int):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .audio import AudioError, bad_file, header_of, link_roots, open_inside, read_span, resample
-from .cli import Stopped
+from .cli import EXIT_BAD_INPUT, Stopped, UserError
 from .files import write_json, write_jsonl
 from .proof import MISSING, READERS, SAME, state_of
 from .targets import KINDS, LENGTH_S
@@ -330,6 +330,25 @@ def prove(data, rows, snac, align: int, context: int, device, seed: int) -> Look
     looked.targets = sum(s.target for s in seen)
     looked.wrong = [(data.path(s.row), *s.wrong) for s in seen if s.wrong]
     return looked
+
+
+def proven(which: str, data, snac, n: int, seed: int, step: int, ranks) -> list[str]:
+    """Look at n rows of the `which` data, this rank's share of them; returns what the log says. Raises
+    UserError where rows are not what they should be."""
+    from .codec import align_samples, encode_context
+
+    index, lines, began = getattr(data, "index", None), data.told, time.time()
+    if not (index or data.targets):
+        return lines  # recordings as they are: nothing is derived from them
+    if index and index.stamps[0]["size"] < 0:
+        lines.append(f"cache {index.cache_dir} says nothing of its recordings' size and time: it is older")
+    if n == 0:
+        return [*lines, f"--verify_rows 0: nobody has looked at the {which} rows"]
+    rows = draw(data.rows, n, seed, step)[ranks.rank :: ranks.world]
+    looked = prove(data, rows, snac, align_samples(snac), encode_context(snac), ranks.device, step)
+    if wrong := refusal(looked):
+        raise UserError(f"{which} data: {wrong}", EXIT_BAD_INPUT)
+    return [*lines, f"{which}: {told(looked)} ({time.time() - began:.1f} s)"]
 
 
 def encode_seen(data, seen: list[Seen], snac, device, looked: Looked) -> None:
