@@ -9,6 +9,7 @@
 
 --import checks a random sample of an older cache's rows by encoding them again, and writes those of the right
 lengths in our schema; the same command without it then encodes the files that were missing or refused.
+--verify encodes every recording of a finished cache once more and names the rows that have other codes.
 
 Any number of processes on any machines that see the folder share the work; a restart skips what is done.
 Writes codes_batch_gpu{G}_{N}.parquet, metadata.json (rows, seconds, skipped by reason), skipped.jsonl (one
@@ -70,6 +71,8 @@ def parse_args(argv=None):
     workers = "decoding processes, 0 = in this process; default: cores / GPUs, 1 beside a CPU"
     add("--num_workers", type=int, default=None, help=workers)
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more files than this are bad")
+    look = "encode everything once more and compare; exit code 5 beyond --max_bad_fraction"
+    add("--verify", action="store_true", help=look)
     add("--import", dest="old", metavar="OLD", help="a cache of the older schema, instead of encoding")
     add("--import_sample", type=int, default=64, help="rows of it to encode again; -1 = all, keep the right")
     add("--segment_length", type=float, help="not needed: whole files are encoded, for every length")
@@ -94,7 +97,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 import torch
 
 from snac48.audio import AudioError, allow_links, find_audio, read_audio, resample, resolve_inside
-from snac48.cache import SHARDS, OldCache, check_ours, write_shard
+from snac48.cache import SHARDS, CodeIndex, OldCache, check_ours, row_differs, stamps_in, write_shard
 from snac48.codec import (
     Geometry,
     align_samples,
@@ -105,7 +108,9 @@ from snac48.codec import (
     load_snac,
 )
 from snac48.files import sweep_leftovers, temporary, write_json, write_jsonl
+from snac48.proof import ABSENT, NO_STAMP, forget_changed, stamp_of
 from snac48.runlog import RunLog
+from snac48.verify import give_back, report, shared_look, units_of
 from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes, share, share_of_cores
 
 MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
@@ -116,15 +121,18 @@ MAX_WAITING_SECONDS = 30 * 60  # of audio that waits for companions of its lengt
 
 
 def read_one(root: str, rel: str, rate: int):
-    """In a reading process: (path, samples at `rate` | None, reason | None)."""
+    """In a reading process: (path, samples at `rate` | None, reason | None, stamp of the file)."""
+    stamp = ABSENT
     try:
         rel.encode("utf-8")
-        samples, source_rate = read_audio(resolve_inside(root, rel))
-        return rel, resample(samples, source_rate, rate), None
+        path = resolve_inside(root, rel)
+        stamp = stamp_of(path)  # its bytes are in memory then
+        samples, source_rate = read_audio(path)
+        return rel, resample(samples, source_rate, rate), None, stamp
     except UnicodeEncodeError:
-        return rel.encode("utf-8", "backslashreplace").decode(), None, "file name is not UTF-8"
+        return rel.encode("utf-8", "backslashreplace").decode(), None, "file name is not UTF-8", stamp
     except AudioError as e:
-        return rel, None, str(e)
+        return rel, None, str(e), stamp
 
 
 def read(pool, files: list[str], args, rate: int, stop: StopFlag):
@@ -150,9 +158,11 @@ def read(pool, files: list[str], args, rate: int, stop: StopFlag):
 # ---- encoding ----
 
 
-def long_enough(clips, min_seconds: float, rate: int, skipped: list):
-    """Those of read_one's clips that will be encoded, (path, samples); the others join `skipped`."""
-    for rel, samples, reason in clips:
+def long_enough(clips, min_seconds: float, rate: int, skipped: list, stamps: dict):
+    """Those of read_one's clips that will be encoded, (path, samples); the others join `skipped`. stamps: of
+    all of them."""
+    for rel, samples, reason, stamp in clips:
+        stamps[rel] = stamp
         if reason is not None:
             skipped.append({"file_path": rel, "reason": reason, "bad": True})
         elif len(samples) < min_seconds * rate:
@@ -217,9 +227,10 @@ def one_late(items, begin):
 
 
 def encode_unit(model, clips, args, stop: StopFlag, progress: Progress):
-    """({path: (samples, codes)}, [{file_path, reason, bad}] of those left out). Raises Stopped."""
-    rows, skipped, rate = {}, [], model.sampling_rate
-    clips = long_enough(clips, args.min_seconds, rate, skipped)
+    """({path: (samples, codes)}, [{file_path, reason, bad}] of those left out, {path: stamp} of all). Raises
+    Stopped."""
+    rows, skipped, stamps, rate = {}, [], {}, model.sampling_rate
+    clips = long_enough(clips, args.min_seconds, rate, skipped, stamps)
     batches = equally_long(clips, align_samples(model), rate, args.batch_size)
     for (_, batch), codes in one_late(batches, partial(begin_batch, model)):
         if stop:
@@ -229,7 +240,7 @@ def encode_unit(model, clips, args, stop: StopFlag, progress: Progress):
             progress.add(len(samples) / rate)
     for _ in skipped:
         progress.add(None)
-    return rows, skipped
+    return rows, skipped, stamps
 
 
 # ---- the job ----
@@ -265,7 +276,7 @@ def encode_claimed(unit: int, model, geometry, work: SharedWork, progress: Progr
     progress.at(unit)
     try:
         clips = read(pool, work.units[unit], args, geometry.sampling_rate, stop)
-        rows, skipped = encode_unit(model, clips, args, stop, progress)
+        rows, skipped, stamps = encode_unit(model, clips, args, stop, progress)
     except Stopped:
         work.release(unit)
         raise
@@ -276,10 +287,21 @@ def encode_claimed(unit: int, model, geometry, work: SharedWork, progress: Progr
         stale.unlink()  # of an owner that died before it could commit
     shard = f"codes_batch_{worker}_{unit}.parquet" if rows else None
     if rows:
-        write_shard(out / shard, rows, geometry, args.data_dir, encoding_of(model))
+        write_shard(out / shard, rows, geometry, args.data_dir, encoding_of(model), stamps)
     seconds = sum(length for length, _ in rows.values()) / geometry.sampling_rate
-    work.commit(unit, {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped})
+    result = {"shard": shard, "rows": len(rows), "seconds": seconds, "skipped": skipped}
+    result |= {"shard_stamp": stamp_of(out / shard) if shard else None}
+    result |= {"stamps": {s["file_path"]: stamps[s["file_path"]] for s in skipped}}
+    work.commit(unit, result)
     return sum(s["bad"] for s in skipped)
+
+
+def recorded_of(out: Path, result: dict) -> tuple[dict, dict]:
+    """({recording: stamp}, {parquet file: stamp}) of a unit that is done, for forget_changed."""
+    sources, shard = dict(result.get("stamps", {})), result["shard"]
+    if shard is None:
+        return sources, {}
+    return sources | stamps_in(out / shard), {shard: result.get("shard_stamp") or NO_STAMP}
 
 
 def finish(work: SharedWork, log: RunLog, args, geometry: Geometry) -> None:
@@ -309,6 +331,57 @@ def summarize(rows: int, seconds: float, skipped: list, log: RunLog, args, geome
     log.say(f"done: {counted}")
     for why, n in reasons.most_common(10):
         log.say(f"  skipped {n}: {why}")
+
+
+# ---- a look at everything ----
+
+
+def verify(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
+    """Encode every recording of a cache again and compare the codes; returns the exit code."""
+    out, index = Path(args.output_dir), CodeIndex(args.output_dir)
+    if differs := geometry.difference(index.geometry):
+        raise UserError(f"cache {out} was made by another model ({differs}): give it as --pretrained_model")
+    size = share(len(index), 1000)
+    sizes = [min(size, len(index) - first) for first in range(0, len(index), size)]
+    log = RunLog(args.output_dir, "cache.log")
+    work = shared_look(out, index.folder.name.removeprefix("index-"), sizes, log.say)
+    log.say(f"verify: {device}; {len(index)} rows of {out}, recordings in {args.data_dir}")
+    progress = Progress(log, "verify", dict(enumerate(sizes)))
+    try:
+        with contextlib.closing(work), contextlib.ExitStack() as stack:
+            if pool := processes(args.num_workers, "forkserver"):
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            for unit in units_of(work, stop):
+                progress.at(unit)
+                rows = range(unit * size, unit * size + sizes[unit])
+                wrong = wrong_rows(index, rows, model, args, pool, stop, progress)
+                work.commit(unit, {"rows": len(rows), "wrong": wrong})
+    except Stopped:
+        work.release()
+        log.say(f"stopped by {stop.signal}: the same command goes on")
+        return EXIT_STOPPED
+    wrong, rows = report(out, work, "cache_codes.py", log)
+    if wrong and (out / "work").is_dir():
+        with contextlib.closing(SharedWork(out, [], None, {}, log.say)) as made:
+            give_back(made, wrong)
+    return EXIT_BAD_INPUT if len(wrong) > args.max_bad_fraction * rows else 0
+
+
+def wrong_rows(index: CodeIndex, rows: range, model, args, pool, stop: StopFlag, progress) -> list[tuple]:
+    """[(path, what, why)] of those rows that are not what encoding their recordings gives. Raises Stopped."""
+    again = argparse.Namespace(**vars(args) | {"min_seconds": 0.0})
+    clips = read(pool, [index.path(row) for row in rows], again, model.sampling_rate, stop)
+    fresh, skipped, _ = encode_unit(model, clips, again, stop, progress)
+    reasons, wrong = {s["file_path"]: s["reason"] for s in skipped}, []
+    for row in rows:
+        path = index.path(row)
+        if path not in fresh:
+            wrong.append((path, "recording", reasons[path]))
+            continue
+        kept = int(index.lengths[row]), index.slice(row, 0, index.coarse(row))
+        if why := row_differs(kept, fresh[path]):
+            wrong.append((path, "codes", why))
+    return wrong
 
 
 # ---- caches of the older schema ----
@@ -379,7 +452,7 @@ def check_rows(rows: OldCache, model, log: RunLog, args, stop: StopFlag) -> None
         for i in range(0, len(chosen), 1000):
             part = chosen[i : i + 1000]
             clips = read(pool, part, again, model.sampling_rate, stop)
-            fresh, _ = encode_unit(model, clips, again, stop, progress)
+            fresh, *_ = encode_unit(model, clips, again, stop, progress)
             differ |= {rel: why for rel in part if (why := rows.compare(rel, fresh.get(rel)))}
     if chosen:
         log.say(f"{len(chosen) - len(differ)} of {len(chosen)} rows agree with {args.pretrained_model}")
@@ -435,7 +508,8 @@ def main(args) -> int:
     if (size := geometry.codebook_size) > 32767:
         raise UserError(f"codebook of {size} entries does not fit the cache's int16 columns")
     fold_weight_norm(model)
-    job = import_cache if args.old else cache
+    job = import_cache if args.old else verify if args.verify else cache
+    code = 0
     for data_dir, output_dir, *old in args.folders:
         place = {
             "data_dir": str(data_dir),
@@ -443,10 +517,11 @@ def main(args) -> int:
             "worker": f"gpu{device.index or 0}",
         }
         place |= {"old": old[0]} if old else {}
-        code = job(model, geometry, device, argparse.Namespace(**vars(args) | place), stop)
-        if code:
-            return code
-    return 0
+        found = job(model, geometry, device, argparse.Namespace(**vars(args) | place), stop)
+        code = max(code, found)
+        if found == EXIT_STOPPED or (found and not args.verify):
+            return found
+    return code
 
 
 def cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
@@ -455,6 +530,8 @@ def cache(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
     files = files[: args.limit] if args.limit >= 0 else files
     work = SharedWork(args.output_dir, files, args.rows_per_file, settings_of(geometry, args), print)
     log = RunLog(args.output_dir, "cache.log")
+    out, units = Path(args.output_dir), range(len(work.units))
+    forget_changed(work, units, partial(recorded_of, out), Path(args.data_dir), out, log.say)
     marks = {"phase": "cache", "worker": args.worker if device.type == "cuda" else "cpu"}
     progress = Progress(log, "cache", {u: len(unit) for u, unit in enumerate(work.units)}, **marks)
     codec = f"{geometry.sampling_rate} Hz, hop {geometry.hop_length}, strides {geometry.vq_strides}"

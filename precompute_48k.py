@@ -5,6 +5,7 @@
     python precompute_48k.py ... --sidon_dir models/sidon     # no network: the same files in a folder
     python precompute_48k.py ... --native_rate 44100          # CD-quality corpora: nothing to restore
     python precompute_48k.py ... --test_mode                  # ten files and a table, before the long run
+    python precompute_48k.py ... --verify                     # look at every target beside its recording
 
 Sources at --native_rate or above are kept (decoded, downmixed, resampled to 48 kHz where the rate differs);
 lower ones go through SIDON: aligned, at the source's level, exactly as long as it, checked one by one.
@@ -17,6 +18,7 @@ but more files were bad than --max_bad_fraction allows (skipped.jsonl names them
 
 import argparse
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -53,10 +55,13 @@ from snac48.cli import (
     read_flags,
     stop_at_once,
 )
-from snac48.files import sweep_leftovers, write_json, write_jsonl
+from snac48.files import read_json, sweep_leftovers, write_json, write_jsonl
 from snac48.places import asked, check_place
+from snac48.proof import ABSENT, NO_STAMP, forget_changed, stamp_of
 from snac48.runlog import RunLog
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
+from snac48.targets import manifest_row
+from snac48.verify import give_back, line_of, report, shared_look, units_of
 from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes
 
 UNIT_FILES = 64  # files a claim at most: a killed process loses no more work
@@ -67,9 +72,10 @@ LONG_SECONDS = 300  # longer files are read by the main process: 64 of them woul
 # ---- reading and writing ----
 
 
-def write_target(rel: str, name: str, output_dir: str, waveform) -> dict:
-    """Write the target `name` of the source `rel` from a Kept or Restored; returns its manifest row. gain:
-    stored wav / raw waveform; level: stored wav / source, below 1 only where PCM16 would have clipped."""
+def write_target(rel: str, name: str, output_dir: str, waveform, stamp: tuple) -> dict:
+    """Write the target `name` of the source `rel` from a Kept or Restored; returns its manifest row. stamp:
+    of the source. gain: stored wav / raw waveform; level: stored wav / source, below 1 only where PCM16 would
+    have clipped."""
     target = Path(output_dir) / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +91,8 @@ def write_target(rel: str, name: str, output_dir: str, waveform) -> dict:
         raise UserError(f"{target} could not be written: {e.strerror or e}; {todo}") from None
     row = {"path": rel, "target": name, "kind": waveform.kind, "source_rate": waveform.rate}
     row |= {"seconds": round(waveform.n / waveform.rate, 6), "samples": spool.n}
-    return row | {"gain": scale * level, "level": level} | measured
+    row |= {"gain": scale * level, "level": level} | measured
+    return row | {"source_stamp": stamp, "target_stamp": stamp_of(target)}
 
 
 class Kept:
@@ -115,6 +122,7 @@ class Waiting:
     rate: int
     features: np.ndarray | None = None  # [T, 160]
     source: Source | None = None
+    stamp: tuple = NO_STAMP
 
     @property
     def frames(self) -> int:
@@ -124,22 +132,24 @@ class Waiting:
 def read_file(rel: str, name: str, job: dict) -> dict | Waiting:
     """In a reading process: what SIDON needs of a file, or the manifest row of one that is kept (written
     here), or {path, reason} of one that is skipped."""
+    stamp = ABSENT
     try:
         file = resolve_inside(job["input_dir"], rel)
         if len(os.fsencode(os.path.basename(name))) > 255:
             raise AudioError("its target's name would be longer than 255 bytes: rename it")
+        stamp = stamp_of(file)
         blocks = audio_blocks(file, BLOCK_SECONDS)
         first, rate = next(blocks)
         blocks = itertools.chain([first], (x for x, _ in blocks))
         kind = "copied" if rate >= job["native_rate"] else job["upsampler"]
         if kind != "sidon":
-            return write_target(rel, name, job["output_dir"], Kept(kind, blocks, rate))
+            return write_target(rel, name, job["output_dir"], Kept(kind, blocks, rate), stamp)
         pieces = list(itertools.islice(blocks, int(LONG_SECONDS / BLOCK_SECONDS) + 1))
         if len(pieces) * BLOCK_SECONDS > LONG_SECONDS:
-            return Waiting(rel, name, file, rate)
-        return Waiting(rel, name, file, rate, *front_end(lambda: iter(pieces), rate))
+            return Waiting(rel, name, file, rate, stamp=stamp)
+        return Waiting(rel, name, file, rate, *front_end(lambda: iter(pieces), rate), stamp)
     except AudioError as e:
-        return {"path": rel, "reason": str(e)}
+        return {"path": rel, "reason": str(e), "source_stamp": stamp}
 
 
 # ---- the job ----
@@ -152,6 +162,8 @@ class Job:
         self.args, self.settings, self.work, self.log, self.stop = args, settings, work, log, stop
         self.files, self.names = set(files), names
         self.units = [u for u, unit in enumerate(work.units) if not self.files.isdisjoint(unit)]
+        recorded = partial(recorded_of, names)
+        forget_changed(work, self.units, recorded, args.input_dir, args.output_dir, log.say)
         proc = f"{socket.gethostname()}-{os.getpid()}"  # several processes append to one metrics.jsonl
         self.progress = Progress(log, "precompute", {u: len(work.units[u]) for u in self.units}, proc=proc)
         self.writers = ThreadPoolExecutor(2)
@@ -241,7 +253,7 @@ class Job:
         (waves,) = self.sidon.stream(np.stack(features))  # [B, T, 160] -> [B, 960 T]
         for w, wave in zip(group, waves):
             w.features = None  # the memory is wanted
-            row = (w.path, w.target, self.settings["output_dir"], Restored(w.source, [wave]))
+            row = (w.path, w.target, self.settings["output_dir"], Restored(w.source, [wave]), w.stamp)
             futures.append(self.writers.submit(write_target, *row))
             self.progress.add(w.source.n / w.rate)
         return futures
@@ -254,9 +266,9 @@ class Job:
                 blocks = lambda: (x for x, _ in audio_blocks(w.file, BLOCK_SECONDS))
                 features, source = front_end(blocks, w.rate)
             restored = Restored(source, self.until_stopped(self.sidon.stream(features[None])))
-            row = write_target(w.path, w.target, self.settings["output_dir"], restored)
+            row = write_target(w.path, w.target, self.settings["output_dir"], restored, w.stamp)
         except AudioError as e:
-            row = {"path": w.path, "reason": str(e)}
+            row = {"path": w.path, "reason": str(e), "source_stamp": w.stamp}
         except Stopped:
             return []
         self.progress.add(row.get("seconds"))
@@ -326,6 +338,61 @@ def merge(work: SharedWork, output_dir: Path, min_corr: float) -> dict:
     return summary
 
 
+# ---- a look at everything ----
+
+
+def verify(args, stop: StopFlag) -> int:
+    """Compare every target of a manifest with its recording; returns the exit code."""
+    out, manifest = args.output_dir, args.output_dir / "manifest.jsonl"
+    if not manifest.is_file():
+        raise UserError(f"--verify: {out} has no manifest.jsonl; run the same command without --verify first")
+    with open(manifest, "rb") as f:
+        ends = np.cumsum([0, *map(len, f)])  # of the lines, in bytes
+    sizes = [min(UNIT_FILES, len(ends) - 1 - first) for first in range(0, len(ends) - 1, UNIT_FILES)]
+    log, state = RunLog(out, log_name="precompute.log"), stamp_of(manifest)[2]
+    work = shared_look(out, f"{state:08x}", sizes, log.say)
+    log.say(f"verify: {len(ends) - 1} targets of {out}, recordings in {args.input_dir}")
+    progress = Progress(log, "verify", dict(enumerate(sizes)))
+    try:
+        with contextlib.closing(work), contextlib.ExitStack() as stack:
+            if pool := processes(args.num_workers, "spawn"):
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            for unit in units_of(work, stop):
+                progress.at(unit)
+                rows = manifest_part(manifest, ends, unit * UNIT_FILES, sizes[unit])
+                wrong = compared(pool, rows, args, stop, progress)
+                work.commit(unit, {"rows": sizes[unit], "wrong": wrong})
+    except Stopped:
+        work.release()
+        log.say(f"stopped by {stop.signal}: the same command goes on")
+        return EXIT_STOPPED
+    wrong, rows = report(out, work, "precompute_48k.py", log)
+    if wrong and (out / "work").is_dir():
+        with contextlib.closing(SharedWork(out, [], None, {}, log.say)) as made:
+            give_back(made, wrong)
+    return EXIT_BAD_INPUT if len(wrong) > args.max_bad_fraction * rows else 0
+
+
+def manifest_part(manifest: Path, ends, first: int, count: int) -> list[dict]:
+    """manifest_row of `count` lines from line `first` on, which begin at ends[first], bytes."""
+    with open(manifest, "rb") as f:
+        f.seek(int(ends[first]))
+        lines = f.read(int(ends[first + count] - ends[first])).decode().splitlines()
+    return [manifest_row(line, f"{manifest} line {n}") for n, line in enumerate(lines, first + 1)]
+
+
+def compared(pool, rows: list[dict], args, stop: StopFlag, progress: Progress) -> list[tuple]:
+    """[(path, what, why)] of the rows that are wrong. Raises Stopped."""
+    wrong, folders = [], (str(args.input_dir), str(args.output_dir))
+    jobs = ((row["seconds"], (row, *folders)) for row in rows)
+    for seconds, found in in_order(pool, line_of, jobs, 2 * args.num_workers):
+        if stop:
+            raise Stopped
+        progress.add(seconds)
+        wrong += [found] if found else []
+    return wrong
+
+
 # ---- command line ----
 
 
@@ -362,6 +429,8 @@ def parse_args(argv=None):
     # checks
     add("--min_envelope_corr", type=float, default=0.9, help="rows below: faithful false, out of training")
     add("--max_bad_fraction", type=float, default=0.01, help="more bad files: exit code 5, at the end")
+    look = "look at every target beside its recording; exit code 5 beyond --max_bad_fraction"
+    add("--verify", action="store_true", help=look)
     add("--test_mode", action="store_true", help="only the first files that need upsampling, then a table")
     add("--test_samples", type=int, default=10, help="how many files --test_mode takes")
     args = read_flags(p, argv)
@@ -398,6 +467,28 @@ def choose_files(args, files: list[str]) -> list[str]:
     return files
 
 
+def names_of(files: list[str], work: SharedWork) -> dict[str, str]:
+    """target_names of the files, where a recording whose target is made keeps that name: one that came later
+    takes no other's place."""
+    made = []
+    for unit in set(range(len(work.units))).difference(work.unfinished()):
+        with contextlib.suppress(UserError, KeyError, TypeError):  # a damaged result: forget_changed tells
+            rows = read_json(work.result_path(unit))["rows"]
+            made += [(row["path"], row["target"]) for row in rows]
+    held = collections.Counter(target.lower() for _, target in made)
+    given = {rel: target for rel, target in made if held[target.lower()] == 1}
+    return target_names(files, given)
+
+
+def recorded_of(names: dict[str, str], result: dict) -> tuple[dict, dict]:
+    """({recording: stamp}, {target: stamp}) of a unit that is done, for forget_changed."""
+    rows = [*result["rows"], *result["skipped"]]
+    sources = {row["path"]: row.get("source_stamp") or NO_STAMP for row in rows}
+    shared = [row["target"] for row in result["rows"] if names[row["path"]] != row["target"]]
+    targets = {row["target"]: row.get("target_stamp") or NO_STAMP for row in result["rows"]}
+    return sources, targets | dict.fromkeys(shared, ABSENT)  # one file of two recordings: nobody's
+
+
 def check_ours(folder: Path) -> None:
     """Raises UserError for a folder with 48 kHz files of other programs: they would be written over."""
     made = (folder / "work").exists() or (folder / "manifest.jsonl").exists()
@@ -419,7 +510,7 @@ def open_job(args, stop: StopFlag) -> Job:
     except OSError as e:
         raise UserError(f"--output_dir {args.output_dir} cannot be written: {e.strerror}") from None
     work = SharedWork(output, files, None, shared, log.say, UNIT_FILES)
-    names = target_names(sorted(set(listed).union(*work.units)))  # others may have seen more files
+    names = names_of(sorted(set(listed).union(*work.units)), work)  # others may have seen more files
     for folder in {os.path.dirname(name) for name in names.values()} - {""}:
         sweep_leftovers(output / folder)
     job = Job(args, files, names, shared | {"output_dir": str(output)}, work, log, stop)
@@ -434,7 +525,7 @@ def main(args) -> int:
     stop, code = StopFlag(), 0
     for input_dir, output_dir in args.folders:
         split = argparse.Namespace(**vars(args) | {"input_dir": input_dir, "output_dir": output_dir})
-        found = EXIT_STOPPED if stop else precompute(split, stop)
+        found = EXIT_STOPPED if stop else (verify if args.verify else precompute)(split, stop)
         if found == EXIT_STOPPED:
             return found
         code = max(code, found)

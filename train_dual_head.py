@@ -64,6 +64,8 @@ OPTIONS = {  # name: (default, help[, type]); the type is the default's; None: b
         "limit": (-1, "only the first N usable rows or recordings (-1 = all)"),
         "val_limit": (-1, "only the first N validation rows (-1 = all)"),
         "num_workers": (None, "data loader processes a GPU (0 = in this process)", int),
+        "verify_rows": (64, "rows of either split that are proven before the first step: their codes and "
+                            "targets are the recording's (0 = off)"),
         "max_bad_fraction": (0.01, "stop when a larger share of rows or files is bad; fewer are left out"),
         "target_kind": ("", "what 48 kHz folders without a manifest hold: sidon or recordings"),
         "include_unfaithful": (False, "train also on unfaithful rows"),

@@ -152,11 +152,13 @@ def open_sound_file(path: str | Path, flags: int = 0) -> tuple[int, os.stat_resu
     return fd, os.fstat(fd)
 
 
-def target_names(files: list[str]) -> dict[str, str]:
+def target_names(files: list[str], given: dict[str, str] | None = None) -> dict[str, str]:
     """{source path: path of its 48 kHz target}: `a/b.mp3` -> `a/b.wav`; sources that share a stem (a/b.mp3
-    beside a/b.ogg) keep their suffix after the first: `a/b.ogg.wav`."""
-    taken, names = set(), {}
-    for rel in sorted(files, key=lambda r: (os.path.splitext(r)[0], not r.lower().endswith(".wav"), r)):
+    beside a/b.ogg) keep their suffix after the first: `a/b.ogg.wav`. given: names that stay as they are."""
+    names = dict(given or {})
+    taken = {name.lower() for name in names.values()}
+    left = [rel for rel in files if rel not in names]
+    for rel in sorted(left, key=lambda r: (os.path.splitext(r)[0], not r.lower().endswith(".wav"), r)):
         name = os.path.splitext(rel)[0] + ".wav"
         names[rel] = rel + ".wav" if name.lower() in taken else name
         taken.add(names[rel].lower())
@@ -203,14 +205,15 @@ def disk_failure(path: Path, e) -> str:
     return os.strerror(e.errno) if isinstance(e, OSError) and e.errno in DISK_FAILS else ""
 
 
-# What a header says of its file. size: of the file, by which a noted header is recognised; -1: never.
-# held: bytes of audio from `offset` on. tag: 1 integers, 3 floats; 0: to be decoded by soundfile.
+# What a header says of its file. size: of the file, by which a noted header is recognised; -1: never. mtime:
+# of the file in ns, where it must not change; -1: it may. held: bytes of audio from `offset` on. tag: 1
+# integers, 3 floats; 0: to be decoded by soundfile.
 HEADER = np.dtype(
-    [("size", "i8"), ("held", "i8"), ("offset", "i8"), ("rate", "u4"), ("channels", "u2"), ("bits", "u2"),
-     ("tag", "u2")],
+    [("size", "i8"), ("mtime", "i8"), ("held", "i8"), ("offset", "i8"), ("rate", "u4"), ("channels", "u2"),
+     ("bits", "u2"), ("tag", "u2")],
     align=True,
 )  # fmt: skip
-UNKNOWN = (-1, 0, 0, 0, 0, 0, 0)
+UNKNOWN = (-1, -1, 0, 0, 0, 0, 0, 0)
 PLAIN = {(1, 16), (1, 24), (3, 32)}  # (tag, bits): read by one pread
 
 
@@ -250,11 +253,12 @@ def header_of(fd: int, size: int, name: str | Path) -> tuple:
         tag = struct.unpack("<H", fmt[24:26])[0]
     if (tag, bits) not in PLAIN or not channels or width != channels * bits // 8:
         tag = 0
-    return size, min(length or held, held), at, check_rate(rate), channels, bits, tag
+    return size, -1, min(length or held, held), at, check_rate(rate), channels, bits, tag
 
 
 def note_header(root: str | Path, rel: str, allowed: tuple[Path, ...]) -> tuple | None:
-    """header_of a file below root, UNKNOWN where something is wrong with it, None where there is none."""
+    """header_of a file below root with its mtime, UNKNOWN where something is wrong with it, None where there
+    is none."""
     try:
         fd, found = open_inside(root, rel, allowed)
     except FileNotFoundError:
@@ -262,7 +266,8 @@ def note_header(root: str | Path, rel: str, allowed: tuple[Path, ...]) -> tuple 
     except (AudioError, OSError):
         return UNKNOWN
     try:
-        return header_of(fd, found.st_size, rel)
+        size, _, *rest = header_of(fd, found.st_size, rel)
+        return size, found.st_mtime_ns, *rest
     except (AudioError, OSError):
         return UNKNOWN
     finally:
@@ -353,14 +358,16 @@ def read_span(out, root, rel: str, allowed, start: int, rate: int, need: int = 0
 
     need: how many of them must lie in the file; a file that ends more than SHORT_S earlier is an AudioError,
     because training on the zeros would teach silence.
-    noted: its header as an index has it. It is believed as long as the file has the size of then; this is the
-    place for stronger checks that a file is still the one that was indexed.
+    noted: its header as an index has it. It is believed as long as the file has the size of then; with an
+    mtime, a file of another size or time is an AudioError.
     """
     with bad_file():
         fd, found = open_inside(root, rel, allowed)
         try:
+            if noted[1] >= 0 and noted[:2] != (found.st_size, found.st_mtime_ns):
+                raise AudioError("it has changed since it was indexed")
             header = noted if noted[0] == found.st_size else header_of(fd, found.st_size, rel)
-            _, held, _, file_rate, channels, bits, tag = header
+            *_, held, _, file_rate, channels, bits, tag = header
             if tag:
                 frames = held // (channels * bits // 8)
                 decode = lambda first, part: plain_frames(fd, header, first, part)
@@ -383,7 +390,7 @@ def read_span(out, root, rel: str, allowed, start: int, rate: int, need: int = 0
 def plain_frames(fd: int, header: tuple, first: int, out) -> int:
     """Fill float32 `out` with mono samples from `first` on of a wav of a kind in PLAIN, by one pread; returns
     how many there are."""
-    _, held, offset, _, channels, bits, _ = header
+    *_, held, offset, _, channels, bits, _ = header
     width = channels * bits // 8
     count = min(len(out), held // width - first)
     raw = os.pread(fd, count * width, offset + first * width)

@@ -4,23 +4,27 @@ Don't touch without thinking of caches on people's disks.
 """
 
 import collections
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from .audio import is_safe
+from .audio import AudioError, is_safe
 from .cli import UserError, first_line
 from .codec import Geometry
-from .files import Records, atomic_file, read_json, sweep_leftovers, temporary, write_json
+from .files import Records, atomic_file, sweep_leftovers, temporary
+from .proof import NO_STAMP, STAMP, read_proof, write_proof
 
 AGREE = 0.99  # of the codes of a row: other hardware rounds otherwise now and then
+AT_OPENING = 256 << 20  # bytes: a larger array of codes is checked row by row, when a row is read
 SHARDS = "codes_batch_gpu*_*.parquet"  # of a cache folder
 
 
@@ -34,6 +38,10 @@ def shards_of(cache_dir: str | Path) -> list[Path]:
     raise UserError(f"cache folder {cache_dir} holds no {SHARDS}; run cache_codes.py first")
 
 
+class DamagedIndex(AudioError, UserError):
+    """Codes of a row are not those that were written: one bad file of a training, the end of all else."""
+
+
 class CodeIndex:
     """A cache folder as flat files of Records: no per-row Python object, opened at once at any size.
 
@@ -41,38 +49,61 @@ class CodeIndex:
     codes: int16 [total coarse codes, F], F = sum of codes a coarse code over the scales, scale by scale,
     so a slice of any utterance is one contiguous read. offsets: int64 [rows + 1] in coarse codes.
     lengths: int64 [rows], samples at the model's rate. paths: UTF-8 blob, path_offsets [rows + 1].
+    stamps: STAMP [rows] of the recordings as they were encoded, NO_STAMP in older caches. checks: uint32
+    [rows], CRC-32 of each row's codes, which is compared whenever a row is read.
     Malformed rows are left out, counted in `bad` (reason -> number) and listed in bad_rows.jsonl.
+    index.json holds length and checksum of every array: one that is not as it was written is built again,
+    which `told` says, [one line each].
     """
 
-    def __init__(self, cache_dir: str):
-        self.cache_dir, shards = Path(cache_dir), shards_of(cache_dir)
-        stats = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
-        key = hashlib.sha256(json.dumps(["v1", stats]).encode()).hexdigest()[:16]
-        self.folder = self.cache_dir / f"index-{key}"
-        if not (self.folder / "index.json").exists():
-            self._build(sorted(shards, key=unit_of))
-        self._open()
+    WHOLE = "codes.i16", "checks.u32", "paths.bin", "stamps.rec"  # written shard by shard
+    NUMBERS = "offsets", "lengths", "path_offsets"
 
-    def _open(self):
-        info = read_json(self.folder / "index.json")
+    def __init__(self, cache_dir: str):
+        self.cache_dir, self.told, shards = Path(cache_dir), [], shards_of(cache_dir)
+        stats = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
+        key = hashlib.sha256(json.dumps(["v2", stats]).encode()).hexdigest()[:16]
+        self.folder = self.cache_dir / f"index-{key}"
+        there, info = self.folder.exists(), self._proven()
+        if info is None:
+            self._build(sorted(shards, key=unit_of))
+            info = self._proven()
+            if there:
+                self.told.append(f"index {self.folder} was not as it was written: it is built again")
+        if info is None:
+            raise UserError(f"index {self.folder} does not keep what is written there: check that disk")
+        self._open(info)
+
+    def _proven(self) -> dict | None:
+        info = read_proof(self.folder / "index.json", AT_OPENING)
+        return info if info and info.keys() == {"snac", "data_dir", "bad"} else None
+
+    def _open(self, info: dict):
+        self.info = info
         self.geometry = Geometry.from_json(json.dumps(info["snac"]))
         self.data_dir, self.bad = info["data_dir"], info["bad"]
         self.offsets, self.lengths, self.path_offsets = (
-            Records(self.folder / f"{name}.i64", np.int64, mapped=True)
-            for name in ("offsets", "lengths", "path_offsets")
+            Records(self.folder / f"{name}.i64", np.int64, mapped=True) for name in self.NUMBERS
         )
         self.codes = Records(self.folder / "codes.i16", (np.int16, sum(self.geometry.per_coarse)))
+        self.checks = Records(self.folder / "checks.u32", np.uint32)
         self.paths = Records(self.folder / "paths.bin", np.uint8)
+        self.stamps = Records(self.folder / "stamps.rec", STAMP)
 
     def __getstate__(self):  # spawned workers open the files themselves
-        return {"folder": self.folder, "cache_dir": self.cache_dir}
+        return {"folder": self.folder, "cache_dir": self.cache_dir, "info": self.info, "told": []}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._open()
+        self._open(self.info)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def seconds(self):
+        """Of the recordings: float64 [rows]."""
+        return np.asarray(self.lengths) / self.geometry.sampling_rate
 
     def path(self, row: int) -> str:
         first, end = self.path_offsets[row : row + 2].tolist()
@@ -84,9 +115,13 @@ class CodeIndex:
         return end - first
 
     def block(self, row: int, start: int, coarse_len: int):
-        """Codes of an utterance as they lie here: int16 [coarse_len, F]."""
-        first = int(self.offsets[row]) + start
-        return self.codes[first : first + coarse_len]
+        """Codes of an utterance as they lie here: int16 [coarse_len, F]. Raises DamagedIndex."""
+        first, end = self.offsets[row : row + 2].tolist()
+        codes = self.codes[first:end]  # all of them, a kilobyte or so: the checksum is theirs
+        if zlib.crc32(codes) != self.checks[row]:
+            why = f"its codes in {self.folder} are not those that were written"
+            raise DamagedIndex(f"{why}: delete that folder, it is built again")
+        return codes[start : start + coarse_len]
 
     def slice(self, row: int, start: int, coarse_len: int) -> list:
         """Codes of all scales, int64 numpy [coarse_len * S // vq_strides[k]] each."""
@@ -107,12 +142,15 @@ class CodeIndex:
             raise UserError(f"{where} can't be written there: {e.strerror}") from None
         try:
             self._build_in(tmp, shards)
+            if self.folder.exists():  # damaged: who has it open keeps it until then
+                os.rename(self.folder, temporary(self.cache_dir / "index", "old."))
             os.rename(tmp, self.folder)
         except OSError as e:
             if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those: another process was first
                 raise
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
+            shutil.rmtree(temporary(self.cache_dir / "index", "old."), ignore_errors=True)
         for old in self.cache_dir.glob("index-*"):
             if old != self.folder:
                 shutil.rmtree(old, ignore_errors=True)  # of an earlier state of the cache
@@ -120,7 +158,8 @@ class CodeIndex:
     def _build_in(self, tmp, shards):
         geometry, data_dir, seen = None, None, set()
         arrays, bad_rows = [], []  # of each shard: coarse codes, audio lengths, bytes of the paths
-        with open(tmp / "codes.i16", "wb") as codes_file, open(tmp / "paths.bin", "wb") as paths_file:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(tmp / name, "wb")) for name in self.WHOLE]
             for shard in shards:
                 table, found, origin = open_shard(shard)
                 geometry = geometry or found
@@ -130,9 +169,11 @@ class CodeIndex:
                     raise UserError(f"cache {self.cache_dir} mixes models: {differs}")
                 block, n, length, names, reasons = shard_arrays(table, geometry, seen, shard)
                 bad_rows += ({"shard": shard.name, "row": i, "reason": why} for i, why in reasons.items())
-                codes_file.write(block.tobytes())
                 blobs = [name.encode() for name in names]
-                paths_file.write(b"".join(blobs))
+                codes, stamps = block.tobytes(), np.delete(shard_stamps(table), list(reasons))
+                contents = codes, row_checks(codes, 2 * block.shape[1] * n), b"".join(blobs), stamps
+                for file, content in zip(files, contents):
+                    file.write(content)
                 arrays.append(np.array([n, length, [len(b) for b in blobs]], np.int64))
         coarse, lengths, path_bytes = np.concatenate(arrays, axis=1)
         lengths.tofile(tmp / "lengths.i64")
@@ -142,7 +183,14 @@ class CodeIndex:
         bad = dict(collections.Counter(r["reason"] for r in bad_rows))
         if not len(lengths):
             raise UserError(f"cache {self.cache_dir} has no usable row: {bad}")
-        write_json(tmp / "index.json", {"snac": asdict(geometry), "data_dir": data_dir, "bad": bad})
+        info = {"snac": asdict(geometry), "data_dir": data_dir, "bad": bad}
+        write_proof(tmp / "index.json", info, [*self.WHOLE, *(f"{name}.i64" for name in self.NUMBERS)])
+
+
+def row_checks(codes: bytes, sizes) -> np.ndarray:
+    """CRC-32 of each row of a shard's codes, that lie one behind the other; sizes: bytes of each."""
+    view, ends = memoryview(codes), np.cumsum(sizes).tolist()
+    return np.array([zlib.crc32(view[a:b]) for a, b in zip([0, *ends], ends)], np.uint32)
 
 
 def unit_of(shard: Path) -> tuple[int, str]:
@@ -262,9 +310,43 @@ def list_column(column) -> tuple:
     return values, np.asarray(column.value_lengths().fill_null(0).cast("int64")), np.asarray(column.is_null())
 
 
-def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str, encoding=None) -> None:
+STAMP_COLUMNS = {"file_size": "int64", "file_mtime": "int64", "file_crc32": "uint32"}  # as proof.STAMP
+
+
+def shard_stamps(table) -> np.ndarray:
+    """The stamps of a shard's recordings, STAMP [rows]: NO_STAMP where an older program noted none."""
+    import pyarrow as pa
+
+    stamps = np.full(table.num_rows, np.array(NO_STAMP, STAMP))
+    if set(STAMP_COLUMNS) <= set(table.column_names):
+        try:
+            for (name, kind), field, none in zip(STAMP_COLUMNS.items(), STAMP.names, NO_STAMP):
+                stamps[field] = np.asarray(table[name].cast(kind).fill_null(none))
+        except (pa.ArrowException, ValueError, TypeError):
+            return np.full(table.num_rows, np.array(NO_STAMP, STAMP))
+    return stamps
+
+
+def stamps_in(path: Path) -> dict[str, tuple]:
+    """{recording: stamp} of a shard, without reading its codes. Raises UserError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        there = set(pq.read_schema(path).names)
+        table = pq.read_table(path, columns=["file_path", *(c for c in STAMP_COLUMNS if c in there)])
+        names = table["file_path"].to_pylist()
+    except (pa.ArrowException, OSError, ValueError, KeyError) as e:
+        raise UserError(f"cache file {path} is corrupt ({first_line(e)})") from None
+    return {name: stamp for name, stamp in zip(names, shard_stamps(table).tolist()) if isinstance(name, str)}
+
+
+def write_shard(
+    path: Path, rows: dict, geometry: Geometry, data_dir: str, encoding=None, stamps: dict | None = None
+) -> None:
     """One parquet file, atomically; rows in the order of their paths, so a re-run gives the same bytes.
-    encoding: codec.encoding_of the model that made the codes; None where nobody knows."""
+    encoding: codec.encoding_of the model that made the codes; None where nobody knows. stamps: {path: stamp}
+    of the recordings as they were encoded, likewise."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -273,6 +355,9 @@ def write_shard(path: Path, rows: dict, geometry: Geometry, data_dir: str, encod
     columns = {"file_path": pa.array(rels, pa.string()), "audio_length": pa.array(lengths, pa.int64())}
     for k, scale in enumerate(zip(*codes)):
         columns[f"codes_scale_{k}"] = pa.array(scale, pa.list_(pa.int16()))
+    if stamps:
+        for (name, kind), values in zip(STAMP_COLUMNS.items(), zip(*(stamps[r] for r in rels))):
+            columns[name] = pa.array(values, kind)
     meta = {"snac": json.dumps(asdict(geometry)), "data_dir": str(Path(data_dir).resolve())}
     meta |= {"encoding": json.dumps(encoding)} if encoding else {}
     with atomic_file(path) as f:
@@ -368,11 +453,16 @@ class OldCache:
         """Why a row is not what encoding its file again gave (fresh, None where it can't be read)."""
         if fresh is None:
             return "the recording can't be read"
-        (length, codes), (samples, anew) = self.row(rel), fresh
-        if abs(length - samples) > 1 or [len(c) for c in codes] != [len(c) for c in anew]:
-            return "audio length is not the recording's"
-        agree = np.mean(np.concatenate(codes) == np.concatenate(anew))
-        return None if agree >= AGREE else "codes of another model or another recording"
+        return row_differs(self.row(rel), fresh)
+
+
+def row_differs(row: tuple, fresh: tuple) -> str | None:
+    """Why a row is not what encoding its recording gives, both (samples, codes of each scale)."""
+    (length, codes), (samples, anew) = row, fresh
+    if abs(length - samples) > 1 or [len(c) for c in codes] != [len(c) for c in anew]:
+        return "audio length is not the recording's"
+    agree = np.mean(np.concatenate(codes) == np.concatenate(anew))
+    return None if agree >= AGREE else "codes of another model or another recording"
 
 
 def check_ours(folder: Path) -> None:

@@ -37,12 +37,13 @@ from .codec import Geometry, encode, slice_at
 from .decoder import HEADS
 from .losses import masked
 from .schedule import Epoch
-from .targets import KINDS, Originals, PathBlob, Targets
+from .targets import KINDS, REFUSED, Originals, PathBlob, Targets
 from .workers import LOOK_S, begin_loader_worker, check_loaders, polled
 
 # 12 dB over full scale: nobody speaks so. Lossy codecs decode to 1.6 at most; integers stored as floats and
 # broken recordings are louder, and one in 30 steps keeps Adam's second moments off for all other weights.
 MAX_PEAK = 4.0
+CHANGED_RECORDING = "a recording that is gone or has changed since it was encoded"
 HALVED = "48k"  # the head whose audio, where it is the recording itself, the 24 kHz audio is made of
 
 
@@ -87,25 +88,25 @@ class SliceDataset:
         folder: str,
         include_unfaithful: bool,
         max_bad_fraction: float,
-        index_folder: Path | None = None,
         kind="",
+        index: CodeIndex | None = None,
+        recordings: str = "",
     ) -> None:
         """Set `targets`, those in `folder` if it is given, and `rows`, int64: at most `limit` of the n rows
         that have a (faithful) one; the others are counted in `left_out`. Raises UserError where more than
-        max_bad_fraction have none, or where no row of `name`, the data, is left."""
+        max_bad_fraction have none, or not what was recorded of them, or where no row of `name`, the data, is
+        left. index: of the cache that the rows are of; recordings: where they lie, if they are no cache's."""
         self.targets, keep = None, np.ones(n, bool)
         if folder:
-            self.targets = Targets(str(folder), self.path, n, index_folder, kind)
+            known = {"recordings": recordings}
+            if index:
+                known = {"index_folder": index.folder, "seconds": index.seconds, "stamps": index.stamps}
+            self.targets = Targets(str(folder), self.path, n, kind=kind, **known)
             kinds = self.targets.kinds
-            keep, unfaithful = kinds != KINDS.index("missing"), kinds == KINDS.index("unfaithful")
-            if missing := int((~keep).sum()):
-                self.left_out["no 48 kHz target"] = missing
-            if missing > max_bad_fraction * n:
-                raise UserError(
-                    f"48 kHz folder {self.targets.folder} lacks {missing} of {n} files, first "
-                    f"{self.path(int(np.flatnonzero(~keep)[0]))}; run precompute_48k.py on the "
-                    "recordings (or raise --max_bad_fraction to leave them out)"
-                )
+            unfaithful = kinds == KINDS.index("unfaithful")
+            refused = {what: np.flatnonzero(kinds == KINDS.index(k)) for k, what in REFUSED.items()}
+            self.refuse(refused, f"48 kHz folder {self.targets.folder}", n, max_bad_fraction)
+            keep[np.concatenate([*refused.values()])] = False
             if unfaithful.any() and not include_unfaithful:
                 keep &= ~unfaithful
                 self.left_out["unfaithful 48 kHz target"] = int(unfaithful.sum())
@@ -113,6 +114,26 @@ class SliceDataset:
         if not len(self.rows):
             left_out = f": {self.left_out}" if self.left_out else ""
             raise UserError(f"nothing in {name} can be used{left_out}")
+
+    @property
+    def told(self) -> list[str]:
+        """Lines on what was damaged beside the data and is made again."""
+        parts = (getattr(self, name, None) for name in ("index", "targets", "originals"))
+        return [line for part in parts if part for line in part.told]
+
+    def refuse(self, refused: dict, where: str, n: int, max_bad_fraction: float) -> None:
+        """Count {what they have: rows} in `left_out`, by the first one's name. Raises UserError where they
+        are more than max_bad_fraction of n rows."""
+        refused = {what: rows for what, rows in refused.items() if len(rows)}
+        first = {what: self.path(int(rows[0])) for what, rows in refused.items()}
+        self.left_out |= {f"{what}, first {first[what]}": len(rows) for what, rows in refused.items()}
+        if sum(map(len, refused.values())) > max_bad_fraction * n:
+            many = [f"{len(rows)} of {n} rows have {w}, first {first[w]}" for w, rows in refused.items()]
+            todo = (
+                "precompute_48k.py and cache_codes.py, run again, make again what is missing or has changed"
+            )
+            more = "or raise --max_bad_fraction to leave such rows out"
+            raise UserError(f"{where}: {'; '.join(many)}; {todo} ({more})", EXIT_BAD_INPUT)
 
     def set_segment_length(self, seconds: float) -> None:
         self.coarse_len = self.geometry.coarse_len(seconds)
@@ -155,13 +176,13 @@ class SliceDataset:
         valid = min(at["samples_24k"], utterance["samples"] - at["start_sample_24k"])
         batch["start"][b], batch["noise_key"][b] = start, draw.integers(0, 2**62)
         batch["phase_true"][b] = utterance["kind"] in ("copied", "sinc")
-        self.fill_codes(batch, b, row, utterance, start, take)
         audio, peak = {name: batch[f"audio_{name}"][b, 0] for name in self.heads}, 0.0
-        if not error:
-            try:
+        try:
+            self.fill_codes(batch, b, row, utterance, start, take)
+            if not error:
                 peak = self.fill_audio(batch, b, row, utterance, at, audio)
-            except AudioError as e:
-                error = str(e)
+        except AudioError as e:
+            error = str(e)
         if error:
             batch["bad_file"].append((self.path(row), error))
         elif peak > MAX_PEAK:
@@ -216,14 +237,7 @@ class CachedCodesDataset(SliceDataset):
                 EXIT_BAD_INPUT,
             )
         self.choose_rows(
-            cache_dir,
-            n,
-            limit,
-            audio_48k_dir,
-            include_unfaithful,
-            max_bad_fraction,
-            self.index.folder,
-            target_kind,
+            cache_dir, n, limit, audio_48k_dir, include_unfaithful, max_bad_fraction, target_kind, self.index
         )
         one_file = np.zeros(n, bool)
         if self.targets and not audio_24k_dir:
@@ -238,11 +252,26 @@ class CachedCodesDataset(SliceDataset):
                     f"originals folder {self.audio_24k_dir or '(not recorded in the cache)'} does "
                     "not exist: the 24 kHz target lies there; give --audio_24k_dir"
                 )
-            self.originals = Originals(self.audio_24k_dir, self.index.path, wanted, self.index.folder)
+            # of the files that were encoded the cache knows what they were; another folder holds others
+            encoded = Path(self.audio_24k_dir).resolve() == Path(self.index.data_dir).resolve()
+            stamps = self.index.stamps if encoded else None
+            place = self.audio_24k_dir, self.index.path, wanted, self.index.folder
+            self.originals = Originals(*place, stamps)
+            changed = self.originals.changed
+            self.refuse(
+                {CHANGED_RECORDING: changed}, f"originals folder {self.audio_24k_dir}", n, max_bad_fraction
+            )
+            self.rows = self.rows[~np.isin(self.rows, changed)]
+            if not len(self.rows):
+                raise UserError(f"nothing in {cache_dir} can be used: {self.left_out}")
         self.force_24k = bool(audio_24k_dir) or not self.targets
 
     def path(self, row: int) -> str:
         return self.index.path(row)
+
+    def halved(self, row: int) -> bool:
+        """Whether the 24 kHz audio of a row is made of its target."""
+        return bool(self.targets) and not self.force_24k and KINDS[self.targets.kinds[row]] == "copied"
 
     def open(self, row: int) -> dict:
         kind = KINDS[self.targets.kinds[row]] if self.targets else "copied"
@@ -272,7 +301,7 @@ class CachedCodesDataset(SliceDataset):
         peak = 1.0
         rate, low, n = self.geometry.sampling_rate, at["start_sample_24k"], at["samples_24k"]
         need = min(n, utterance["samples"] - low)
-        if utterance["kind"] == "copied" and not self.force_24k:
+        if self.halved(row):
             del audio["24k"]
             batch["halve"][b] = True
         for name, x in audio.items():
@@ -328,7 +357,14 @@ class RawAudioDataset(SliceDataset):
             raise UserError("--audio_48k_dir goes with one --data_dir")
         name = ", ".join(map(str, data_dirs))
         self.choose_rows(
-            name, len(found), limit, folder, include_unfaithful, max_bad_fraction, kind=target_kind
+            name,
+            len(found),
+            limit,
+            folder,
+            include_unfaithful,
+            max_bad_fraction,
+            target_kind,
+            recordings=str(data_dirs[0]),
         )
 
     def path(self, row: int) -> str:

@@ -297,8 +297,7 @@ class Corpus:
         """A copy of frames start .. start + n of file i: [n, K]."""
         n = int(self.lengths[i]) - start if n is None else n
         if self.index is not None:
-            start += int(self.index.offsets[i])
-            return self.index.codes[start : start + n][:, self.order]
+            return self.index.block(i, start, n)[:, self.order]
         return np.array(self.files[i].tokens()[start : start + n])
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import DEFAULT_MODEL, codec, schedule
+from . import DEFAULT_MODEL, codec, schedule, verify
 from .adversarial import Adversary
 from .audio import allow_links
 from .cache import recorded_model
@@ -61,6 +61,7 @@ class Run:
     speed: Speed
     snac: nn.Module | None = None  # encodes recordings on the fly
     sidon: object = None  # restores them
+    told: list[str] = field(default_factory=list)  # what the log says of the data
     log: RunLog | None = None  # opened last: a mistake before leaves no folder
     samples: SampleLog | None = None
     stop: StopFlag | None = None
@@ -118,10 +119,10 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     facts = {"the number of steps": run.total, "the codec": geometry.weights_sha256}
     facts |= {"the training data": mark_of(data), "the validation data": mark_of(val)}
     ranks.agree(args, saved, facts)
+    prove_data(run, snac, saved["global_step"] if saved else 0)
     if args.from_scratch and not saved:
-        start_from_features(
-            snac, some_speech(run, 12 * geometry.codebook_size), args.seed, args.pitch_features
-        )
+        speech = some_speech(run, 12 * geometry.codebook_size)
+        start_from_features(snac, speech, args.seed, args.pitch_features)
     if args.phase10_checkpoint and not saved:
         take_phase10(snac, args.phase10_checkpoint, geometry)
     begun = saved or (start_of(args, geometry) if args.start_checkpoint else None)
@@ -215,6 +216,15 @@ def open_data(args, snac, geometry: codec.Geometry, prefix: str):
             f"--pretrained_model {args.pretrained_model}"
         )
     return data
+
+
+def prove_data(run: Run, snac, step: int) -> None:
+    """Look at --verify_rows rows of either split, shared by all ranks: others at every start. Adds to
+    run.told. Raises UserError where rows are not what they should be."""
+    place, a = snac.to(run.device), run.args
+    for which, data in (("training", run.data), ("validation", run.val)):
+        run.told += verify.proven(which, data, place, a.verify_rows, a.seed, step, run.ranks)
+    snac.to("cpu")
 
 
 def some_speech(run: Run, coarse_codes: int):
@@ -522,7 +532,7 @@ def announce(run: Run, state: State) -> None:
     for which, data in (("training", run.data), ("validation", run.val)):
         for reason, n in data.left_out.items():
             log.say(f"  left out of {which}: {n} rows, {reason}")
-    for line in [*run.speed.told, *schedule.plan_lines(a, run.plan)]:
+    for line in [*run.told, *run.speed.told, *schedule.plan_lines(a, run.plan)]:
         log.say("  " + line)
     if any(float(factor) * a.batch_size % 1 for factor in a.batch_multiplier.split(",")):
         log.say("  batch sizes are rounded down")

@@ -164,6 +164,15 @@ class SharedWork:
         paths = map(self.result_path, range(len(self.units)))
         return [read_json(p) for p in paths if p.exists()]
 
+    def forget(self, unit: int) -> None:
+        """A unit that was done is to be done again: by whomever, so its claims go, while none can be made."""
+        for n in itertools.count():
+            claim = self.dir / f"unit_{unit:06d}.{n:04d}.claim"
+            if not claim.exists():
+                break
+            claim.unlink(missing_ok=True)
+        self.result_path(unit).unlink(missing_ok=True)
+
     def unfinished(self, units=None) -> list[int]:
         """Those of `units` (of all, without them) that nobody has finished."""
         units = range(len(self.units)) if units is None else units

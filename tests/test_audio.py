@@ -58,9 +58,15 @@ def test_a_wav_is_read_as_soundfile_reads_it(kind, channels, tmp_path):
 
 
 def test_a_noted_header_is_believed_only_while_the_file_has_its_size(tmp_path):
+    """With an mtime it is an error where the file has changed."""
     path = tmp_path / "x.wav"
     sf.write(path, voice(1.0, 24000, 1), 24000, subtype="PCM_16")
-    noted = note_header(tmp_path, "x.wav", (tmp_path,))
+    noted = fixed = note_header(tmp_path, "x.wav", (tmp_path,))
+    span(path, 0, 5000, 24000, noted=fixed)
+    os.utime(path, ns=(0, 1))
+    with pytest.raises(AudioError, match="it has changed"):
+        span(path, 0, 5000, 24000, noted=fixed)
+    noted = (fixed[0], -1, *fixed[2:])
     sf.write(path, voice(1.0, 48000, 1), 48000, subtype="FLOAT")
     wanted = resample(sf.read(path, dtype="float32")[0], 48000, 24000)[:5000]
     assert np.abs(span(path, 0, 5000, 24000, noted=noted) - wanted).max() < 1e-5
