@@ -5,8 +5,8 @@ that are phase-true and towards targets whose phase is scrambled (a stand-in for
     pip install -r requirements-evaluate.txt
     OMP_NUM_THREADS=1 python benchmarks/losses.py --data demo/data --output_dir bench_losses
 
---data holds train/audio and valid/audio, recordings of 44.1 kHz or more, as prepare_dataset.py makes them;
---every 8 takes every eighth file of train. Run again, it goes on where it was ended: a training that has
+--data holds train/audio and valid/audio, as prepare_dataset.py makes them; recordings below 44.1 kHz are left
+out. --every 8 takes every eighth file of train. Run again, it goes on where it was ended: a training that has
 finished is not repeated. --scale multiplies the number of epochs.
 
 Equal compute is equal CPU time: the epochs in LOSSES are chosen for it, and the first table holds what each
@@ -19,9 +19,9 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +30,13 @@ import soundfile as sf
 ROOT = Path(__file__).resolve().parent.parent
 MULTI = ["--mel", "multi", "--mel_weight", "1"]
 # the proportions of phase12-gan, beside magnitudes of weight 1
-JUDGED = ["--adv_weight", "0.067", "--feat_weight", "0.13", "--disc_width", "4", "--adv_lr", "3e-4",
+JUDGED = ["--adv_weight", "0.067", "--feat_weight", "0.13", "--disc_width", "2", "--adv_lr", "3e-4",
           "--adv_lr_trunk", "1e-4", "--disc_lr", "5e-4", "--disc_young", "0"]  # fmt: skip
 LOSSES = {  # name: (epochs, how many of them adversarial, flags)
-    "magnitude": (18, 0, []),
-    "magnitude + lasting": (16, 0, ["--lasting_weight", "1"]),
-    "magnitude + mel": (16, 0, MULTI),
-    "magnitude + mel + GAN": (11, 3, [*MULTI, *JUDGED]),
+    "magnitude": (12, 0, []),
+    "magnitude + lasting": (11, 0, ["--lasting_weight", "1"]),
+    "magnitude + mel": (11, 0, MULTI),
+    "magnitude + mel + GAN": (8, 2, [*MULTI, *JUDGED]),
 }
 TARGETS = ("phase-true", "scrambled")
 SHOWN = {"visqol": "ViSQOL", "lsd_12_24k": "LSD 12-24 kHz", "lsd": "LSD", "seam": "seam", "comb": "comb"}
@@ -58,13 +58,13 @@ def prepare(args, out: Path) -> None:
     for split in ("train", "valid"):
         folder = out / "data" / split
         every = args.every if split == "train" else 1
-        source = (args.data / split / "audio").resolve()
-        files = sorted(f for f in source.rglob("*") if f.suffix in (".wav", ".flac", ".ogg"))[::every]
-        for file in files:
-            link = folder / file.relative_to(source)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.exists():
-                link.symlink_to(file.resolve())
+        source = args.data / split / "audio"
+        files = sorted(f for f in source.rglob("*") if f.suffix in (".wav", ".flac", ".ogg"))
+        files = [f for f in files if sf.info(f).samplerate in (44100, 48000)]  # others have no 48 kHz truth
+        for file in files[::every]:
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
         common = ["--device", "cpu", "--num_workers", 0]
         for name in TARGETS:
             target = out / name / split
@@ -99,9 +99,13 @@ def scramble(x, rng):
 # ---- training ----
 
 
-def train(args, out: Path, loss: str, target: str, seed: int) -> tuple[Path, float]:
+def name_of(target: str, loss: str) -> str:
+    return f"{target}_{loss}".replace(" ", "")
+
+
+def train(args, out: Path, seed: int, target: str, loss: str) -> tuple[Path, float]:
     """(best_model.pt, CPU seconds) of one training, now or when it was made."""
-    run = out / "runs" / f"{loss} {target} {seed}".replace(" ", "_")
+    run = out / f"seed_{seed}" / name_of(target, loss)
     done = run / "cpu_seconds.json"
     if done.is_file():
         return run / "best_model.pt", json.loads(done.read_text())
@@ -136,13 +140,13 @@ def clips_of(path: Path) -> dict:
     return found
 
 
-def values(run: Path, args, out: Path) -> dict:
-    """{system: {clip: row}} of a training, judged now or when it was judged."""
-    result = run.with_name("evaluation.json")
+def judge(args, out: Path, seed: int, runs: list[Path]) -> dict:
+    """{system: {clip: row}} of all trainings of a seed, judged now or when they were judged."""
+    result = out / f"seed_{seed}" / "evaluation.json"
     if not result.with_suffix(".csv").is_file():
-        call("evaluate.py", "--checkpoint", run, "--data_dirs", out / "data/valid", "--device", "cpu",
+        call("evaluate.py", "--checkpoint", *runs, "--data_dirs", out / "data/valid", "--device", "cpu",
              "--pretrained_model", args.pretrained_model, "--output", result, "--num_samples", args.clips,
-             "--samples_dir", run.with_name("samples"), "--max_samples_saved", 0, "--visqol")  # fmt: skip
+             "--samples_dir", result.with_name("samples"), "--max_samples_saved", 0, "--visqol")  # fmt: skip
     return clips_of(result.with_suffix(".csv"))
 
 
@@ -195,17 +199,18 @@ def main() -> None:
     if not (out / "prepared").exists():
         prepare(args, out)
         (out / "prepared").touch()
-    cells, spent, began = {}, {}, time.time()
-    for seed in range(args.seeds):  # seeds outermost: every end leaves whole rounds
-        for target in TARGETS:
-            for loss in LOSSES:
-                run, cpu = train(args, out, loss, target, seed + 1)
-                systems = values(run, args, out)
-                cells.setdefault((loss, target), []).append(systems["ours_48k"])
-                spent.setdefault((loss, target), []).append(cpu)
-                about = f"{loss}, {target}, seed {seed + 1}: {cpu:.0f} CPU s"
-                print(f"[{time.time() - began:5.0f} s] {about}", file=sys.stderr, flush=True)
-        print(f"\nafter {seed + 1} seeds\n")
+    cells, spent = {(loss, target): [] for target in TARGETS for loss in LOSSES}, {}
+    for seed in range(1, args.seeds + 1):  # seeds outermost: every end leaves whole rounds
+        runs = []
+        for loss, target in cells:
+            run, cpu = train(args, out, seed, target, loss)
+            runs.append(run)
+            spent.setdefault((loss, target), []).append(cpu)
+            print(f"{loss}, {target}, seed {seed}: {cpu:.0f} CPU s", file=sys.stderr, flush=True)
+        systems = judge(args, out, seed, runs)
+        for loss, target in cells:
+            cells[loss, target].append(systems[f"ours_48k:{name_of(target, loss)}"])
+        print(f"\nafter {seed} of {args.seeds} seeds\n")
         report(cells, spent, systems["base_snac_sinc48"], systems["original"])
 
 
