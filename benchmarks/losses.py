@@ -103,7 +103,7 @@ def name_of(target: str, loss: str) -> str:
     return f"{target}_{loss}".replace(" ", "")
 
 
-def train(args, out: Path, seed: int, target: str, loss: str) -> tuple[Path, float]:
+def train(args, out: Path, seed: str, target: str, loss: str) -> tuple[Path, float]:
     """(best_model.pt, CPU seconds) of one training, now or when it was made."""
     run = out / f"seed_{seed}" / name_of(target, loss)
     done = run / "cpu_seconds.json"
@@ -140,7 +140,7 @@ def clips_of(path: Path) -> dict:
     return found
 
 
-def judge(args, out: Path, seed: int, runs: list[Path]) -> dict:
+def judge(args, out: Path, seed: str, runs: list[Path]) -> dict:
     """{system: {clip: row}} of all trainings of a seed, judged now or when they were judged."""
     result = out / f"seed_{seed}" / "evaluation.json"
     if not result.with_suffix(".csv").is_file():
@@ -192,7 +192,7 @@ def main() -> None:
     p.add_argument("--pretrained_model", default="assets/codec")
     p.add_argument("--every", type=int, default=1, help="take every N-th training file")
     p.add_argument("--scale", type=float, default=1.0, help="of the number of epochs")
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--seeds", default="1,2,3")
     p.add_argument("--clips", type=int, default=-1, help="held-out clips (-1 = all)")
     args = p.parse_args()
     out = args.output_dir.resolve()
@@ -200,7 +200,7 @@ def main() -> None:
         prepare(args, out)
         (out / "prepared").touch()
     cells, spent = {(loss, target): [] for target in TARGETS for loss in LOSSES}, {}
-    for seed in range(1, args.seeds + 1):  # seeds outermost: every end leaves whole rounds
+    for seed in args.seeds.split(","):  # seeds outermost: every end leaves whole rounds
         runs = []
         for loss, target in cells:
             run, cpu = train(args, out, seed, target, loss)
@@ -210,7 +210,7 @@ def main() -> None:
         systems = judge(args, out, seed, runs)
         for loss, target in cells:
             cells[loss, target].append(systems[f"ours_48k:{name_of(target, loss)}"])
-        print(f"\nafter {seed} of {args.seeds} seeds\n")
+        print(f"\nafter seed {seed} of {args.seeds}\n")
         report(cells, spent, systems["base_snac_sinc48"], systems["original"])
 
 
