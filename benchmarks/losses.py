@@ -33,9 +33,9 @@ MULTI = ["--mel", "multi", "--mel_weight", "1"]
 JUDGED = ["--adv_weight", "0.067", "--feat_weight", "0.13", "--disc_width", "2", "--adv_lr", "3e-4",
           "--adv_lr_trunk", "1e-4", "--disc_lr", "5e-4", "--disc_young", "0"]  # fmt: skip
 LOSSES = {  # name: (epochs, how many of them adversarial, flags)
-    "magnitude": (12, 0, []),
-    "magnitude + lasting": (11, 0, ["--lasting_weight", "1"]),
-    "magnitude + mel": (11, 0, MULTI),
+    "magnitude": (19, 0, []),
+    "magnitude + lasting": (19, 0, ["--lasting_weight", "1"]),
+    "magnitude + mel": (15, 0, MULTI),
     "magnitude + mel + GAN": (8, 2, [*MULTI, *JUDGED]),
 }
 TARGETS = ("phase-true", "scrambled")
