@@ -126,6 +126,7 @@ OPTIONS = {  # name: (default, help[, type]); the type is the default's; None: b
         "l1_weight": (1.0, "waveform L1 in either loss"),
         "stft_weight": (1.0, "multi-resolution STFT in either loss"),
         "mel_weight": (0.0, "log-mel L1 in either loss"),
+        "lasting_weight": (0.0, "log-magnitude difference that lasts: seam, comb, level, in either loss"),
         "mel": ("single", "single (80 bands) or multi (sum over seven scales, as DAC's)"),
         "commitment_weight": (0.25, "latents to their codebook entries, where the encoder trains"),
         "codebook_weight": (1.0, "codebook entries to their latents, where the quantizers train"),
@@ -360,7 +361,7 @@ from tqdm import tqdm
 from snac48 import training
 from snac48.data import Filler, batches
 from snac48.decoder import HEADS
-from snac48.losses import TERMS, distances, head_losses, weighted
+from snac48.losses import asked, distances, head_losses, weighted
 from snac48.training import Run, State, announce, enter_phase, open_run, prepare, report, save, save_if_due
 
 # ---- the loop ----
@@ -451,8 +452,7 @@ def losses_of(run: Run, state: State, module, batch: dict, heads=None, size=0):
             audio, extra, codes, latents = module(batch["audio_24k"])
         else:
             audio = module(batch["codes"], heads)
-    terms = {term: getattr(a, f"{term}_weight") for term in TERMS}
-    losses = head_losses(audio, batch, terms, n_ffts=schedule.fft_sizes(a), stft=a.stft, mel=a.mel)
+    losses = head_losses(audio, batch, **asked(a, run.geometry))
     losses |= {name: value * (batch["valid_24k"] > 0) for name, value in extra.items()}
     if size:
         losses |= state.adversary.losses(audio, batch, size)

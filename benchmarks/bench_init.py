@@ -23,8 +23,7 @@ import torch
 
 from snac48.audio import resample
 from snac48.data import to_device
-from snac48.losses import TERMS, distances, head_losses
-from snac48.schedule import fft_sizes
+from snac48.losses import asked, distances, head_losses
 from snac48.training import open_run, prepare
 
 
@@ -41,14 +40,14 @@ def warmup_only(epochs: int) -> list:
 @torch.no_grad()
 def sinc_baseline(run, state) -> dict:
     """Validation means of the 24 kHz output upsampled by sinc, in place of the 48 kHz head."""
-    weights, found = {term: getattr(run.args, f"{term}_weight") for term in TERMS}, []
+    found = []
     for i in range(len(run.val)):
         batch = prepare(run, state, run.val[[i]])
         state.model.set_noise(batch["noise_key"])
         audio_24k, _ = state.model(batch["codes"], ["24k"])
         up = torch.from_numpy(resample(audio_24k[0, 0].cpu().numpy(), 24000, 48000))[None, None]
         batch, audio = to_device(batch, "cpu"), (None, up)
-        losses = head_losses(audio, batch, weights, n_ffts=fft_sizes(run.args), stft=run.args.stft)
+        losses = head_losses(audio, batch, **asked(run.args, run.geometry))
         found.append({k: float(v) for k, v in (losses | distances(audio, batch)).items()})
     return {k: sum(each[k] for each in found) / len(found) for k in found[0]}
 

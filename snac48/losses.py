@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .decoder import HEADS
+from .schedule import fft_sizes
 
 hann = functools.cache(lambda n_fft, device: torch.hann_window(n_fft, device=device))
 
@@ -107,6 +108,22 @@ def multi_mel_loss(pred, target, valid, rate: int):
     return total
 
 
+def lasting_loss(pred, target, valid, frame: int):
+    """What is wrong in the same way all the time, which other terms lose among what is wrong by chance: a dip
+    or ridge of the mean spectrum (the seam at 12 kHz, a level), and an envelope that repeats with every
+    latent frame (the comb). The difference of log magnitudes in each bin, at each of 16 places of a latent
+    frame, is averaged over the frames of an item; mean of its square: [B, N] x 2 -> [B]. frame: samples of a
+    latent frame."""
+    parts = max(n for n in range(1, 17) if frame % n == 0)
+    hop = frame // parts
+    p, t = ((Magnitude.apply(x, 4 * hop, hop) + 1e-3).log() for x in (pred, target))
+    frames = pred.shape[-1] // frame
+    each = (p - t)[..., : frames * parts].unflatten(-1, (frames, parts))  # [B, F, frames, parts]
+    whole = torch.arange(frames, device=pred.device) < (valid // frame)[:, None]
+    mean = (each * whole[:, None, :, None]).sum(2) / whole.sum(1).clamp(min=1)[:, None, None]
+    return mean.square().mean((1, 2))
+
+
 def low_pass_taps(share: float, device):
     """Zero-phase low pass up to a share of the band, [1, 1, 127], their sum is 1: Kaiser 8 (0.5 of 48 kHz:
     -6 dB at 12 kHz, -80 dB from 12.7 kHz on)."""
@@ -148,6 +165,7 @@ class Judged:
     n_ffts: tuple[int, ...] = (1024, 2048, 4096)
     stft: str = "magnitude"
     mel: str = "single"  # or multi: seven scales
+    frame_24k: int = 512  # samples of a latent frame at 24 kHz
 
 
 def waveform_term(x: Judged):
@@ -167,6 +185,7 @@ TERMS = {
     "l1": waveform_term,
     "stft": lambda x: stft_loss(x.audio, x.target, x.valid, x.n_ffts, x.stft),
     "mel": lambda x: MEL_LOSSES[x.mel](x.audio, x.target, x.valid, x.rate),
+    "lasting": lambda x: lasting_loss(x.audio, x.target, x.valid, x.frame_24k * x.rate // 24000),
 }
 
 REPORTED = ("l1", "stft")  # in every log and validation, whatever they weigh
@@ -195,6 +214,13 @@ def judged(audio, batch, **options):
                     **options,
                 ),
             )
+
+
+def asked(args, geometry) -> dict:
+    """What options ask of head_losses: its arguments after the batch."""
+    weights = {term: getattr(args, f"{term}_weight") for term in TERMS}
+    how = {"n_ffts": fft_sizes(args), "stft": args.stft, "mel": args.mel, "frame_24k": geometry.hop_length}
+    return {"weights": weights, **how}
 
 
 def head_losses(audio, batch, weights: dict, **options) -> dict:

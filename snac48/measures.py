@@ -39,6 +39,9 @@ def si_sdr(pred, target) -> float:
     return float(10 * torch.log10(wanted / error))
 
 
+VISQOL_NEEDS = 46080  # samples at 48 kHz: of shorter clips it has no patch, and raises
+
+
 def load_visqol():
     """(pred [N], target [N]) at 48 kHz -> MOS-LQO. Raises UserError where the package is missing."""
     try:
@@ -63,7 +66,7 @@ def distances(pred, target, rate: int, visqol=None) -> dict:
         return found | {"si_sdr": si_sdr(pred, target)}
     found["lsd"] = float(lsd(pred[None], target[None], valid, rate))
     found["lsd_12_24k"] = float(lsd(pred[None], target[None], valid, rate, 12000))
-    return found | ({"visqol": visqol(pred, target)} if visqol else {})
+    return found | ({"visqol": visqol(pred, target)} if visqol and len(target) >= VISQOL_NEEDS else {})
 
 
 # ---- faults ----

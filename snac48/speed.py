@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import kernels, schedule
 from .adversarial import Adversary
-from .losses import head_losses
+from .losses import asked, head_losses
 from .work import share_of_cores
 
 SHORT_STEP = 30.0  # seconds of audio a GPU below which launching kernels takes longer than computing them
@@ -128,9 +128,7 @@ def bytes_a_second(model, geometry, args, bf16: bool, codec=None, lengths=(1.0, 
             model.set_noise(batch["noise_key"])
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 audio = codec(batch["audio_24k"])[0] if codec else model(codes)
-            weights = {"l1": args.l1_weight, "stft": args.stft_weight, "mel": args.mel_weight}
-            how = {"n_ffts": schedule.fft_sizes(args), "stft": args.stft, "mel": args.mel}
-            losses = head_losses(audio, batch, weights, **how)
+            losses = head_losses(audio, batch, **asked(args, geometry))
             if adversary:
                 losses |= adversary.losses(audio, batch, 1)
             minimised = ("loss", "adv", "feat")

@@ -14,6 +14,7 @@ from snac48.losses import (
     double_rate,
     halve_rate,
     head_losses,
+    lasting_loss,
     low_pass,
     lsd,
     mel_filters,
@@ -145,3 +146,26 @@ def test_the_gradient_of_magnitudes_is_that_of_torch():
     silent = torch.zeros(1, 4096, requires_grad=True)
     (1e3 * Magnitude.apply(silent, 1024, 256)).sum().backward()  # as the logarithm's slope at 1e-3
     assert not silent.grad.any()
+
+
+def test_the_lasting_loss_sees_what_is_wrong_in_every_frame_and_not_what_is_wrong_by_chance():
+    n, frame = 96 * 1024, 1024  # 96 latent frames at 48 kHz
+    rng = torch.Generator().manual_seed(0)
+    target, other = (
+        0.05 * torch.randn(1, n, generator=rng) for _ in range(2)
+    )  # the same sound, other samples
+    loss = lambda x, valid=n: float(lasting_loss(x, target, torch.tensor([valid]), frame))
+    hz = torch.fft.rfftfreq(n, 1 / 48000)
+    dip = torch.fft.irfft(torch.fft.rfft(other) * (1 - 0.5 * ((hz - 12000).abs() < 300)), n)
+    comb = lambda samples: other * (1 + 0.5 * torch.cos(2 * math.pi * torch.arange(n) / samples))
+    chance, quiet = loss(other), loss(other * 0.7)
+    assert loss(target) == 0 and chance < 0.03
+    assert quiet - chance > 0.1 and loss(dip) - chance > 0.003 and loss(comb(frame)) - chance > 0.05
+    assert loss(comb(0.77 * frame)) - chance < 0.01  # a voice of another pitch, whose mean is right
+    seen = stft_loss(comb(frame), target, torch.tensor([n]), [1024]) / stft_loss(
+        other, target, torch.tensor([n]), [1024]
+    )
+    assert seen < 1.1  # what it is there for: a window of a whole frame does not see the comb
+    junk = torch.cat([target[:, : 80 * frame], 9 * other[:, 80 * frame :]], 1)
+    assert loss(junk, 79 * frame) < 1e-3 and loss(target, 100) == 0
+    assert math.isfinite(float(lasting_loss(other, target, torch.tensor([n]), 882)))  # hop 441
