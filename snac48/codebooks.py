@@ -8,9 +8,9 @@ scratch starts from what is known about speech:
 
 1. start_from_features: we want the latents to be log-mel features, and a wave with pitch and phase of the
    voice's fundamental: without that the codes carry no voice, and what is trained on them whispers. With that
-   the quantizers are settled: in_proj and out_proj are principal components of what the quantizers before left,
-   the entries k-means centres. Every convolution begins with outputs of mean 0 and a set variance on real
-   speech (LSUV, Mishkin & Matas 2015): with PyTorch's default start the signal dies in 30 layers.
+   the quantizers are settled: in_proj and out_proj are principal components of what the quantizers before
+   left, the entries k-means centres. Every convolution begins with outputs of mean 0 and a set variance on
+   real speech (LSUV, Mishkin & Matas 2015): with PyTorch's default start the signal dies in 30 layers.
 2. phase "features": the encoder learns the features (a regression), the decoder to speak from the quantized
    true ones. Neither waits for the other.
 3. phase "main": the codec as it will be used, end to end.
@@ -151,7 +151,7 @@ def voice_features(x, frames: int, samples: int):
 
 
 def fundamental(x, frames: int):
-    """Of each frame how voiced it is (0 to 1), its pitch in Hz, and the phase of the fundamental in its middle:
+    """Of each frame how voiced it is (0 to 1), its pitch in Hz, the phase of the fundamental in its middle:
     x [B, N] at 24 kHz -> three times [B, frames]. The lag of the largest normalised cross-correlation (Talkin
     1995), where a shorter one counts a little more, because multiples of a period repeat, too."""
     short, long = int(24000 / PITCH_HZ[1]), math.ceil(24000 / PITCH_HZ[0])
