@@ -35,6 +35,7 @@ from .cache import CodeIndex, scales_of
 from .cli import EXIT_BAD_INPUT, LoaderDied, UserError, ignore_stop_signals, kill_workers_at_exit
 from .codec import Geometry, encode, slice_at
 from .decoder import HEADS
+from .losses import masked
 from .schedule import Epoch
 from .targets import KINDS, Originals, PathBlob, Targets
 
@@ -480,20 +481,15 @@ def to_device(batch: dict, device) -> dict:
     CachedCodesDataset leaves it to us, and the latter loses its margin."""
     batch = changed(batch, lambda k, v: v.to(device, non_blocking=True) if torch.is_tensor(v) else v)
     if "halve" in batch:
-        wide, low, valid = batch[f"audio_{HALVED}"], batch.get("audio_24k"), batch["valid_24k"][:, None, None]
-        made = silent_after(halve_rate(wide), valid)
+        wide, low, valid = batch[f"audio_{HALVED}"], batch.get("audio_24k"), batch["valid_24k"]
+        made = masked(resample_to_24k(wide), valid)
         batch["audio_24k"] = made if low is None else made.where(batch["halve"][:, None, None], low)
-        batch[f"audio_{HALVED}"] = silent_after(wide[..., HALVING_REACH:-HALVING_REACH], 2 * valid)
+        batch[f"audio_{HALVED}"] = masked(wide[..., HALVING_REACH:-HALVING_REACH], 2 * valid)
         del batch["halve"]
     return batch
 
 
-def silent_after(audio, valid):
-    """[B, 1, N] with zeros from sample valid, [B, 1, 1], on."""
-    return audio * (torch.arange(audio.shape[-1], device=audio.device) < valid)
-
-
-def halve_rate(wide):
+def resample_to_24k(wide):
     """48 kHz audio with HALVING_REACH samples more on each side, [B, 1, 2N + 2R], at 24 kHz [B, 1, N]: the
     samples of snac48.audio.resample within 1e-6. By FFT, which is fp32 whatever the setting of TF32; what is
     folded back from 12 kHz on the filter has taken away."""
@@ -505,7 +501,7 @@ def halve_rate(wide):
 
 @functools.lru_cache(maxsize=8)
 def halving_response(size: int, device: torch.device):
-    """Frequency response of the filter in halve_rate for `size` samples: float32 [size // 4 + 1]."""
+    """Frequency response of the filter in resample_to_24k for `size` samples: float32 [size // 4 + 1]."""
     taps = np.zeros(size)
     taps[: 2 * HALVING_REACH + 1] = halving_filter() / 2  # half as many samples come back
     response = np.fft.rfft(np.roll(taps, -HALVING_REACH)).real[: size // 4 + 1]

@@ -31,11 +31,16 @@ BUILD = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shar
 # ---- the formulas ----
 
 
+def widened(x):
+    """x in the dtype of the arithmetic."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def parts(x, alpha):
     """x and alpha [C, 1] in the dtype of the arithmetic, 1 / alpha as SNAC takes it."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    alpha = alpha.to(wide)[:, None]
-    return x.to(wide), alpha, (alpha + 1e-9).reciprocal()
+    wide = widened(x)
+    alpha = alpha.to(wide.dtype)[:, None]
+    return wide, alpha, (alpha + 1e-9).reciprocal()
 
 
 def plain_snake(x, alpha):
@@ -64,7 +69,7 @@ def as_columns(x, dilation: int):
 
 def plain_snake_conv(x, alpha, weight, bias, dilation: int):
     """Depthwise convolution (weight [C, 7], zero padding, as long as its input) of snake(x)."""
-    wide, _, _ = parts(x, alpha)
+    wide = widened(x)
     s, weight = as_columns(plain_snake(wide, alpha), dilation), weight.to(wide.dtype)[:, None, :, None]
     y = F.conv2d(s, weight, bias.to(wide.dtype), padding=(TAPS // 2, 0), groups=x.shape[1])
     return y.flatten(2)[..., : x.shape[-1]].to(x.dtype).contiguous()
@@ -73,7 +78,7 @@ def plain_snake_conv(x, alpha, weight, bias, dilation: int):
 def plain_snake_mix(x, alpha, weight, bias):
     """Convolution to one channel (weight [C, 7], bias [1], zero padding) of snake(x): [B, 1, T], fp32 at
     least."""
-    wide, _, _ = parts(x, alpha)
+    wide = widened(x)
     weight, bias = weight.to(wide.dtype)[None], bias.to(wide.dtype)
     return F.conv1d(plain_snake(wide, alpha), weight, bias, padding=TAPS // 2)
 
@@ -82,7 +87,7 @@ def plain_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
     """The way back of either. grad: [B, C, T] or, of snake_mix, [B, 1, T]. Gradients of x (plus `skip`, one
     that goes past the two), and, each for every item, of alpha [B, C], weight [B, C, 7] and bias [B, C or 1];
     the sums of `skip` [B, C], empty without one."""
-    (b, c, n), (wide, _, _) = x.shape, parts(x, alpha)
+    (b, c, n), wide = x.shape, widened(x)
     g = grad.to(wide.dtype)
     # items as groups: every item's own gradient of the weights
     each = lambda v: as_columns(v.expand(b, c, n), dilation).flatten(0, 1)[None]
@@ -146,18 +151,19 @@ def fp32(*parameters):
     return [p.to(torch.float32).contiguous() for p in parameters]
 
 
-def call(name: str, x, *arguments, sizes=()) -> None:
-    """A function of kernels.cpp over the rows of x; tensors are passed by address, integers as int64."""
-    b, c, n = x.shape
+def call(name: str, *arguments, rows, sizes=()) -> None:
+    """A function of kernels.cpp over the rows of `rows` [B, C, T], whose dtype it has; tensors are passed by
+    address, integers as int64."""
+    b, c, n = rows.shape
     made = [
         ctypes.c_int64(a) if isinstance(a, int) else address(a) for a in (*arguments, b * c, c, n, *sizes)
     ]
-    getattr(native()[0], f"{name}_{str(x.dtype)[6:]}")(*made)
+    getattr(native()[0], f"{name}_{str(rows.dtype)[6:]}")(*made)
 
 
 def native_snake(x, alpha):
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    call("snake", x, x, *fp32(alpha), y)
+    call("snake", x, *fp32(alpha), y, rows=x)
     return y
 
 
@@ -165,19 +171,19 @@ def native_snake_back(grad, x, alpha, again: bool):
     grad, x = grad.contiguous(), x.contiguous()
     of_x, of_alpha = torch.empty_like(x), torch.empty(x.shape[:2])
     s = torch.empty_like(x) if again else None
-    call("snake_back", x, grad, x, *fp32(alpha), of_x, of_alpha, s)
+    call("snake_back", grad, x, *fp32(alpha), of_x, of_alpha, s, rows=x)
     return of_x, of_alpha, x.new_empty(0) if s is None else s
 
 
 def native_snake_conv(x, alpha, weight, bias, dilation: int):
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    call("snake_conv", x, x, *fp32(alpha, weight, bias), y, sizes=(dilation,))
+    call("snake_conv", x, *fp32(alpha, weight, bias), y, rows=x, sizes=(dilation,))
     return y
 
 
 def native_snake_mix(x, alpha, weight, bias):
     x, y = x.contiguous(), x.new_empty(len(x), 1, x.shape[-1], dtype=torch.float32)
-    call("snake_mix", x, x, *fp32(alpha, weight, bias), y)
+    call("snake_mix", x, *fp32(alpha, weight, bias), y, rows=x)
     return y
 
 
@@ -186,9 +192,8 @@ def native_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
     grad, x = grad.to(torch.float32 if shared else x.dtype).contiguous(), x.contiguous()
     skip = None if skip is None else skip.contiguous()
     of_x, sums = torch.empty_like(x), [torch.empty(*x.shape[:2], *size) for size in ((), (TAPS,), (), ())]
-    call(
-        "snake_conv_back", x, grad, skip, x, *fp32(alpha, weight), of_x, *sums, sizes=(dilation, int(shared))
-    )
+    arguments, sizes = (grad, skip, x, *fp32(alpha, weight), of_x, *sums), (dilation, int(shared))
+    call("snake_conv_back", *arguments, rows=x, sizes=sizes)
     of_alpha, of_weight, of_bias, of_skip = sums
     return (
         of_x,
@@ -202,10 +207,15 @@ def native_snake_conv_back(grad, skip, x, alpha, weight, dilation: int):
 # ---- on a GPU: the same formulas, made into Triton kernels ----
 
 
+def allow_recompiles() -> None:
+    """A graph for every segment length, phase, dtype and dilation: more than the 8 of torch.compile."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+
 @functools.cache
 def compiled(formula):
     """`formula` as one kernel for all shapes (a graph for each dtype, dilation and set of arguments)."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    allow_recompiles()
     return torch.compile(formula, dynamic=True, fullgraph=True)
 
 

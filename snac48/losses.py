@@ -46,8 +46,9 @@ class Magnitude(torch.autograd.Function):
 
 
 def masked(x, valid):
-    """[B, N] with everything from sample valid[b] on set to 0."""
-    return x * (torch.arange(x.shape[-1], device=x.device) < valid[:, None]).to(x.dtype)
+    """x [B, ..., N] with everything from sample valid[b] on set to 0."""
+    valid = valid.view(-1, *[1] * (x.dim() - 1))
+    return x * (torch.arange(x.shape[-1], device=x.device) < valid).to(x.dtype)
 
 
 def l1_loss(pred, target, valid):

@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 from . import kernels, schedule
 from .adversarial import Adversary
 from .losses import head_losses
+from .work import share_of_cores
 
 SHORT_STEP = 30.0  # seconds of audio a GPU below which launching kernels takes longer than computing them
 MARGIN = 0.8  # share of the free memory that a step may fill: fragments, libraries' workspaces
 SURELY = 1e9  # bytes a second of audio that no step takes: where that fits, nothing is measured
-CPU_WORKERS, MOST_WORKERS = 1, 16
+MOST_WORKERS = 16
 
 
 @dataclass
@@ -37,11 +38,10 @@ class Speed:
 
 def settle(args, device: torch.device, plan) -> Speed:
     """Decide what `args` leaves open for this device, and set the switches of torch and of our kernels."""
-    gpu, here = device.type == "cuda", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpu = device.type == "cuda"
     able = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     longest = max(e.batch * e.segment for e in plan) / int(os.environ.get("WORLD_SIZE", 1))
-    workers = min(max(1, cores // here), MOST_WORKERS) if gpu else CPU_WORKERS
+    workers = min(share_of_cores(device.type), MOST_WORKERS)
     told = [
         f"device: {torch.cuda.get_device_name(device) if gpu else f'CPU, {torch.get_num_threads()} threads'}"
     ]
@@ -49,7 +49,7 @@ def settle(args, device: torch.device, plan) -> Speed:
         "bf16": (able, "this GPU computes in it" if able else "this GPU cannot" if gpu else "fp32 on a CPU"),
         "tf32": (gpu, "matrix products keep 10 bits" if gpu else "a matter of GPUs"),
         "compile": (gpu and longest < SHORT_STEP, f"{longest:.0f} s of audio a step and process"),
-        "num_workers": (workers, f"{cores} cores, {here} GPU(s)" if gpu else "the CPU is for the training"),
+        "num_workers": (workers, "cores / GPUs" if gpu else "the CPU is for the training"),
     }
     found = {}
     for name, (best, why) in rules.items():
@@ -70,7 +70,7 @@ def settle(args, device: torch.device, plan) -> Speed:
         torch.backends.cudnn.benchmark = True
         told.append("cudnn.benchmark True (not --deterministic)")
     if found["compile"]:
-        torch._dynamo.config.recompile_limit = 64  # a graph for every segment length and phase
+        kernels.allow_recompiles()
     kernels.use_plain(args.plain)
     told.append(f"Snake: {kernels.prepare(device.type)}")
     return Speed(args.bf16, found["compile"], found["num_workers"], told=told)

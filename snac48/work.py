@@ -230,13 +230,14 @@ def start_process() -> None:
 
 
 def share_of_cores(device_type: str) -> int:
-    """Processes that read and decode for one GPU: this process' cores over the GPUs that it sees. Beside a
-    CPU one: its cores are the model's."""
+    """Processes that read and decode for one GPU: this process' cores over the GPUs that it sees, or over its
+    fellows on this machine where each is shown one alone. Beside a CPU one: its cores are the model's."""
     if device_type == "cpu":
         return 1
     import torch
 
-    return max(1, len(os.sched_getaffinity(0)) // torch.cuda.device_count())
+    sharers = max(1, torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, len(os.sched_getaffinity(0)) // sharers)
 
 
 def processes(number: int, method: str) -> ProcessPoolExecutor | None:
