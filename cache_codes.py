@@ -44,7 +44,7 @@ from snac48.cli import (
     read_flags,
     stop_at_once,
 )
-from snac48.places import asked, data_root, imports
+from snac48.places import asked, check_place, data_root, imports
 
 
 def parse_args(argv=None):
@@ -54,6 +54,12 @@ def parse_args(argv=None):
     add("--output_dir", default="", help="cache folder, may be shared by several processes; default: both")
     add("--data_root", default="", metavar="DIR", help="where corpus/ and codes/ lie; default: DATA_ROOT, .")
     add("--pretrained_model", default=DEFAULT_MODEL, help="SNAC folder, hub id, or hub id@COMMIT")
+    add(
+        "--allow_links",
+        default="",
+        metavar="DIR[:DIR]",
+        help="folders outside of the data that links in it may lead to",
+    )
     add("--device", default="", help="GPU number or cpu; default: a GPU where there is one")
     clips = "clips of one length encoded together, at most; default: 32 on a GPU, 1 on a CPU"
     add("--batch_size", type=int, default=None, help=clips)
@@ -67,19 +73,17 @@ def parse_args(argv=None):
     add("--import", dest="old", metavar="OLD", help="a cache of the older schema, instead of encoding")
     add("--import_sample", type=int, default=64, help="rows of it to encode again; -1 = all, keep the right")
     add("--segment_length", type=float, help="not needed: whole files are encoded, for every length")
-    args = read_flags(p, argv, min_seconds=0, max_bad_fraction=0)
-    for name, low in {"rows_per_file": 1, "batch_size": 1, "num_workers": 0}.items():
-        if (value := getattr(args, name)) is not None and value < low:
-            p.error(f"--{name} must be at least {low}, not {value}")
+    args = read_flags(p, argv)
     flags = "--data_dir and --output_dir"
     if args.old:
         root = data_root(args.data_root)
         args.folders = imports(Path(args.old), args.data_dir, args.output_dir, root)
     else:
         args.folders = asked(args.data_dir, args.output_dir, flags, args.data_root, "codes")
-    for data_dir, *_ in args.folders:
+    for data_dir, output_dir, *_ in args.folders:
         if not data_dir.is_dir():
             raise UserError(f"audio folder {data_dir} does not exist")
+        check_place(output_dir, "--output_dir")
     return args
 
 
@@ -89,7 +93,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 
 import torch
 
-from snac48.audio import AudioError, find_audio, read_audio, resample, resolve_inside
+from snac48.audio import AudioError, allow_links, find_audio, read_audio, resample, resolve_inside
 from snac48.cache import SHARDS, OldCache, check_ours, write_shard
 from snac48.codec import (
     Geometry,
@@ -416,6 +420,7 @@ def settings_of(geometry: Geometry, args) -> dict:
 
 
 def main(args) -> int:
+    allow_links(args.allow_links)
     device, stop = pick_device(args.device), StopFlag()
     if args.batch_size is None:  # on a CPU a larger batch is no faster, and takes its share of memory
         args.batch_size = 32 if device.type == "cuda" else 1

@@ -22,8 +22,9 @@ from pathlib import Path
 from statistics import median
 
 from snac48.checkpoint import load_checkpoint
-from snac48.cli import EXIT_DIVERGED, UserError, first_line, main_guard, one_line_errors, unusable_gpus
+from snac48.cli import EXIT_DIVERGED, UserError, first_line, main_guard, read_flags, unusable_gpus
 from snac48.files import atomic_file
+from snac48.places import check_free
 
 COLUMNS = {  # name -> how the table prints it; the CSV has all of them in full precision
     "file": "{}", "kind": None, "epoch": "{}", "step": "{}", "val_loss": "{:.4f}", "best_val": "{:.4f}",
@@ -172,15 +173,15 @@ def look_at_machine() -> int:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(p)
     add = p.add_argument
     add("--ckpts", nargs="+", help="checkpoints of one run: files, globs (default: look at the machine)")
     add("--probe-data", help=".npq glob or cache folder: token models' entropy and loss (default: none)")
     add("--probe-windows", type=int, default=16, help="of up to 256 frames (default: %(default)s)")
     add("--csv", help="write all columns there (default: none)")
+    add("--overwrite", action="store_true", help="replace --csv where it exists")
     add("--jump", type=float, default=0.5, help="nats above the best loss before (default: %(default)s)")
     add("--stride", type=float, default=10.0, help="times the median step length (default: %(default)s)")
-    args, paths = p.parse_args(), set()
+    args, paths = read_flags(p), set()
     if not args.ckpts:
         return look_at_machine()
     for name in args.ckpts:
@@ -188,6 +189,8 @@ def main() -> int:
         if not found:
             raise UserError(f"--ckpts {name}: no such file")
         paths |= set(found)
+    if args.csv:
+        check_free([args.csv], paths, args.overwrite, "--csv")
 
     rows, order = [], []
     for path in sorted(paths):  # one at a time: a large run's checkpoints do not fit in memory together

@@ -29,12 +29,14 @@ their own 24 kHz), comb (lines of the envelope at multiples of the frame rate), 
 
 import argparse
 import csv
+import os
 import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from snac48.cli import EXIT_STOPPED, StopFlag, UserError, guarded, main_guard, pick_device, read_flags, warn
+from snac48.places import check_free, check_place
 
 
 def parse_args(argv=None):
@@ -43,6 +45,12 @@ def parse_args(argv=None):
     add("--checkpoint", nargs="+", required=True, help="checkpoints or exported folders")
     add("--compare", default="", help="a checkpoint: which differences of the others from it are real")
     add("--data_dirs", nargs="+", required=True, help="folders of held-out recordings")
+    add(
+        "--allow_links",
+        default="",
+        metavar="DIR[:DIR]",
+        help="folders outside of the data that links in it may lead to",
+    )
     add("--audio_48k_dir", nargs="+", default=[], help="their 48 kHz targets, a folder for each of them")
     add(
         "--target_kind", choices=("sidon", "recordings"), default="", help="of targets without manifest.jsonl"
@@ -56,12 +64,26 @@ def parse_args(argv=None):
     add("--output", default="evaluation_results.json", help="the numbers; tables and picture lie beside them")
     add("--samples_dir", default="comparison_samples", help="where the wavs and the listening page go")
     add("--max_samples_saved", type=int, default=20, help="clips to listen to (-1 = all)")
+    add("--overwrite", action="store_true", help="replace files there that are not of an evaluation")
     add("--visqol", action="store_true", help="also ViSQOL (requirements-evaluate.txt; about 1 s a clip)")
     add("--pitch", action="store_true", help="also F0, voicing, harmonics (requirements-evaluate.txt)")
-    args = read_flags(p, argv, segment_length=0, min_rate=0, seed=0)
+    args = read_flags(p, argv)
     if args.audio_48k_dir and len(args.audio_48k_dir) != len(args.data_dirs):
         p.error("--audio_48k_dir takes one folder for each of --data_dirs, in the same order")
+    check_outputs(args)
     return args
+
+
+def check_outputs(args) -> None:
+    """Raises UserError for places that can't be written, and for files that are no older evaluation's."""
+    out, samples = Path(args.output), Path(args.samples_dir)
+    check_place(samples, "--samples_dir", [*args.data_dirs, *args.audio_48k_dir])
+    ours = os.path.isfile(out) and '"level_policy"' in out.read_text(encoding="utf-8", errors="replace")
+    results = [out, *(out.with_suffix(suffix) for suffix in (".md", ".csv", ".png"))]
+    check_free(results, args.checkpoint, args.overwrite or ours, "--output")
+    held = samples.is_dir() and next(samples.iterdir(), None)
+    if held and not (args.overwrite or (samples / "audio" / "000.js").is_file()):
+        raise UserError(f"--samples_dir {samples} holds {held.name}, of no evaluation: choose another folder")
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
@@ -70,7 +92,15 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 import numpy as np
 import torch
 
-from snac48.audio import AudioError, find_audio, read_audio, resample, resampled_length, resolve_inside
+from snac48.audio import (
+    AudioError,
+    allow_links,
+    find_audio,
+    read_audio,
+    resample,
+    resampled_length,
+    resolve_inside,
+)
 from snac48.codec import geometry_of, load_snac, model_config
 from snac48.decoder import HEADS, DualHead, DualHeadDecoder, load_dual_head
 from snac48.files import atomic_file, write_json
@@ -78,6 +108,7 @@ from snac48.intervals import differences, intervals, means
 from snac48.listening import ListeningPage
 from snac48.losses import halve_rate, spectrum
 from snac48.measures import DISTANCES, FAULTS, METRICS, distances, faults, load_pitch, load_visqol, pitched
+from snac48.runlog import show
 from snac48.targets import KINDS, Targets
 
 DRAWN = 3  # clips in the picture
@@ -397,12 +428,15 @@ def save_results(args, results: dict, findings: Findings, page: ListeningPage) -
     md.write_text(text, encoding="utf-8")
     write_csv(table_of_clips, findings)
     draw(png, [(name, signals) for _, name, signals in findings.loudest])
-    print(f"\n{text}\nnumbers: {out}, clip by clip: {table_of_clips}\ntables: {md}\nspectrograms: {png}")
+    show(f"\n{text}\nnumbers: {out}, clip by clip: {table_of_clips}\ntables: {md}\nspectrograms: {png}\n")
     if page.clips:
-        print(f"listen: open {page.save(results)} in a browser; keys 1-{len(page.systems)} switch the system")
+        show(
+            f"listen: open {page.save(results)} in a browser; keys 1-{len(page.systems)} switch the system\n"
+        )
 
 
 def main(args) -> int:
+    allow_links(args.allow_links)
     stop = StopFlag()
     device, visqol = pick_device(args.device), load_visqol() if args.visqol else None
     pitch = load_pitch() if args.pitch else None

@@ -40,6 +40,7 @@ from snac48.cli import (
     read_flags,
     warn,
 )
+from snac48.places import check_free, check_place
 
 
 def parse_args(argv=None):
@@ -47,7 +48,14 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--checkpoint", required=True, help="checkpoint, exported folder, or hub id@COMMIT")
     add("--input", help="audio file, folder, cache of cache_codes.py, or one .parquet of it")
+    add(
+        "--allow_links",
+        default="",
+        metavar="DIR[:DIR]",
+        help="folders outside of the data that links in it may lead to",
+    )
     add("--output", help="wav file for one input file, else a folder; - = raw 16-bit PCM to stdout")
+    add("--overwrite", action="store_true", help="replace wavs and exports that exist")
     add("--sample_rate", choices=("24000", "48000", "both"), default="48000", help="which heads speak")
     add("--device", default="", help="GPU number or cpu (default: a GPU where there is one, else the CPU)")
     add("--pretrained_model", default="", help="where the encoder is (default: where the training found it)")
@@ -57,12 +65,26 @@ def parse_args(argv=None):
     add("--export", metavar="DIR", help="write model.safetensors + config.json for load_dual_head")
     add("--half", action="store_true", help="--export of a codec: float16 weights")
     add("--export_onnx", metavar="FILE", help="write an ONNX graph: codes of any length -> audio")
-    args = read_flags(p, argv, chunk_seconds=0)
+    args = read_flags(p, argv)
     if not (args.export or args.export_onnx) and not (args.input and args.output):
         p.error("--input and --output are required (or --export DIR, --export_onnx FILE)")
     if args.output == "-" and args.sample_rate == "both":
         p.error("--output - takes one --sample_rate")
+    check_outputs(args)
     return args
+
+
+def check_outputs(args) -> None:
+    """Raises UserError for places that can't be written, and for those of what is read or exists."""
+    if args.export:
+        made = [Path(args.export, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")]
+        check_free(made, [args.checkpoint], args.overwrite, "--export")
+    elif args.export_onnx:
+        check_free([args.export_onnx], [args.checkpoint], args.overwrite, "--export_onnx")
+    elif args.output != "-" and Path(args.input).is_dir():
+        check_place(args.output, "--output", [args.input])
+    elif args.output != "-" and args.sample_rate != "both" and not args.input.endswith(".parquet"):
+        check_free([args.output], [args.input], args.overwrite, "--output")
 
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
@@ -72,10 +94,20 @@ import numpy as np
 import soundfile as sf
 import torch
 
-from snac48.audio import AudioError, find_audio, read_audio, resample, resampled_length, resolve_inside
+from snac48.audio import (
+    AudioError,
+    allow_links,
+    find_audio,
+    read_audio,
+    resample,
+    resampled_length,
+    resolve_inside,
+)
 from snac48.cache import SHARDS, CodeIndex, shard_rows
 from snac48.decoder import HEADS, DualHead, load_dual_head, read_checkpoint
 from snac48.files import atomic_file, write_json
+from snac48.jobs import printable
+from snac48.runlog import show
 
 # ---- export ----
 
@@ -279,6 +311,7 @@ def speak(tts: DualHead, args, stop: StopFlag) -> int:
             name = args.output if one_file else wav_name(u.path, args.output, taken)
             stem = name.removesuffix(".wav")
             paths = {h: Path(f"{stem}_{h}.wav" if len(heads) > 1 else name) for h in heads}
+            check_free(paths.values(), [args.input], args.overwrite, "--output")
         lengths = {h: resampled_length(u.n, u.rate, HEADS[h].rate) for h in heads}
         pieces = tts.stream([u.codes], 0.5 if args.stream else args.chunk_seconds, args.noise_seed, heads)
         write_pieces(pieces, paths, lengths)
@@ -286,17 +319,18 @@ def speak(tts: DualHead, args, stop: StopFlag) -> int:
         spoken = resampled_length(u.n, u.rate, tts.geometry.sampling_rate) / tts.geometry.sampling_rate
         seconds += spoken
         if paths:
-            print(f"{u.path} -> {', '.join(map(str, paths.values()))} ({spoken:.2f} s)", flush=True)
+            show(printable(f"{u.path} -> {', '.join(map(str, paths.values()))} ({spoken:.2f} s)") + "\n")
     spent = time.time() - began
     rtf = f" (rtf {spent / seconds:.3f})" if seconds else ""
     left_out = f"; {bad} bad files left out" if bad else ""
     warn(f"{count} files, {seconds:.1f} s of audio in {spent:.1f} s{rtf}{left_out}")
     if paths:
-        print(f"listen: aplay {shlex.quote(str(list(paths.values())[-1]))}, or any player")
+        show(printable(f"listen: aplay {shlex.quote(str(list(paths.values())[-1]))}, or any player") + "\n")
     return EXIT_BAD_INPUT if bad else 0
 
 
 def main(args) -> int:
+    allow_links(args.allow_links)
     if args.export:
         export(args.checkpoint, args.export, args.half)
         return 0

@@ -108,30 +108,18 @@ ask() { # CODE ARGS...: run a bit of Python beside snac48/process.py, whose word
   shift
   [ -x "$python" ] || python=$(find_python)
   # -S: the standard library is enough, and without the rest it answers within 20 ms
-  "$python" -S -c "import sys; sys.path.insert(0, sys.argv.pop(1)); from snac48.process import descendants, job_state, start_time
+  "$python" -S -c "import sys; sys.path.insert(0, sys.argv.pop(1)); from snac48 import jobs; from snac48.process import descendants, start_time
 $code" "$ROOT" "$@"
 }
 
 alive() { # is the job that NAME.pid describes alive? Sets PID and STATE: RUNNING, DEAD, STALE_PID or None
   local told
-  told=$(ask 'print(*job_state(sys.argv[1]))' "$LOG_DIR/$1.pid") || abort "nobody can tell whether $1 runs"
+  told=$(ask 'print(*jobs.job_state(sys.argv[1]))' "$LOG_DIR/$1.pid") || abort "nobody can tell whether $1 runs"
   read -r STATE PID <<<"$told"
   [ "$STATE" = RUNNING ]
 }
 
-state_of() { # what `status` calls it: a dead job by its exit code
-  local code
-  alive "$1" || [ "$STATE" = STALE_PID ] || {
-    code=$(cat "$LOG_DIR/$1.exit" 2>/dev/null) || code=
-    case $code in
-      0) STATE=FINISHED ;;
-      3) STATE=STOPPED ;;
-      '') STATE=DEAD ;;
-      *) STATE="DEAD($code)" ;;
-    esac
-  }
-  echo "$STATE"
-}
+state_of() { ask 'print(jobs.job_word(*sys.argv[1:]))' "$LOG_DIR" "$1"; } # what `status` calls it
 
 # ---- start ----
 
@@ -227,7 +215,9 @@ start_job() { # NAME KIND GPUS RUN_DIR COMMAND...
   local name=$1 kind=$2 gpus=$3 run_dir=$4 log tmp launched code tries
   shift 4
   mkdir -p "$LOG_DIR"
-  log=$LOG_DIR/$name.log
+  for log in "$LOG_DIR/$name".{log.old,pid,json,exit,lock,log}; do # a pipe would hold us up for ever
+    [ ! -e "$log" ] || [ -f "$log" ] || abort "$log is not a regular file: move it away"
+  done
   exec 9>"$LOG_DIR/$name.lock"
   flock -w 30 9 || abort "another start of $name holds $LOG_DIR/$name.lock"
   alive "$name" && abort "$name already runs (pid $PID): ./launch.sh stop $name first, or wait for its end with tail --pid=$PID -f /dev/null"
@@ -254,6 +244,7 @@ job = {"name": os.path.basename(base), "kind": kind, "gpus": gpus, "command": co
 began = start_time(int(pid)) or 0
 for path, text in ((base + ".pid", " ".join((pid, str(began), *command)) + "\n"), (base + ".json", json.dumps(job, indent=1))):
     with open(path + ".new", "w") as f:
+        os.fchmod(f.fileno(), 0o644)  # whoever can write it, says what resume runs
         f.write(text)
     os.replace(path + ".new", path)' "$LOG_DIR/$name" "$PID" "$kind" "$gpus" "$run_dir" "$@"
   exec 9>&-
@@ -465,17 +456,10 @@ jobs_list() {
   return 0
 }
 
-elsewhere() { # NAME: says ON_HOST where the job was started by another machine that shares LOG_DIR
-  ask 'import json, os
-host = json.load(open(sys.argv[1])).get("host", os.uname().nodename)
-host != os.uname().nodename and print("ON_" + host)
-sys.exit(host == os.uname().nodename)' "$LOG_DIR/$1.json"
-}
-
 here() { # NAME: it can be stopped and resumed where it was started alone
   local where
-  where=$(elsewhere "$1") || return 0
-  abort "$1 runs on ${where#ON_}: give this command there"
+  where=$(state_of "$1")
+  [[ $where != ON_* ]] || abort "$1 runs on ${where#ON_}: give this command there"
 }
 
 stop_job() {
@@ -507,15 +491,11 @@ resume_job() {
   alive "$name" && abort "$name already runs (pid $PID)"
   [ "$(state_of "$name")" != FINISHED ] || abort "$name has finished: there is nothing to resume"
   need_setup
-  mapfile -d '' -t command < <(ask 'import glob, json, os
-job = json.load(open(sys.argv[1]))
-command = job["command"]
-if job["kind"] == "train":  # the last --resume counts: where it has written a checkpoint, it goes on from that one
-    made = glob.glob(glob.escape(job["run_dir"] or "") + "/checkpoint_*.pt")
-    command += ["--resume", "auto"] * any(os.path.getmtime(path) > job["started"] for path in made)
-if job["kind"] == "rvq":  # continues by itself, unless its first start was told to begin anew
-    command = [a for a in command if a not in ("--no-resume", "--ignore-arch")]
-print("\0".join([job["kind"], job["gpus"], job["run_dir"] or "", job["cwd"], *command]), end="\0")' "$LOG_DIR/$name.json")
+  mapfile -d '' -t command < <(ask 'try:
+    print("\0".join(jobs.resumed(sys.argv[1])), end="\0")
+except ValueError as e:
+    sys.exit(f"launch.sh: {e}")' "$LOG_DIR/$name.json")
+  [ "${#command[@]}" -gt 4 ] || exit 1
   kind=${command[0]} gpus=${command[1]} run_dir=${command[2]} cwd=${command[3]}
   cd "$cwd"
   preflight "$kind" "$gpus" "${command[@]:4}"
@@ -523,15 +503,7 @@ print("\0".join([job["kind"], job["gpus"], job["run_dir"] or "", job["cwd"], *co
   KEEP_LOG=1 start_job "$name" "$kind" "$gpus" "$run_dir" "${command[@]:4}"
 }
 
-status() {
-  local name found=0
-  for name in $(jobs_list); do
-    found=1
-    printf '%-24s %-10s pid %-8s %s\n' "$name" "$(elsewhere "$name" || state_of "$name")" "$(cut -d' ' -f1 "$LOG_DIR/$name.pid" 2>/dev/null)" \
-      "$(tail -c 4000 "$LOG_DIR/$name.log" 2>/dev/null | tr '\r' '\n' | grep -v '^ *$' | tail -n 1 | cut -c1-110)"
-  done
-  [ "$found" = 1 ] || echo "no jobs in $LOG_DIR"
-}
+status() { ask 'print(*jobs.status(sys.argv[1]), sep="\n")' "$LOG_DIR"; }
 
 monitor() { # the window; where it dies without a word (kill -9), the terminal gets back what it was
   local saved child code=0

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from snac48.cli import UserError, main_guard, one_line_errors
+from snac48.cli import UserError, main_guard, read_flags
 from snac48.tui.runs import Fleet, Limits
 from snac48.tui.text import human_size, percent
 from snac48.tui.ui import Ui
@@ -36,7 +36,6 @@ def print_once(fleet: Fleet) -> None:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    one_line_errors(p)
     p.add_argument("files", nargs="*", help="log files or run directories to watch besides --log_dir")
     root = Path(__file__).resolve().parent  # launch.sh writes into its logs from wherever it is called
     logs = "logs" if Path("logs").is_dir() or not (root / "logs").is_dir() else root / "logs"
@@ -55,7 +54,7 @@ def main() -> int:
     ):
         kind = float if isinstance(default, float) else Path
         p.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
-    a = p.parse_args()
+    a = read_flags(p)
     fleet = Fleet(a.log_dir, a.files, Limits(stall_s=a.stall_s, diverge=a.diverge, disk_gb=a.disk_gb))
     start = time.monotonic()
     fleet.poll()

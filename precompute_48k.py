@@ -32,7 +32,16 @@ from pathlib import Path
 
 import numpy as np
 
-from snac48.audio import AudioError, Spool, audio_blocks, find_audio, resolve_inside, target_names
+from snac48.audio import (
+    AudioError,
+    Spool,
+    allow_links,
+    audio_blocks,
+    find_audio,
+    open_sound_file,
+    resolve_inside,
+    target_names,
+)
 from snac48.cli import (
     EXIT_BAD_INPUT,
     EXIT_STOPPED,
@@ -45,7 +54,7 @@ from snac48.cli import (
     stop_at_once,
 )
 from snac48.files import sweep_leftovers, write_json, write_jsonl
-from snac48.places import asked
+from snac48.places import asked, check_place
 from snac48.runlog import RunLog
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
 from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes
@@ -117,6 +126,8 @@ def read_file(rel: str, name: str, job: dict) -> dict | Waiting:
     here), or {path, reason} of one that is skipped."""
     try:
         file = resolve_inside(job["input_dir"], rel)
+        if len(os.fsencode(os.path.basename(name))) > 255:
+            raise AudioError("its target's name would be longer than 255 bytes: rename it")
         blocks = audio_blocks(file, BLOCK_SECONDS)
         first, rate = next(blocks)
         blocks = itertools.chain([first], (x for x, _ in blocks))
@@ -327,6 +338,12 @@ def parse_args(argv=None):
     add(
         "--data_root", default="", metavar="DIR", help="where corpus/ and targets/ lie; default: DATA_ROOT, ."
     )
+    add(
+        "--allow_links",
+        default="",
+        metavar="DIR[:DIR]",
+        help="folders outside of the data that links in it may lead to",
+    )
     add("--limit", type=int, default=-1, help="first N files only; -1 = all")
     add("--start_idx", type=int, default=0, help="first file of the sorted list that this process does")
     add("--end_idx", type=int, default=-1, help="the file it stops before; -1 = to the end")
@@ -347,13 +364,15 @@ def parse_args(argv=None):
     add("--max_bad_fraction", type=float, default=0.01, help="more bad files: exit code 5, at the end")
     add("--test_mode", action="store_true", help="only the first files that need upsampling, then a table")
     add("--test_samples", type=int, default=10, help="how many files --test_mode takes")
-    lowest = {"native_rate": 1, "batch_size": 1, "num_workers": 0, "start_idx": 0, "batch_slack": 0}
-    args = read_flags(p, argv, max_bad_fraction=0, **lowest)
+    args = read_flags(p, argv)
+    if -1 < args.end_idx <= args.start_idx:
+        p.error(f"--end_idx {args.end_idx} must be above --start_idx {args.start_idx}: no file would be done")
     flags = "--input_dir and --output_dir"
     args.folders = asked(args.input_dir, args.output_dir, flags, args.data_root, "targets")
     for source, output in args.folders:
         if output.resolve().is_relative_to(source.resolve()):
             raise UserError(f"--output_dir {output} lies inside --input_dir; choose a folder beside it")
+        check_place(output, "--output_dir")
     return args
 
 
@@ -366,8 +385,10 @@ def choose_files(args, files: list[str]) -> list[str]:
 
         def low(rel: str) -> bool:
             try:
-                return sf.info(args.input_dir / rel).samplerate < args.native_rate
-            except sf.LibsndfileError:
+                file = resolve_inside(args.input_dir, rel)
+                os.close(open_sound_file(file)[0])  # a pipe would be waited for
+                return sf.info(file).samplerate < args.native_rate
+            except (AudioError, OSError, sf.LibsndfileError):
                 return False
 
         files = list(itertools.islice(filter(low, files), args.test_samples))
@@ -409,6 +430,7 @@ def open_job(args, stop: StopFlag) -> Job:
 
 
 def main(args) -> int:
+    allow_links(args.allow_links)
     stop, code = StopFlag(), 0
     for input_dir, output_dir in args.folders:
         split = argparse.Namespace(**vars(args) | {"input_dir": input_dir, "output_dir": output_dir})

@@ -17,9 +17,11 @@ import re
 import shutil
 from pathlib import Path
 
-from snac48.audio import find_audio
+from snac48.audio import SPLIT_FORMAT, find_audio
 from snac48.cli import UserError, main_guard, read_flags, warn
 from snac48.files import write_json
+from snac48.places import check_place
+from snac48.runlog import show
 
 
 def parse_args(argv=None):
@@ -33,8 +35,6 @@ def parse_args(argv=None):
     add("--group_by", default="", help="top, parent, or regex:PATTERN with a parenthesis; default: each file")
     add("--valid_list", default="", help="file of validation paths, one a line, instead of a ratio")
     args = read_flags(p, argv)
-    if not 0 < args.train_ratio < 1:
-        raise UserError(f"--train_ratio {args.train_ratio:g} must lie between 0 and 1")
     if args.group_by not in ("", "top", "parent"):
         pattern = args.group_by.removeprefix("regex:")
         try:
@@ -93,6 +93,8 @@ def read_list(files: list[str], path: str) -> set[str]:
         valid = {line for line in Path(path).read_text(encoding="utf-8").splitlines() if line}
     except OSError as e:
         raise UserError(f"--valid_list {path} cannot be read: {e.strerror}") from None
+    except UnicodeError:
+        raise UserError(f"--valid_list {path} is not UTF-8 text: save it as UTF-8") from None
     unknown = sorted(valid - set(files))
     if unknown or not 0 < len(valid) < len(files):
         such = f", such as {unknown[0]}" if unknown else ""
@@ -104,8 +106,9 @@ def read_list(files: list[str], path: str) -> set[str]:
 def main(args) -> int:
     source, out = Path(args.input_dir).resolve(), Path(args.output_dir)
     files = find_audio(args.input_dir)
-    if (out / "train").exists() or (out / "valid").exists():
-        raise UserError(f"{out} already holds a split; remove it or choose another --output_dir")
+    check_place(out, "--output_dir")
+    if held := [name for name in ("train", "valid", "manifest.json") if os.path.lexists(out / name)]:
+        raise UserError(f"{out} holds {held[0]} of another split: choose another --output_dir")
     if args.valid_list:
         valid, groups = read_list(files, args.valid_list), {rel: [rel] for rel in files}
     else:
@@ -119,6 +122,8 @@ def main(args) -> int:
     counts = {"train": len(files) - len(valid), "valid": len(valid)}
     found = {p: sorted({g for g, members in groups.items() if part[members[0]] == p}) for p in counts}
     manifest = {
+        "format": SPLIT_FORMAT,  # by which, and by the place, the links in it are known as ours
+        "output_dir": str(out.resolve()),
         "input_dir": str(source),
         "mode": "copy" if args.copy else "symlink",
         "seed": args.seed,
@@ -145,7 +150,7 @@ def main(args) -> int:
     done = f"{counts['train']} training and {counts['valid']} validation files{in_groups}"
     share = f"{100 * counts['train'] / len(files):.1f} % for training"
     asked = "by --valid_list" if args.valid_list else f"--train_ratio {args.train_ratio:g}"
-    print(f"{done} ({share}; asked: {asked}) -> {out}/train/audio, {out}/valid/audio")
+    show(f"{done} ({share}; asked: {asked}) -> {out}/train/audio, {out}/valid/audio\n")
     return 0
 
 

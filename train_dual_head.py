@@ -35,14 +35,15 @@ from snac48 import DEFAULT_MODEL, cli, schedule
 from snac48.checkpoint import RESUMED, find_resume, refuse_overwriting, require
 from snac48.cli import Diverged, Finished, LoaderDied, Stopped, TooManyBadFiles, UserError
 from snac48.files import write_json
-from snac48.places import RAW_RECIPES, check_training, settle
-from snac48.runlog import human_time
+from snac48.places import RAW_RECIPES, check_run_place, check_training, settle
+from snac48.runlog import hold_begun, human_time
 
 # ---- options: every default stands here once ----
 
 OPTIONS = {  # name: (default, help[, type]); the type is the default's; None: by device, see snac48/speed.py
     "data": {
         "data_root": ("", "where corpus/, codes/ and targets/ lie (default: DATA_ROOT, else here)"),
+        "allow_links": ("", "folders, DIR:DIR, that links in the data may lead to"),
         "data_dir": ("", "recordings to encode on the fly, instead of --cache_dir; several: A,B"),
         "val_data_dir": ("", "the same for validation"),
         "codes_dir": ("", "cache folder holding train/ and val/ (for --cache_dir and --val_cache_dir)"),
@@ -219,6 +220,8 @@ def config_values(path: str, recipe: str = "", cached: bool = False) -> dict:
     """A JSON config as option values, "recipe" among them."""
     known = {k: k for k in DEFAULTS} | CONFIG_KEYS
     config = cli.read_config(path, known)
+    if not isinstance(config.get("recipe", ""), str):
+        raise UserError(f"config {path}: recipe must be str, not {config['recipe']!r:.200}")
     recipe = recipe or config.get("recipe") or recipe_of(config, path, cached)
     values = {"recipe": recipe}
     if recipe in RAW_RECIPES:
@@ -226,14 +229,19 @@ def config_values(path: str, recipe: str = "", cached: bool = False) -> dict:
     fixed = recipe in ("phase11-standard", "phase11-warmup") and "curriculum" not in config
     if fixed and "segment_length" in config:  # one segment for training and validation
         values["segment_schedule"] = str(config["segment_length"])
+    given = {}  # option: the key that gives it
     for key, value in config.items():
-        name = known[key]
+        where, name = f"config {path}: {key}", known[key]
+        if name in (None, "recipe"):
+            continue
         if name == "curriculum":
-            values["epoch_ranges"] = ",".join(f"{c['epochs'][0]}-{c['epochs'][1]}" for c in value)
-            values["segment_schedule"] = ",".join(str(c["length"]) for c in value)
-            values["batch_multiplier"] = ",".join(str(c["batch_multiplier"]) for c in value)
-        elif name and name != "recipe":
-            values[name] = typed_value(name, value, f"config {path}: {key}")
+            found = schedule.of_stages(value, where)
+        else:
+            found = {name: typed_value(name, value, where)}
+        for name in found.keys() & given.keys():
+            raise UserError(f"config {path}: {given[name]!r} and {key!r} both give --{name}: leave one out")
+        given |= dict.fromkeys(found, key)
+        values |= found
     return values
 
 
@@ -285,6 +293,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         places = DEFAULTS | RECIPES[recipe or "phase12"] | config | typed
         check = lambda content, path: require(content, path, RESUMED)
         where = places["output_dir"], "checkpoint_*.pt"
+        if not flags["print_config"]:
+            hold_begun(where[0])  # before the newest is chosen: nobody may write a newer one
         typed["resume"], saved = find_resume(typed["resume"], *where, check)
         if not saved:
             cli.warn(f"no checkpoint in {places['output_dir']}: starting at step 0")
@@ -296,10 +306,13 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
     values = {"recipe": recipe, **values}
     settle(values, origin)
     args = argparse.Namespace(**values)
+    told = {"flag": "a flag", "config": f"config {flags['config']}", "checkpoint": typed.get("resume")}
+    told["recipe"] = f"recipe {recipe}"
+    with cli.told_where_from(lambda name: told.get(origin.get(name, "flag" if name in flags else ""))):
+        check_values(args, flags)
     if flags["print_config"]:
         print(cli.config_text(vars(args), origin, flags["print_config"]))
         sys.exit(0)
-    check_values(args)
     if flags["print_schedule"]:
         print("\n".join(schedule.plan_lines(args, schedule.make_plan(args, flags["print_schedule"]))))
         sys.exit(0)
@@ -309,8 +322,8 @@ def parse_args(argv=None) -> tuple[argparse.Namespace, dict, dict | None]:
         print("\n".join(memory_lines(args, cli.numbers(float, flags["print_memory"], "--print_memory"))))
         sys.exit(0)
     check_training(args)
-    if not args.resume:
-        refuse_overwriting(args.output_dir, "resume" in typed)
+    check_run_place(args)
+    refuse_overwriting(args, "resume" in typed)
     return args, origin, saved
 
 
@@ -325,17 +338,12 @@ def values_of(saved: dict, path: str, recipe: str) -> tuple[str, dict]:
     return own, {k: typed_value(k, v, f"{path}: {k}") for k, v in kept.items()}
 
 
-def check_values(args) -> None:
+def check_values(args, flags: dict) -> None:
     """Raises UserError for values that cannot be, or that contradict each other."""
     for name, allowed in CHOICES.items():
         if getattr(args, name) not in allowed:
-            raise UserError(f"{name} must be one of {', '.join(allowed)}, not {getattr(args, name)!r}")
-    for name in ("epochs", "batch_size", "eval_batch_size", "accum_steps", "log_every", "save_every",
-                 "monitor_24k_every"):  # fmt: skip
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if args.keep_checkpoints == 0:  # it would delete the one just written
-        raise UserError("--keep_checkpoints must be at least 1, or -1 for all")
+            raise UserError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(args, name)!r}")
+    cli.within_bounds(vars(args) | flags)
     schedule.check(args)
 
 

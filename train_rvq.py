@@ -35,9 +35,10 @@ from pathlib import Path
 import numpy as np
 
 from snac48 import cli, tokens
-from snac48.checkpoint import load_checkpoint, prune, save_checkpoint
-from snac48.cli import Diverged, Finished, Stopped, UserError, one_line_errors
+from snac48.checkpoint import load_checkpoint, prune, save_checkpoint, set_aside
+from snac48.cli import Diverged, Finished, LoaderDied, Stopped, UserError, one_line_errors
 from snac48.files import write_json
+from snac48.places import check_free, check_place
 from snac48.runlog import RunLog, git_sha, human_time, step_line, versions
 
 # ---- options: every default stands here once ----
@@ -113,8 +114,7 @@ OPTIONS = {  # flag: (default, help); the type is the default's, text where that
 DEFAULTS = {flag[2:].replace("-", "_"): default for flag, (default, _) in OPTIONS.items()}
 KINDS = {name: str if default is None else type(default) for name, default in DEFAULTS.items()}
 CHOICES = {"npq2": ("mid", "both"), "pattern": ("depth", "parallel", "delay", "flatten")}
-AT_LEAST_1 = ("ctx", "step", "batch", "accum", "epochs", "d_model", "layers", "heads", "depth_layers",
-              "val_every", "eval_frames", "keep_archived", "log_lr_steps", "prefetch")  # fmt: skip
+FLAGS = dict(zip(DEFAULTS, OPTIONS))
 # what a resumed checkpoint does not decide: where data and run lie, and how this start is meant
 OF_THE_START = ("data", "val_data", "npq2", "save_dir", "tag", "device", "config", "resume", "no_resume",
                 "ignore_arch")  # fmt: skip
@@ -154,9 +154,14 @@ def parse_training(argv: list[str]) -> dict:
     """What the flags and the config give; a flag wins. Raises UserError for values no run can use."""
     flags = vars(training_parser().parse_args(argv))
     path = flags.get("config")
-    given = (typed(cli.read_config(path, DEFAULTS), f"config {path}") if path else {}) | flags
-    settle(given)
-    return given
+    config = typed(cli.read_config(path, DEFAULTS), f"config {path}") if path else {}
+    source = lambda name: "a flag" if name in flags else f"config {path}" if name in config else None
+    with cli.told_where_from(source):
+        args = settle(config | flags)
+        read = [folder for folder in (args.data, args.val_data) if folder and Path(folder).is_dir()]
+        check_place(args.save_dir, "--save_dir", read)
+        check_place(args.eval_outdir, "--eval-outdir", read)
+    return config | flags
 
 
 def settle(given: dict, saved: dict | None = None) -> argparse.Namespace:
@@ -165,25 +170,13 @@ def settle(given: dict, saved: dict | None = None) -> argparse.Namespace:
     if "ctx" in given:
         kept.pop("step", None)  # it was half of another ctx
     args = argparse.Namespace(**DEFAULTS | typed(kept, "the resumed checkpoint") | given)
+    cli.within_bounds(vars(args), FLAGS, "train_rvq")
     args.step = args.step or max(1, args.ctx // 2)
-    for name in AT_LEAST_1:
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it must be at least 1")
     if args.d_model % args.heads or args.d_model // args.heads % 2:
         raise UserError(f"--d_model {args.d_model} must be --heads {args.heads} times an even number")
-    architecture(args, [])
+    tokens.architecture(args, [])
     tokens.codebook_weights(args.cb_weights, 0.0, 1 + args.cb_weights.count(","))
     return args
-
-
-def architecture(args, vocab: list[int]) -> dict:
-    """What TokenLM is built from."""
-    size = args.d_model // args.heads
-    wide = args.depth_d_model or max(1, args.heads // 2) * size
-    if wide % size:
-        raise UserError(f"--depth_d_model {wide} must be a multiple of the head size {size}")
-    names = ("pattern", "d_model", "layers", "heads", "depth_layers", "dropout", "ctx")
-    return {k: getattr(args, k) for k in names} | {"vocab": vocab, "depth_d_model": wide}
 
 
 def generate_parser() -> argparse.ArgumentParser:
@@ -193,6 +186,7 @@ def generate_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", help=".npq, or .parquet of a cache (its row --prompt-row) (default: none)")
     p.add_argument("--prompt-row", type=int, default=0, help="of a .parquet (default: 0)")
     p.add_argument("--prompt-frames", type=int, default=0, help="first frames used; 0 = all (default: 0)")
+    p.add_argument("--overwrite", action="store_true", help="replace --output where it exists")
     p.add_argument("--device", default="", help=OPTIONS["--device"][1])
     p.add_argument("--seed", type=int, default=DEFAULTS["seed"], help="of the choices (default: %(default)s)")
     for name in ("frames", "temperature", "top-k", "top-p", "decoder"):  # as the samples in training
@@ -214,6 +208,8 @@ def tokens_parser() -> argparse.ArgumentParser:
     one.add_argument("output")
     one.add_argument("--fps", type=float, default=44100 / 512, help="frames/s (default: DAC 44.1 kHz)")
     one.add_argument("--codebook_size", type=int, default=1024, help="entries (default: %(default)s)")
+    for name in ("from-cache", "from-dac"):
+        commands.choices[name].add_argument("--overwrite", action="store_true", help="what exists there")
     return p
 
 
@@ -221,7 +217,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a wrong optio
     PARSE = {"generate": generate_parser, "tokens": tokens_parser}
     JOB = sys.argv[1] if len(sys.argv) > 1 else "train"
     if JOB in PARSE:
-        GIVEN = PARSE[JOB]().parse_args(sys.argv[2:])
+        GIVEN = cli.guarded(cli.read_flags, PARSE[JOB](), sys.argv[2:])
     else:
         GIVEN = cli.guarded(parse_training, sys.argv[1:])
         cli.stop_at_once()
@@ -290,17 +286,17 @@ def start(given: dict) -> tuple[Run, State]:
     if held_out and (held_out.vocab != corpus.vocab or held_out.source != corpus.source):
         raise UserError(f"--val-data {args.val_data} holds other tokens than --data {args.data}")
     stem = f"rvq_{corpus.K}cb" + (f"_{args.tag}" if args.tag else "")
-    log = RunLog(args.save_dir, quiet=ranks.rank > 0)
+    log = RunLog(args.save_dir, quiet=ranks.rank > 0, alone=True)
     log.say(f"device {device}" + (f", {ranks.world} processes" if ranks.world > 1 else ""))
     report_bad(args, corpus, log)
-    saved = None if args.no_resume else find_resume(log.dir, stem, args.resume, corpus, log.say)
+    saved = None if args.no_resume else find_resume(log.dir, stem, args, corpus, log.say)
     if saved and not args.ignore_arch:
         args = settle(given, saved["args"])
     train_set, val_set = tokens.split_windows(corpus, held_out, args.ctx, args.step, args.seed)
     plan = [len(train_set), len(val_set), args.batch, args.accum, args.ctx, args.step, args.seed]
     data = fingerprint(train_set.table, val_set.table, corpus.source.get("weights_sha256", ""))
     ranks.agree(args, saved, {"the plan": plan, "the data": data})
-    state, fresh = token_lm.open_state(args, architecture(args, corpus.vocab), saved, device, log.say)
+    state, fresh = token_lm.open_state(args, tokens.architecture(args, corpus.vocab), saved, device, log.say)
     loader = tokens.make_loader(train_set, device.type == "cuda", args)
     weights = tokens.codebook_weights(args.cb_weights, args.cb_weights_auto_alpha, corpus.K)
     weights = torch.tensor(weights, device=device)
@@ -316,6 +312,8 @@ def start(given: dict) -> tuple[Run, State]:
         log.say(f"warning: {what}; continuing at the start of epoch {epoch}")
         if epoch > args.epochs:
             raise UserError(f"the checkpoint has finished its {epoch - 1} epochs: give more by --epochs")
+    for kind in ("epoch", "best") if ranks.rank == 0 else ():  # of an earlier run, perhaps
+        set_aside(log.dir, f"{stem}_{kind}_e*__*.pt", (state.step, 0), log.say)
     stop, total = cli.StopFlag(), steps * args.epochs  # from here on a signal is answered with a checkpoint
     run = Run(args, ranks, log, stem, train_set, val_set, loader, plan, weights, forward, stop, steps, total)
     announce(run, state, "start" if fresh else "resume")
@@ -361,6 +359,7 @@ ENDINGS = {  # exception: (reason in metrics.jsonl or no line, exit code, is lat
                "outliers; checkpoint saved, lower --lr or look at doctor.py"),
     torch.OutOfMemoryError: ("", cli.EXIT_ERROR, False, "out of GPU memory ({why}); lower --batch and raise "
                              "--accum, or lower --ctx"),
+    LoaderDied: ("", cli.EXIT_ERROR, False, "a data loader process died ({why}): lower --num-workers"),
     OSError: ("", cli.EXIT_ERROR, False, "{file} could not be written: {why}; free some space, then run the "
               "same command again"),
 }  # fmt: skip
@@ -425,10 +424,9 @@ def feed(run: Run, state: State, epoch: int):
     todo = range(state.step - (epoch - 1) * run.per_epoch, run.per_epoch)
     windows = [tokens.step_windows(order, lengths, s, args.batch, args.accum) for s in todo]
     steps = [tokens.passes_of(own, args.batch, ranks.rank, ranks.world) for own in windows]
-    run.loader.batch_sampler[:] = [own.tolist() for step in steps for own in step]
+    lists, stop = [own.tolist() for step in steps for own in step], run.stop if ranks.world == 1 else None
     nothing = torch.full((1, 1, run.train_set.corpus.K), -1, dtype=torch.int32)
-    # persistent workers must not begin with an empty epoch: they would never end
-    passes, began, so_far = iter(run.loader if run.loader.batch_sampler else []), time.time(), 0
+    passes, began, so_far = tokens.loaded(run.loader, lists, stop), time.time(), 0
     for n, step in enumerate(steps, 1):
         frames = int(lengths[windows[n - 1]].sum())
         so_far += frames
@@ -599,9 +597,9 @@ def listen(run: Run, state: State, epoch: int) -> None:
 
 
 def generate(args) -> int:
-    if args.frames < 1:
-        raise UserError("--frames must be at least 1")
-    saved, out = load_checkpoint(args.checkpoint), Path(args.output)
+    out = Path(args.output)
+    check_free([out], [args.prompt or "", args.checkpoint], args.overwrite, "--output")
+    saved = load_checkpoint(args.checkpoint)
     device = cli.pick_device(args.device)
     model = token_lm.build(saved, "ema", device)
     source = dict(saved["source"])
@@ -629,8 +627,10 @@ def token_files(args) -> int:
     code = cli.EXIT_OK
     try:
         if args.command == "from-dac":
+            check_free([args.output], [args.codes], args.overwrite, "output")
             tokens.npq_from_dac(np.load(args.codes), args.output, args.fps, args.codebook_size)
         elif args.command == "from-cache":
+            check_free(Path(args.output_dir).glob("**/*.npq"), [], args.overwrite, "output_dir")
             cache = tokens.npq_from_cache(args.cache_dir, args.output_dir)
             for name, reason in cache.bad:
                 print(f"skipped {name}: {reason}")

@@ -5,7 +5,6 @@ import errno
 import functools
 import math
 import os
-import stat
 import struct
 import tempfile
 from pathlib import Path
@@ -13,14 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from .cli import UserError
+from .containers import AudioError, inspect
 from .files import atomic_file, read_json
+from .jobs import NotRegular, open_regular
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".w64", ".rf64", ".caf", ".au")
 SPOOL_BYTES = 256 << 20  # a 48 kHz float32 waveform above this (23 min) waits in a temporary file
-
-
-class AudioError(Exception):
-    """One bad file: the reason goes to skipped.jsonl or the manifest; the job goes on."""
 
 
 # ---- listing and paths ----
@@ -40,14 +37,47 @@ def find_audio(root: str | Path) -> list[str]:
     return sorted(found)
 
 
+def allow_links(folders: str) -> None:
+    """--allow_links: links may lead to these folders, DIR or DIR:DIR, too, in this process and in those that
+    it starts. Raises UserError for one that is not there."""
+    known = [*filter(None, os.environ.get("ALLOW_LINKS", "").split(":"))]
+    for folder in filter(None, folders.split(":")):
+        if not Path(folder).is_dir():
+            raise UserError(f"--allow_links {folder} is not a folder")
+        known.append(str(Path(folder).resolve()))
+    os.environ["ALLOW_LINKS"] = ":".join(dict.fromkeys(known))
+    link_roots.cache_clear()
+
+
+SPLIT_FORMAT = "snac48 split 1"  # in the manifest.json that prepare_dataset.py writes
+
+
+def split_source(root: Path) -> Path | None:
+    """The recordings that a split of prepare_dataset.py links to; `root`: its train/audio or valid/audio.
+    Only a manifest that says it was written here is believed: a data set may bring a file of that name, and
+    what stands in it must not open folders of ours to links of theirs."""
+    place = root.parents[1] if len(root.parents) > 1 else root
+    try:
+        found = read_json(place / "manifest.json")
+    except UserError:
+        return None
+    if not isinstance(found, dict) or found.get("format") != SPLIT_FORMAT:
+        return None
+    source, made = found.get("input_dir"), found.get("output_dir")
+    if not isinstance(source, str) or made != str(place) or "\0" in source:
+        return None
+    source = Path(source).resolve()
+    return None if source == Path("/") else source
+
+
 @functools.cache
 def link_roots(root: str | Path) -> tuple[Path, ...]:
-    """Folders that links below `root` may lead to: itself, and the source that prepare_dataset.py linked and
-    names in manifest.json."""
+    """Folders that links below `root` may lead to: itself, what the user allows (--allow_links, ALLOW_LINKS),
+    and the recordings that a split of prepare_dataset.py was made of."""
     root = Path(root).resolve()
-    beside = (f / "manifest.json" for f in (root, *root.parents[:2]))  # {train,valid}/audio: two levels up
-    sources = (read_json(path).get("input_dir") for path in beside if path.is_file())
-    return (root, *(Path(source).resolve() for source in sources if source))
+    named = [Path(f).resolve() for f in os.environ.get("ALLOW_LINKS", "").split(":") if f]
+    source = split_source(root)
+    return (root, *named, *([source] if source else []))
 
 
 def is_safe(rel: str) -> bool:
@@ -56,11 +86,20 @@ def is_safe(rel: str) -> bool:
     return bool(rel) and not absolute and "\0" not in rel and ".." not in rel.split("/")
 
 
+def check_name(rel: str) -> None:
+    """Raises AudioError for a path that leads elsewhere, and for one that no table of ours could hold."""
+    if not is_safe(rel):
+        raise AudioError(f"unsafe path {rel!r}: must be relative, without '..'")
+    try:
+        rel.encode()
+    except UnicodeEncodeError:  # bytes of another encoding, which Python keeps as lone surrogates
+        raise AudioError("file name is not UTF-8: rename it") from None
+
+
 def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -> Path:
     """The file `rel` (relative POSIX path) below `root`. Raises AudioError for `..`, absolute paths, NUL and
     links that lead out of the `allowed` folders (default: link_roots of root)."""
-    if not is_safe(rel):
-        raise AudioError(f"unsafe path {rel!r}: must be relative, without '..'")
+    check_name(rel)
     path = Path(root) / rel
     try:
         real = path.resolve()
@@ -68,11 +107,12 @@ def resolve_inside(root: str | Path, rel: str, allowed: tuple[Path, ...] = ()) -
         reason = getattr(e, "strerror", None) or "a loop of links"
         raise AudioError(f"path {rel[:80]!r} leads nowhere: {reason}") from None
     if not any(real.is_relative_to(r) for r in allowed or link_roots(root)):
-        raise AudioError(f"{rel} is a link that leaves {root}")
+        raise AudioError(leaves(rel, root))
     return path
 
 
-READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe without a writer doesn't block
+def leaves(rel: str, root) -> str:
+    return f"{rel} is a link that leaves {root}: name the folder that it leads to by --allow_links"
 
 
 @functools.lru_cache(maxsize=1 << 13)
@@ -86,17 +126,16 @@ def open_inside(root: str | Path, rel: str, allowed: tuple[Path, ...]) -> tuple[
     """(descriptor, its stat) of a regular file, with the promise of resolve_inside at a tenth of its cost:
     folders are resolved once a process, and the file itself is opened without following a link; where it is
     one, its target is opened likewise. Raises AudioError, and OSError where there is no such file."""
-    if not is_safe(rel):
-        raise AudioError(f"unsafe path {rel!r}: must be relative, without '..'")
+    check_name(rel)
     path = f"{root}/{rel}"
     for _ in range(40):  # as many links as Linux follows
         folder, _, name = path.rpartition("/")
         real = real_folder(folder, allowed)
         if real is None:
-            raise AudioError(f"{rel} is a link that leaves {root}")
+            raise AudioError(leaves(rel, root))
         path = f"{real}/{name}"
         try:
-            return open_regular(path, os.O_NOFOLLOW)
+            return open_sound_file(path, os.O_NOFOLLOW)
         except OSError as e:
             if e.errno != errno.ELOOP:
                 raise
@@ -104,14 +143,13 @@ def open_inside(root: str | Path, rel: str, allowed: tuple[Path, ...]) -> tuple[
     raise AudioError(f"path {rel[:80]!r} leads nowhere: a loop of links")
 
 
-def open_regular(path: str | Path, flags: int = 0) -> tuple[int, os.stat_result]:
+def open_sound_file(path: str | Path, flags: int = 0) -> tuple[int, os.stat_result]:
     """(descriptor, its stat). Raises AudioError for what would never end when read, OSError."""
-    fd = os.open(path, READ | flags)
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(fd)
-        raise AudioError("not a regular file (a folder, pipe or device)")
-    return fd, found
+    try:
+        fd = open_regular(path, flags)
+    except NotRegular as e:
+        raise AudioError(e.strerror) from None
+    return fd, os.fstat(fd)
 
 
 def target_names(files: list[str]) -> dict[str, str]:
@@ -128,15 +166,41 @@ def target_names(files: list[str]) -> dict[str, str]:
 # ---- decoding ----
 
 
+DISK_FAILS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EHOSTDOWN)
+
+
 class bad_file(contextlib.AbstractContextManager):
-    """Inside, whatever is wrong with a file becomes an AudioError that says what."""
+    """Inside, whatever is wrong with a file becomes an AudioError that says what. path: of a file that is
+    left out for good; where its disk fails, that is a UserError: a whole corpus would be left out."""
+
+    def __init__(self, path: str | Path = ""):
+        self.path = path
 
     def __exit__(self, kind, e, _):
+        if self.path and (why := disk_failure(Path(self.path), e)):
+            todo = "run the same command again when it is back (or, where only this file fails, move it away)"
+            raise UserError(f"{self.path}: {why}; {todo}") from None
         if isinstance(e, FileNotFoundError):
             raise AudioError("file not found") from None
         if isinstance(e, (OSError, RuntimeError, ValueError, MemoryError)):  # libsndfile's are RuntimeErrors
             reason = getattr(e, "error_string", None) or getattr(e, "strerror", None) or str(e)
             raise AudioError(f"unreadable: {reason or type(e).__name__}") from None
+
+
+def disk_failure(path: Path, e) -> str:
+    """Why it is the disk, not the file at `path`, that is the reason of an error; else ""."""
+    if isinstance(e, FileNotFoundError):
+        folder = next((f for f in path.absolute().parents if f.is_dir()), Path("/"))
+        seen = os.listdir(folder) if os.access(folder, os.R_OK) else ["?"]
+        return "" if seen else f"{folder} is empty: was a file system unmounted"
+    if getattr(e, "code", 0) == 2:  # libsndfile's SF_ERR_SYSTEM: a disk, or a header that leads nowhere
+        try:
+            with open(path, "rb") as f:
+                while f.read(1 << 20):
+                    pass
+        except OSError as found:
+            e = found
+    return os.strerror(e.errno) if isinstance(e, OSError) and e.errno in DISK_FAILS else ""
 
 
 # What a header says of its file. size: of the file, by which a noted header is recognised; -1: never.
@@ -154,7 +218,7 @@ def header_of(fd: int, size: int, name: str | Path) -> tuple:
     """What HEADER names of an open file of `size` bytes. Raises AudioError, for a .wav whose header claims
     more data than the file holds, too (libsndfile shortens it silently). Streaming writers that never came
     back to fill in the length (0, 0x7FFFFFFF.., 0xFFFFFFFF) are fine."""
-    if not str(name).lower().endswith(".wav"):
+    if not str(name).lower().endswith((".wav", ".rf64")):
         return (size, *UNKNOWN[1:])
     head = os.pread(fd, 4096, 0)
     part = lambda at, n: head[at : at + n] if at + n <= len(head) else os.pread(fd, n, at)
@@ -217,6 +281,8 @@ def open_sound(path: str | Path):
     import soundfile as sf
 
     f = sf.SoundFile(path)
+    if f.format == "RAW":  # what libsndfile makes of an .au or .vox file without a header
+        raise AudioError("not an audio file: it has no header")
     check_rate(f.samplerate)
     return f
 
@@ -231,22 +297,25 @@ def checked(x):
 def audio_blocks(path: str | Path, block_seconds: float = 60.0):
     """Decode a file piece by piece: yields (mono float32 samples [n], rate in Hz). Channels are averaged;
     memory stays that of one piece. Raises AudioError (never anything else) for whatever is wrong with the
-    file, perhaps only after some pieces."""
-    with bad_file():
-        fd, found = open_regular(path)
+    file, perhaps only after some pieces; also where it holds more, or less, than its decoder finds."""
+    with bad_file(path):
+        fd, found = open_sound_file(path)
         try:
             header_of(fd, found.st_size, path)
+            held = inspect(fd, found.st_size)
         finally:
             os.close(fd)
         with open_sound(path) as f:
-            expected, rate, done = f.frames, f.samplerate, 0
+            expected, rate, done, lossy = f.frames, f.samplerate, 0, f.format in ("MP3", "OGG")
             while len(x := f.read(max(1, int(block_seconds * rate)), dtype="float32", always_2d=True)):
                 done += len(x)
                 x = x[:, 0] if x.shape[1] == 1 else x.mean(axis=1)
                 yield checked(x), rate
     if done == 0:
         raise AudioError("0 samples")
-    if 0 < expected < 2**62 and done < expected * 0.999 - 4096:  # mp3 and ogg only estimate their length
+    expected = max(expected if expected < 2**62 else 0, held or 0)
+    spare = 0.001 * expected + 8 * 1152 if lossy else 0  # mp3 and ogg only estimate; encoders add some frames
+    if done < expected - spare:
         raise AudioError(f"truncated: {done} of {expected} frames decoded")
 
 

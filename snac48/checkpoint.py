@@ -1,5 +1,6 @@
 """Checkpoints: written whole, verified before they are believed."""
 
+import itertools
 import os
 import re
 import zipfile
@@ -118,25 +119,67 @@ def require(saved: dict, path, keys=OPENED) -> dict:
 
 # ---- which one to go on from ----
 
+ABANDONED = "abandoned"  # folder in a run directory: see set_aside
+
+
+def position(path: Path) -> tuple[int, int] | None:
+    """Where in its run a checkpoint lies, by what it holds: (step, last validated epoch). Never by the file's
+    time: clocks are set back, and a copied folder has one time for all. None for a file that can't be opened
+    (the tensors are not read)."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["global_step"]), int(state.get("validated_epoch", 0))
+    except Exception:  # it is damaged, or of something else: load_checkpoint says how
+        return None
+
+
+def in_order(paths) -> tuple[list[Path], list[Path]]:
+    """(those that can't be opened, the others by their step)."""
+    found = {path: position(path) for path in sorted(paths)}
+    opened = [path for path in found if found[path]]
+    return [path for path in found if not found[path]], sorted(opened, key=lambda p: found[p])
+
 
 def newest_good(paths, check, warn=warn) -> tuple[Path, dict] | None:
-    """(path, its content) of the newest file in `paths` that verifies, or None; the others are warned about.
-    check: called with (content, path), raises UserError for what can't be resumed. warn: takes a sentence."""
-    for path in sorted(paths, key=lambda p: p.stat().st_mtime, reverse=True):
+    """(path, its content) of the file in `paths` of the highest step that verifies, or None; the others that
+    it met are warned about. check: called with (content, path), raises UserError for what can't be resumed.
+    warn: takes a sentence."""
+    damaged, ordered = in_order(paths)
+    for path in [*damaged, *reversed(ordered)]:
         try:
             state = load_checkpoint(path)
             check(state, path)
             return path, state
         except UserError as e:
-            warn(f"warning: {e}; falling back to the one before")
+            warn(f"warning: {e}; falling back to another one")
     return None
 
 
 def prune(paths, keep: int) -> None:
-    """Delete all but the newest `keep` files; -1 keeps all."""
-    old = sorted(paths, key=lambda p: p.stat().st_mtime)
-    for path in old[: max(len(old) - keep, 0)] if keep >= 0 else []:
-        path.unlink(missing_ok=True)
+    """Delete all but the `keep` files of the highest steps; -1 keeps all."""
+    paths = list(paths)
+    if 0 <= keep < len(paths):
+        damaged, ordered = in_order(paths)
+        for path in [*damaged, *ordered][: len(paths) - keep]:
+            path.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, pattern: str, here: tuple[int, int], say) -> None:
+    """Move checkpoints from beyond position `here`, at which the run goes on or begins, into
+    folder/abandoned: a choice by hand or a divergence has left them behind, and with them the newest would
+    not be the run's. With them go those that can't be opened. say: takes a sentence."""
+    found = {path.name: position(path) for path in sorted(folder.glob(pattern))}
+    names = [name for name, where in found.items() if where is None or where > here]
+    for name in names:
+        (folder / ABANDONED).mkdir(exist_ok=True)
+        free = (f"{name}.{n}" if n else name for n in itertools.count())
+        place = next(path for path in map((folder / ABANDONED).joinpath, free) if not path.exists())
+        os.replace(folder / name, place)
+    if names:
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        say(f"from step {here[0]}; {some}, damaged or of later steps: now in {folder / ABANDONED}")
 
 
 def find_resume(value: str, output_dir: str, pattern: str, check) -> tuple[str, dict | None]:
@@ -154,12 +197,47 @@ def find_resume(value: str, output_dir: str, pattern: str, check) -> tuple[str, 
     return (str(found[0]), found[1]) if found else ("", None)
 
 
-def refuse_overwriting(folder: str, asked: bool) -> None:
-    """Raises UserError where `folder` holds a run; asked: that it should have been resumed."""
-    held = sorted(Path(folder).glob("checkpoint_*.pt"), key=lambda p: p.stat().st_mtime)
-    if held and os.environ.get("RANK", "0") == "0":
-        what = "is damaged" if asked else "would be overwritten"
+def refuse_overwriting(args, asked: bool) -> None:
+    """Raises UserError where --output_dir holds a run that this one, which is not resumed from there, would
+    overwrite; asked: that it should have been resumed."""
+    folder = Path(args.output_dir)
+    held = sorted(folder.glob("checkpoint_*.pt"))
+    place = Path(args.resume).resolve().parent if args.resume else None
+    own = place in (folder.resolve(), folder.resolve() / ABANDONED)
+    if own or int(os.environ.get("RANK", 0)):
+        return
+    if held and not args.resume:
+        what = "can't be used, nor any other" if asked else "would be overwritten"
         raise UserError(
-            f"{folder} holds a run whose {held[-1].name} {what}: go on with it by "
-            "--resume auto, or name another --output_dir"
+            f"{folder} holds a run whose {held[-1].name} {what}: name another --output_dir"
+            + ("" if asked else ", or go on with that run by --resume auto and its own options")
         )
+    if held:
+        raise UserError(
+            f"{folder} holds a run of its own ({held[-1].name}), and --resume {args.resume} lies elsewhere: "
+            "name another --output_dir, or go on with the run that is there by --resume auto"
+        )
+    refuse_best(sorted(folder.glob("best_model*.pt")), vars(args), "--output_dir")
+
+
+def refuse_best(paths, options: dict, flag: str) -> None:
+    """Raises UserError where one of the files, the best of a run of which nothing else is left, is not what
+    the same options would make again: a start, or a run of them that was killed before its checkpoint."""
+    for path in paths:
+        where = position(path)
+        if where and (where[0] == 0 or made_by(path, options)):
+            continue
+        of = f"of step {where[0]} of an earlier run" if where else "of an earlier run, it seems,"
+        raise UserError(
+            f"{path.parent} holds {path.name} {of} with other options, which would be overwritten: name "
+            f"another {flag}, or move it away"
+        )
+
+
+def made_by(path: Path, options: dict) -> bool:
+    """Whether the run that wrote this checkpoint had these options. What is decided at the start (None, "")
+    or says where, not what, may differ."""
+    saved = load_checkpoint(path).get("args", {})
+    free = ("resume", "device", "num_workers", "config", "data_root")
+    given = {k: v for k, v in options.items() if k not in free and v not in (None, "")}
+    return all(saved.get(k, v) == v for k, v in given.items())

@@ -9,6 +9,7 @@ import ctypes
 import difflib
 import errno
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -20,6 +21,9 @@ import sys
 import threading
 from pathlib import Path
 
+from .bounds import LISTS, wrong
+from .jobs import printable
+
 # ---- exit codes: docs/jobs.md lists them ----
 
 EXIT_OK = 0
@@ -27,6 +31,7 @@ EXIT_ERROR = 1  # wrong input or environment: one sentence on stderr says what t
 EXIT_STOPPED = 3  # SIGTERM / SIGINT / SIGUSR1: a checkpoint was written, the same command continues
 EXIT_DIVERGED = 4  # too many non-finite or outlier steps in a row
 EXIT_BAD_INPUT = 5  # more bad files or rows than --max_bad_fraction allows
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE  # as a shell calls it; what keeps a log goes on without its reader
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, file size limit
 
@@ -70,13 +75,27 @@ class TooManyBadFiles(Ending):
 
 
 def read_config(path: str | Path, known) -> dict:
-    """A JSON object, `//` comments allowed; a key not in `known` is a UserError naming the nearest one."""
+    """A JSON object in UTF-8, `//` comments allowed. Raises UserError for anything else, for a key that
+    stands there twice, and for one that is not in `known`, naming the nearest."""
+
+    def once(pairs):
+        keys = [key for key, _ in pairs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise UserError(f"config {path}: key {twice[0]!r} stands there twice; which one counts?")
+        return dict(pairs)
+
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError
         text = re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*', lambda m: m[1] or "", text)
-        config = json.loads(text)
+        config = json.loads(text, object_pairs_hook=once)
     except OSError as e:
         raise UserError(f"config {path} cannot be read: {e.strerror}") from None
+    except UnicodeError:
+        raise UserError(f"config {path} is not UTF-8 text (UTF-16 or Latin-1?): save it as UTF-8") from None
+    except RecursionError:
+        raise UserError(f"config {path} is nested too deeply: it must be one flat JSON object") from None
     except ValueError as e:
         raise UserError(f"config {path} is not JSON: {e}") from None
     if not isinstance(config, dict):
@@ -108,14 +127,17 @@ def config_text(values: dict, origin: dict, form: str) -> str:
 def as_type(kind: type, value, where: str):
     """`value` of a config or checkpoint as bool, int, float or str (a list becomes "a,b"); else a UserError
     that begins with `where`."""
-    if isinstance(value, list) and kind is str:
-        value = ",".join(str(v) for v in value)
+    plain = lambda v: isinstance(v, (str, int, float)) and not isinstance(v, bool)
     try:
-        if (kind is bool) != isinstance(value, bool) or (kind is int and float(value) != int(value)):
+        if kind is str and isinstance(value, list) and all(map(plain, value)):
+            value = ",".join(map(str, value))
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is bool or not plain(value) or (kind is int and float(value) != int(value)):
             raise ValueError
         return kind(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where} must be {kind.__name__}, not {value!r}") from None
+    except (OverflowError, ValueError):
+        raise UserError(f"{where} must be {kind.__name__}, not {value!r:.200}") from None
 
 
 def numbers(kind: type, text: str, name: str) -> list:
@@ -134,39 +156,78 @@ def one_line_errors(parser) -> None:
         known, hints = [flag for action in parser._actions for flag in action.option_strings], []
         for word in re.findall(r"(?<!\S)--[\w-]+", message.partition("unrecognized arguments:")[2]):
             hints += [f"{word}: did you mean {near}?" for near in difflib.get_close_matches(word, known, 1)]
-        parser.exit(2, f"{parser.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}\n")
+        said = f"{parser.prog}: error: {message}; {' '.join(hints) or '--help lists all flags'}"
+        parser.exit(2, printable(said) + "\n")
 
-    parser.error = error
+    def parse_args(*given):
+        args = parse(*given)
+        for action in parser._actions:  # argparse takes `--lr=--` for an empty list
+            if action.nargs is None and getattr(args, action.dest, None) == []:
+                error(f"argument {action.option_strings[0]}: expected one argument")
+        return args
+
+    parse, parser.error, parser.parse_args = parser.parse_args, error, parse_args
 
 
-def read_flags(parser, argv=None, **lowest):
-    """The parser's args, by one_line_errors; a flag below its lowest value (batch_size=1) is one, too. --help
-    shows the defaults that the texts leave out."""
+def within_bounds(values: dict, flags: dict | None = None, script: str = "") -> None:
+    """Raises UserError for a number that is not what BOUNDS says of its option. flags: {name: its flag} where
+    that is not --name."""
+    for name, value in values.items():
+        flag, given = (flags or {}).get(name, f"--{name}"), value
+        if name in LISTS and isinstance(value, str):
+            value = numbers(LISTS[name], value, flag)
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if must := wrong(name, value, script):
+            raise UserError(f"{flag} must be {'numbers ' * (value is not given)}{must}, not {given!r}")
+
+
+@contextlib.contextmanager
+def told_where_from(source):
+    """A UserError of the block ends with where each option that it names has its value from. source(name):
+    that in words, or None."""
+    try:
+        yield
+    except UserError as e:
+        flags = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", str(e)))
+        names = {flag: flag[2:].replace("-", "_") for flag in flags}
+        told = [f"{flag}: {words}" for flag, name in names.items() if (words := source(name))]
+        raise UserError(f"{e} ({'; '.join(told)})" if told else str(e), e.code) from None
+
+
+def read_flags(parser, argv=None):
+    """The parser's args, by one_line_errors; a number out of its bounds is an error, too. --help shows the
+    defaults that the texts leave out."""
     one_line_errors(parser)
     for action in parser._actions:
         shown = str(action.default) not in ("None", "False", "", "==SUPPRESS==")
         if shown and action.help and "(default" not in action.help:
             action.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
-    for name, low in lowest.items():
-        if not getattr(args, name) >= low:  # so that nan is one, too
-            parser.error(f"--{name} must be at least {low}, not {getattr(args, name)}")
+    flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+    try:
+        within_bounds(vars(args), flags)
+    except UserError as e:
+        parser.error(f"{e} (a flag)")
     return args
 
 
 def warn(text: str) -> None:
     """On stderr, of several processes on a machine by the first: all of them have the same to say."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 def complain(text: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a disk that is full, a pipe without a reader
+        print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def guarded(function, *args):
     """function(*args); a UserError becomes one line on stderr and an exit, the unforeseen a traceback. Of
     several processes of one training all end with it, and one on each machine says why."""
+    open_streams()
     try:
         return function(*args)
     except UserError as e:
@@ -174,14 +235,19 @@ def guarded(function, *args):
     except KeyboardInterrupt:
         complain("interrupted")
         leave(EXIT_STOPPED)
-    except BrokenPipeError:  # `... | head`: the reader has gone, which is no error of ours
+    except BrokenPipeError:  # `... | head`: the reader has gone, and the work may be half done
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        leave(EXIT_OK)
+        leave(EXIT_BROKEN_PIPE)
     except (Exception, SystemExit) as e:
         if isinstance(e, OSError) and e.errno in NO_ROOM:
             where = f"{e.filename} could not be written" if e.filename else "a file could not be written"
             todo = "free some space, then run the same command again (a training: with --resume auto)"
             fail(f"{where}: {e.strerror}; {todo}", EXIT_ERROR)
+        if out_of_memory(e):
+            todo = "give it more, or less to do at once: a smaller --batch_size, fewer --num_workers"
+            fail(f"the memory is exhausted ({first_line(e)}): {todo}; then run the same command again", 1)
+        if isinstance(e, OSError) and (e.filename or e.errno in (errno.EIO, errno.EMFILE, errno.ENFILE)):
+            fail(f"{e.filename or 'a file'} can't be used: {e.strerror}", EXIT_ERROR)
         if not isinstance(e, SystemExit):
             tell_all(f"{type(e).__name__}: {first_line(e)}", EXIT_ERROR)
         elif e.code:
@@ -189,11 +255,34 @@ def guarded(function, *args):
         raise
 
 
+def out_of_memory(e: BaseException) -> bool:
+    """Whether it is the memory of the machine, not of a GPU, that ran out."""
+    return isinstance(e, MemoryError) or (
+        isinstance(e, (OSError, RuntimeError))
+        and (getattr(e, "errno", 0) == errno.ENOMEM or "can't allocate memory" in str(e))
+    )
+
+
+def open_streams() -> None:
+    """Where the caller has closed stdin, stdout or stderr they are /dev/null: the next file that is opened
+    would get the number, and in it what libraries print. What the terminal's encoding lacks is shown
+    escaped."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            try:
+                os.fstat(fd)
+            except OSError:
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))
+        elif fd and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def fail(sentence: str, code: int) -> None:
     """Say it once a machine, and leave."""
     if sentence := tell_all(sentence, code):
-        with contextlib.suppress(OSError):  # stderr may lie on a disk that is full
-            complain(f"error: {sentence}")
+        complain(f"error: {sentence}")
     leave(code)
 
 
@@ -235,6 +324,7 @@ def stop_at_once() -> None:
     """While a program starts, a stop signal ends it at once with EXIT_STOPPED: there is nothing to save yet.
     A thread does it, told by the C part of Python's signal handling: the main thread may be inside a long
     call (importing torch, waiting for the other processes), where no Python handler runs. Until StopFlag."""
+    open_streams()
     read, write = os.pipe()
     os.set_blocking(write, False)
 
@@ -246,9 +336,8 @@ def stop_at_once() -> None:
             if ranks.ENDING.is_set():
                 return  # the main thread leaves with another code
             said = ranks.end_all(said, EXIT_STOPPED)
-        with contextlib.suppress(OSError):
-            if said:
-                complain(said)
+        if said:
+            complain(said)
         note_exit(EXIT_STOPPED)
         os._exit(EXIT_STOPPED)
 

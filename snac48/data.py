@@ -32,12 +32,13 @@ from .audio import (
     resolve_inside,
 )
 from .cache import CodeIndex, scales_of
-from .cli import EXIT_BAD_INPUT, LoaderDied, UserError, ignore_stop_signals, kill_workers_at_exit
+from .cli import EXIT_BAD_INPUT, UserError, kill_workers_at_exit
 from .codec import Geometry, encode, slice_at
 from .decoder import HEADS
 from .losses import masked
 from .schedule import Epoch
 from .targets import KINDS, Originals, PathBlob, Targets
+from .workers import LOOK_S, begin_loader_worker, check_loaders, polled
 
 # 12 dB over full scale: nobody speaks so. Lossy codecs decode to 1.6 at most; integers stored as floats and
 # broken recordings are louder, and one in 30 steps keeps Adam's second moments off for all other weights.
@@ -402,8 +403,17 @@ def batches(order, epoch: Epoch, first_step: int, rank: int, world: int, accum: 
 PREFETCH = 4  # batches of each worker on their way
 
 
-def loader(data, index_lists, num_workers: int, pin_memory: bool):
-    """The batches of the indices that `index_lists` yields, in order. Raises LoaderDied."""
+def check_room(data: SliceDataset, plan: list[Epoch], num_workers: int, parts: int) -> None:
+    """Whether the loader's processes have room for the largest batches of the plan, each cut into so many
+    parts. Raises UserError."""
+    rates = sum(head.rate for head in data.heads.values())
+    largest = max(math.ceil(e.batch / parts) * e.segment * rates * 4 for e in plan)
+    check_loaders(num_workers, PREFETCH + 1, int(largest), len(data.heads), "--num_workers")
+
+
+def loader(data, index_lists, num_workers: int, pin_memory: bool, stop=None):
+    """The batches of the indices that `index_lists` yields, in order. Raises LoaderDied, and Stopped where
+    `stop` is set while one is waited for."""
     kill_workers_at_exit()
     batches = torch.utils.data.DataLoader(
         data,
@@ -411,19 +421,15 @@ def loader(data, index_lists, num_workers: int, pin_memory: bool):
         batch_size=None,
         collate_fn=Sender() if num_workers else as_it_is,
         num_workers=num_workers,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=begin_loader_worker,
+        timeout=LOOK_S if num_workers else 0,
         pin_memory=pin_memory,
         prefetch_factor=PREFETCH if num_workers else None,
     )
     mapped = collections.deque(maxlen=(PREFETCH + 1) * num_workers)  # spares mapping the same memory again
-    try:
-        for batch in batches:
-            mapped.append(batch)
-            yield received(batch, pin_memory) if num_workers else batch
-    except RuntimeError as e:
-        if not str(e).startswith("DataLoader worker"):
-            raise
-        raise LoaderDied(str(e)) from None
+    for batch in polled(batches, stop):
+        mapped.append(batch)
+        yield received(batch, pin_memory) if num_workers else batch
 
 
 def as_it_is(batch: dict) -> dict:

@@ -1,13 +1,13 @@
 """Files that are whole or not there: atomic writing, JSON, and the leftovers of killed processes."""
 
 import contextlib
+import hashlib
 import json
 import math
 import mmap
 import os
 import re
 import shutil
-import socket
 import threading
 import time
 from pathlib import Path
@@ -15,27 +15,35 @@ from pathlib import Path
 import numpy as np
 
 from .cli import UserError
+from .jobs import open_regular
+from .process import pid_space
 
 
 def temporary(path: Path, tag: str = "") -> Path:
-    """Where the content of `path` waits until it is whole; sweep_leftovers reads host and PID out of it."""
-    owner = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
-    return path.with_name(f".{path.name}.{tag}{owner}.tmp")
+    """Where the content of `path` waits until it is whole; sweep_leftovers reads its writer out of it. Its
+    length is fixed: file systems take names of 255 bytes at most, and the path's own may have them."""
+    name = hashlib.sha256(f"{path.name} {tag}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    owner = f"{short_space()}.{os.getpid()}.{threading.get_ident()}"
+    return path.with_name(f".{name}{path.suffix[:8]}.{owner}.tmp")
+
+
+def short_space() -> str:
+    return hashlib.sha256(pid_space().encode()).hexdigest()[:12]
 
 
 def sweep_leftovers(folder: str | Path) -> int:
     """Delete what killed processes were writing in `folder`: without this every kill -9 inside a checkpoint
     write would cost the disk a checkpoint for ever. Returns how many.
 
-    A temporary file is a leftover when its process on this host is gone (or has our own PID: we have only
-    just begun), or when nobody has touched it for an hour (another host, a container that is no more).
+    A temporary file is a leftover when its process, one whose PID means something here, is gone (or has our
+    own PID: we have only just begun), or when nobody has touched it for an hour (another host or container).
     """
     found = 0
     for path in Path(folder).glob(".*.tmp"):
         pid = re.search(r"\.(\d+)\.\d+\.tmp$", path.name)
         if not pid:
             continue
-        here = f".{socket.gethostname()}.{pid[1]}." in path.name
+        here = f".{short_space()}.{pid[1]}." in path.name
         gone = here and (int(pid[1]) == os.getpid() or not Path(f"/proc/{pid[1]}").exists())
         with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
             if gone or time.time() - path.stat().st_mtime > 3600:
@@ -85,15 +93,17 @@ def write_json(path: str | Path, value) -> None:
 def read_json(path: str | Path):
     """Raises UserError when the file is missing or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(open_regular(path), encoding="utf-8") as f:
+            return json.load(f)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{path} cannot be read as JSON: {e}") from None
 
 
 def write_jsonl(path: str | Path, rows) -> None:
-    with atomic_file(path, "w", encoding="utf-8") as f:
+    # names that are no UTF-8 become JSON's own escapes of the bytes that Python kept
+    with atomic_file(path, "w", encoding="utf-8", errors="backslashreplace") as f:
         for row in rows:
             f.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
 

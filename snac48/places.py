@@ -1,9 +1,11 @@
 """Where things lie when no flag says so: conventional folders below a data root, ours and older ones."""
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 
-from .cli import UserError
+from .cli import NO_ROOM, UserError
 
 # Names of the two splits; what we make ourselves is called as LAYOUTS says, the others are found, too.
 ALIASES = {"train": ("train",), "val": ("val", "valid", "validation", "dev")}
@@ -76,6 +78,8 @@ def imports(old: Path, source: str, target: str, root: Path) -> list[tuple[Path,
 def asked(source, target, flags: str, root: str, output: str) -> list[tuple[Path, Path]]:
     """[(recordings, output)] as two flags say, or of both splits where neither is given. UserError."""
     if source and target:
+        if Path(source).resolve() == Path(target).resolve():
+            raise UserError(f"{flags} are the same folder, {source}: choose another place to write to")
         return [(Path(source), Path(target))]
     if source or target:
         rest = "give both, or neither: then both splits below --data_root are done"
@@ -94,6 +98,50 @@ def missing(root: Path, wanted: list[tuple[str, str, str]]) -> str:
         f"{names} {verb} missing (looked below {root.resolve()}; --data_root or DATA_ROOT names another "
         f"place); make it by: {'; '.join(MADE_BY[kind] for kind in kinds)}"
     )
+
+
+# ---- where things are written ----
+
+
+def check_place(folder: str | Path, flag: str, inputs=()) -> None:
+    """Raises UserError where `folder` can't be made or written into, is one of the folders `inputs`, or lies
+    inside one; leaves nothing behind. Whether it can be written shows a trial: permissions, read-only disks
+    and odd file systems all have their own rules."""
+    if not str(folder):
+        raise UserError(f"{flag} must name a place, not an empty one")
+    try:
+        place = Path(folder)
+        if long := [name for name in place.parts if len(os.fsencode(name)) > 255]:
+            raise OSError(errno.ENAMETOOLONG, f"a name of {len(os.fsencode(long[0]))} bytes, 255 are allowed")
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(f"{flag} {folder} can't be made: {place} is no folder")
+        os.rmdir(tempfile.mkdtemp(dir=place))
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        if getattr(e, "errno", 0) in NO_ROOM:
+            return  # whoever writes says what to do, and may find room by then
+        why, name = getattr(e, "strerror", None) or e, str(folder)
+        name = name if len(name) < 200 else f"{name[:60]}…"
+        raise UserError(f"{flag} {name} can't be written ({why}): choose another place") from None
+    for source in inputs:
+        if Path(folder).resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(f"{flag} {folder} is, or lies inside, {source}, which is read: choose another")
+
+
+def check_free(paths, inputs, overwrite: bool, flag: str) -> None:
+    """Raises UserError where a file of `paths` can't be made, is there already, or is one of the files
+    `inputs`, which --overwrite doesn't give up either."""
+    for path in map(Path, paths):
+        check_place(path.parent, flag)
+        if len(os.fsencode(path.name)) > 255:
+            check_place(path, flag)  # it says so
+        if path.is_dir():
+            raise UserError(f"{flag}: {path} is a folder: name a file")
+        if path.exists() and any(os.path.exists(x) and os.path.samefile(path, x) for x in inputs):
+            raise UserError(f"{flag}: {path} is what is read: choose another name")
+        if os.path.lexists(path) and not overwrite:
+            raise UserError(f"{flag}: {path} exists: --overwrite replaces it, or choose another name")
 
 
 # ---- the folders of a training ----
@@ -157,3 +205,11 @@ def check_training(args, there: bool = False) -> None:
                 lacking.append((kind, split, value))
     if lacking:
         raise UserError(missing(data_root(args.data_root), lacking))
+
+
+def check_run_place(args) -> None:
+    """Raises UserError for an --output_dir that can't be written, or that lies in the data."""
+    read = [f"{prefix}{name}" for name in ("data_dir", "cache_dir", "audio_48k_dir", "audio_24k_dir")
+            for prefix in ("", "val_")]  # fmt: skip
+    folders = [folder for name in read for folder in getattr(args, name).split(",") if folder]
+    check_place(args.output_dir, "--output_dir", folders)

@@ -4,7 +4,19 @@ A PID is given again to a later process, PID and kernel start time together are 
 Imports next to nothing: launch.sh asks it several times a second.
 """
 
+import functools
 import os
+
+
+@functools.cache
+def pid_space() -> str:
+    """Where PIDs mean the same processes as here: this boot of this machine, and its PID namespace.
+    Containers of one host name (docker --network host) differ in it; a reboot changes it."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            return f"{f.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{os.uname().nodename} unknown"
 
 
 def process_stat(pid: int, proc="/proc") -> tuple[str, int, int, int] | None:
@@ -40,15 +52,3 @@ def descendants(pid: int, proc="/proc") -> list[int]:
     for child in found:  # grows as we go
         found += children.get(child, [])
     return found
-
-
-def job_state(pid_file, proc="/proc") -> tuple[str | None, int | None]:
-    """(state as `alive` tells it, pid) from launch.sh's file `PID START COMMAND…`; None without a file."""
-    try:
-        with open(pid_file, errors="replace") as f:
-            words = f.read().split()
-    except OSError:
-        return None, None
-    if not words or not words[0].isdigit():
-        return "DEAD", None
-    return alive(int(words[0]), (words[1:2] or [""])[0], proc), int(words[0])

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from .cli import UserError, complain, note_exit, pick_device
+from .workers import end_with_parent
 
 PATIENCE = timedelta(hours=1)  # in a collective operation: a slow disk, rank 0 writing or speaking a sample
 REACH_S = 60  # to reach the store at the beginning
@@ -36,8 +37,8 @@ ENDED = "ended"  # key of the store: who ended first, and why
 LEAVE_S = 300  # for a checkpoint after torchrun itself has died
 
 # Options that may differ from machine to machine: what lies in the folders is compared instead.
-LOCAL = ("device", "num_workers", "prefetch", "config", "resume", "data_root", "pretrained_model",
-         "phase10_checkpoint", "start_checkpoint", "data", "val_data", "eval_decoder",
+LOCAL = ("device", "num_workers", "prefetch", "config", "resume", "data_root", "allow_links",
+         "pretrained_model", "phase10_checkpoint", "start_checkpoint", "data", "val_data", "eval_decoder",
          "eval_outdir")  # fmt: skip
 
 
@@ -178,6 +179,7 @@ def join(device: str) -> Ranks:
         store, threads = connect(), connect()
     except RuntimeError:
         raise UserError(gone()) from None
+    end_with_parent(signal.SIGTERM)  # torchrun: with a checkpoint, as if it had been told to stop
     watcher = threading.Thread(target=watch, args=(threads,), daemon=True)
     watcher.start()
     # a thread that is in C++ while the interpreter goes down would abort the process

@@ -1,5 +1,8 @@
 """A run directory as every program keeps it: metrics.jsonl, training.log, and where the run came from."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
@@ -9,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+from .cli import UserError, printable
 from .files import finite_json, sweep_leftovers
-from .process import start_time
+from .jobs import read_small
+from .process import pid_space, start_time
 
 # ---- provenance ----
 
@@ -38,37 +43,96 @@ def versions() -> dict:
     return found
 
 
+# ---- one owner ----
+
+HELD: dict[tuple[int, int], object] = {}  # lock files of this process: (device, inode) -> open file
+
+
+def hold(folder: str | Path) -> None:
+    """Own a run directory until the end event or the end of this process, whichever way: the kernel keeps the
+    lock on run.lock. Raises UserError naming the owner where another process, perhaps of another machine,
+    has it."""
+    path = Path(folder) / "run.lock"
+    try:
+        if path.exists() and identity(os.stat(path)) in HELD:  # to open and close it would give it back
+            return
+        f = open(path, "a+")
+    except OSError as e:
+        raise UserError(f"{path} could not be written: {e.strerror}") from None
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers: theirs would outlive us
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EAGAIN):
+            todo = "choose an --output_dir on one that does"
+            raise UserError(f"{folder} lies on a file system without locks ({e.strerror}); {todo}") from None
+        raise UserError(f"{folder} is in use by {owner_of(folder)}") from None
+    HELD[identity(os.fstat(f.fileno()))] = f
+    f.truncate(0)
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
+    f.write(json.dumps(me))
+    f.flush()
+
+
+def hold_begun(folder: str | Path) -> None:
+    """`hold`, by the first process of a training, of a directory that may not exist yet."""
+    if os.environ.get("RANK", "0") == "0" and Path(folder).is_dir():
+        hold(folder)
+
+
+def release(folder: str | Path) -> None:
+    with contextlib.suppress(OSError, KeyError):
+        HELD.pop(identity(os.stat(Path(folder) / "run.lock"))).close()
+
+
+def identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def owner_of(folder: str | Path) -> str:
+    todo = "stop it first (./launch.sh status names its job), or choose another folder"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        owner = json.loads(read_small(Path(folder) / "run.lock"))
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}: {todo}"
+    return f"another process: {todo}"
+
+
 class RunLog:
     """`metrics.jsonl` (one flushed object a line) and `training.log` (one human line) in a run directory, and
     `processes.jsonl`, a line for every process that writes there: by it a reader knows whether one lives. The
-    human line also goes to stdout, which the launcher sends to logs/NAME.log. Rank > 0: `quiet=True`."""
+    human line also goes to stdout, which the launcher sends to logs/NAME.log. Rank > 0: `quiet=True`.
+    alone: the directory belongs to this process, see `hold`."""
 
-    def __init__(self, output_dir: str | Path, log_name: str = "training.log", quiet: bool = False):
+    def __init__(self, output_dir, log_name: str = "training.log", quiet: bool = False, alone: bool = False):
         self.dir = Path(output_dir)
         self.quiet = quiet
         self.rewriting = False  # the last line on the terminal is to be replaced by the next
         if quiet:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
+        if alone:
+            hold(self.dir)
         sweep_leftovers(self.dir)
         self.metrics = append_to(self.dir / "metrics.jsonl")
         self.log = append_to(self.dir / log_name)
         pid = os.getpid()
-        me = {"t": time.time(), "host": socket.gethostname(), "pid": pid, "start": start_time(pid)}
+        me = {"t": time.time(), "host": socket.gethostname(), "space": pid_space()}
+        me |= {"pid": pid, "start": start_time(pid)}
         with append_to(self.dir / "processes.jsonl") as f:
             write_all(f, json.dumps(me | {"argv": sys.argv}) + "\n")
 
     def say(self, text: str) -> None:
+        """One line, whatever names it holds."""
         if self.quiet:
             return
-        print("\r\033[K" * self.rewriting + text, flush=True)
+        text = printable(text)
+        show("\r\033[K" * self.rewriting + text + "\n")
         self.rewriting = False
         write_all(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def rewrite(self, text: str) -> None:
         """On a terminal only: a line that the next one replaces."""
         if sys.stdout.isatty() and not self.quiet:
-            print(f"\r{text}\033[K", end="", flush=True)
+            show(f"\r{printable(text)}\033[K")
             self.rewriting = True
 
     def metric(self, **values) -> None:
@@ -77,6 +141,21 @@ class RunLog:
             return
         values = finite_json({"t": round(time.time(), 3), **values})
         write_all(self.metrics, json.dumps(values, allow_nan=False) + "\n")
+        if values.get("event") == "end":
+            release(self.dir)
+
+
+def show(text: str) -> None:
+    """On stdout. Where nobody reads that any more (`train … | head`, a closed terminal), the run goes on
+    without it: its log has every line."""
+    try:
+        print(text, end="", flush=True)
+    except UnicodeEncodeError:  # a terminal of another encoding
+        print(text.encode("ascii", "backslashreplace").decode(), end="", flush=True)
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def append_to(path: Path):

@@ -4,6 +4,7 @@ Nothing here has a state, so nothing has to be restored: a resumed run asks the 
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,23 +31,40 @@ def curriculum(args) -> list[tuple[float, int]]:
     """[(segment seconds, batch size over all GPUs)] for epochs 1 … --epochs."""
     segments = numbers(float, args.segment_schedule, "--segment_schedule")
     factors = numbers(float, args.batch_multiplier, "--batch_multiplier")
-    try:
-        ranges = [tuple(int(n) for n in (r.split("-") * 2)[:2]) for r in args.epoch_ranges.split(",")]
-    except ValueError:
-        raise UserError(f'--epoch_ranges {args.epoch_ranges!r} must be ranges such as "1-2,3-4"') from None
+    if not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", args.epoch_ranges, re.ASCII):
+        raise UserError(f'--epoch_ranges {args.epoch_ranges!r} must be ranges such as "1-2,3-4"')
+    ranges = [tuple(int(n) for n in (r.split("-") * 2)[:2]) for r in args.epoch_ranges.split(",")]
     if not len(segments) == len(factors) == len(ranges):
         raise UserError(
             f"--segment_schedule has {len(segments)} entries, --batch_multiplier {len(factors)}, "
             f"--epoch_ranges {len(ranges)}: they must be equally many"
         )
     found = []
+    last = max(range(len(ranges)), key=lambda i: ranges[i][1])
     for epoch in range(1, args.epochs + 1):
-        last = max(range(len(ranges)), key=lambda i: ranges[i][1])
         hits = [i for i, (a, b) in enumerate(ranges) if a <= epoch <= b] or [last] * (epoch > ranges[last][1])
         if len(hits) != 1:
             raise UserError(f"epoch {epoch} is in {len(hits)} of the --epoch_ranges {args.epoch_ranges}")
         found.append((segments[hits[0]], max(1, int(args.batch_size * factors[hits[0]] + 1e-9))))
     return found
+
+
+def of_stages(stages, where: str) -> dict[str, str]:
+    """The three lists of --epoch_ranges, --segment_schedule and --batch_multiplier of the older configs'
+    curriculum. Raises UserError, beginning with `where`."""
+    example = '{"epochs": [1, 2], "length": 1.0, "batch_multiplier": 2.0}'
+    number = lambda x, kind=(int, float): isinstance(x, kind) and not isinstance(x, bool)
+    for stage in stages if isinstance(stages, list) and stages else [stages]:
+        known = stage if isinstance(stage, dict) else {}
+        span = known.get("epochs")
+        right = isinstance(span, list) and len(span) == 2 and all(number(x, int) for x in span)
+        if not right or not all(number(known.get(k)) for k in ("length", "batch_multiplier")):
+            raise UserError(f"{where} must be a list of stages such as {example}, not {stage!r:.200}")
+    return {
+        "epoch_ranges": ",".join(f"{s['epochs'][0]}-{s['epochs'][1]}" for s in stages),
+        "segment_schedule": ",".join(str(s["length"]) for s in stages),
+        "batch_multiplier": ",".join(str(s["batch_multiplier"]) for s in stages),
+    }
 
 
 @dataclass(frozen=True)
@@ -78,17 +96,14 @@ def make_plan(args, rows: int) -> list[Epoch]:
 
 def fft_sizes(args) -> tuple[int, ...]:
     """--n_ffts as numbers. Raises UserError."""
-    found = tuple(numbers(int, args.n_ffts, "--n_ffts"))
-    if min(found) < 16:
-        raise UserError(f"--n_ffts {args.n_ffts!r} must be sizes of at least 16")
-    return found
+    return tuple(numbers(int, args.n_ffts, "--n_ffts"))
 
 
 def adam_betas(args, name: str = "adam_betas") -> tuple[float, float]:
     """--adam_betas or --adv_betas as numbers. Raises UserError."""
     given = getattr(args, name)
     found = numbers(float, given, f"--{name}")
-    if len(found) != 2 or not all(0 <= b < 1 for b in found):
+    if len(found) != 2:
         raise UserError(f"--{name} {given!r} must be two numbers from 0 to below 1: 0.9,0.999")
     return found[0], found[1]
 
@@ -110,8 +125,10 @@ def check(args) -> None:
         raise UserError("--from_scratch needs --no-freeze_encoder --no-freeze_vq, or --feature_epochs")
     if (args.feature_epochs or args.pitch_features) and not args.from_scratch:
         raise UserError("--feature_epochs and --pitch_features belong to --from_scratch")
-    if args.pitch_features < 0:
-        raise UserError("--pitch_features must be 0 (none) or more")
+    if args.from_scratch and args.feature_epochs >= args.epochs:
+        raise UserError(
+            f"--feature_epochs {args.feature_epochs} of --epochs {args.epochs} leave none to train the codec"
+        )
     if args.phase10_checkpoint and args.heads == "24k":
         raise UserError("--phase10_checkpoint is the trunk of another recipe; phase10 goes on by --resume")
     if args.start_checkpoint and (args.phase10_checkpoint or args.from_scratch):
@@ -123,10 +140,40 @@ def check(args) -> None:
             "gradients of discriminators harm encoder and quantizers: train these first, then the decoder on "
             "the codes that stay, with --adv_weight and without --no-freeze_encoder and --no-freeze_vq"
         )
-    curriculum(args)  # these raise on malformed lists
-    fft_sizes(args)
-    adam_betas(args)
-    adam_betas(args, "adv_betas")
+    for name in ("adam_betas", "adv_betas"):  # it raises on malformed lists, as make_plan does
+        adam_betas(args, name)
+    plan = make_plan(args, 1)
+    if args.adv_weight > 0 and plan[-1].phase != "adversarial":
+        raise UserError(
+            f"--adv_weight {args.adv_weight:g} has no epoch: --warmup_epochs {args.warmup_epochs} are all "
+            f"of --epochs {args.epochs}"
+        )
+    if args.adv_epochs > args.epochs:
+        raise UserError(f"--adv_epochs {args.adv_epochs} are more than --epochs {args.epochs}")
+    if args.accum_steps and args.accum_steps > (most := max(e.batch for e in plan)):
+        raise UserError(
+            f"--accum_steps {args.accum_steps} would cut a step of {most} utterances at most (--batch_size "
+            "times --batch_multiplier) into pieces, some with nothing in them"
+        )
+    for phase in dict.fromkeys(e.phase for e in plan):
+        if idle := trains_nothing(args, phase):
+            raise UserError(f"the {phase} phase would train nothing: {idle}")
+
+
+def trains_nothing(args, phase: str) -> str:
+    """Which weights are 0 that together leave nothing to minimise in this phase; "" where something is."""
+    apart = ("adv", "feat", "commitment", "codebook")  # the other weights are of TERMS
+    terms = [name for name in vars(args) if name.endswith("_weight") and name[:-7] not in apart]
+    weights = total_weights(args, phase, phase == "adversarial")
+    if phase == "warmup":
+        weights = {k: w for k, w in weights.items() if k != f"loss_{HEAD_NAMES[0]}"}
+    by_terms = any(w > 0 for k, w in weights.items() if k.startswith("loss_"))
+    if any(getattr(args, name) > 0 for name in terms) and by_terms:
+        return ""
+    if any(w > 0 for k, w in weights.items() if not k.startswith("loss_")):
+        return ""
+    names = terms if by_terms else [f"loss_weight_{k[5:]}" for k in weights if k.startswith("loss_")]
+    return f"{', '.join(f'--{name}' for name in names)} {'are' if len(names) > 1 else 'is'} 0"
 
 
 # ---- what is minimised ----

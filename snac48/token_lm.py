@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint import load_checkpoint, newest_good, restore_optimizer
+from .checkpoint import load_checkpoint, newest_good, refuse_best, restore_optimizer
 from .cli import UserError, first_line
 from .codec import load_weights
 from .decoder import load_dual_head
@@ -449,17 +449,19 @@ def check_ours(saved: dict, path) -> None:
         raise UserError(f"{path} is not a checkpoint of train_rvq.py: {what}")
 
 
-def find_resume(folder: Path, stem: str, resume: str | None, corpus: Corpus, say) -> dict | None:
+def find_resume(folder: Path, stem: str, args, corpus: Corpus, say) -> dict | None:
     """The checkpoint to continue from, or None; a damaged latest falls back to the newest good archive.
 
-    resume: a file; `auto`: the latest of this folder must be there; None: it may.
+    args.resume: a file; `auto`: the latest of this folder must be there; None: it may. Raises UserError where
+    the folder holds the best of a run of other options and nothing to go on from.
     """
-    latest = folder / f"{stem}_latest.pt"
+    resume, latest = args.resume, folder / f"{stem}_latest.pt"
     if resume and resume != "auto":
         check_ours(saved := load_checkpoint(resume), resume)
     elif not latest.exists():
         if resume:
             raise UserError(f"--resume: {latest} does not exist")
+        refuse_best(sorted(folder.glob(f"{stem}_best*.pt")), vars(args), "--save_dir or --tag")
         return None
     else:
         older = [*folder.glob(f"{stem}_epoch_e*.pt"), *folder.glob(f"{stem}_best*.pt")]

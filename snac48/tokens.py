@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .cli import UserError, ignore_stop_signals, kill_workers_at_exit, numbers
+from .cli import UserError, kill_workers_at_exit, numbers
 from .files import atomic_file
+from .workers import LOOK_S, begin_loader_worker, check_loaders, polled
 
 DTYPES = {0: "<u1", 1: "<u2", 2: "<u4"}
 MAX_K = 512
@@ -384,10 +385,19 @@ def make_loader(windows: Windows, pin: bool, args):
     from torch.utils.data import DataLoader
 
     kill_workers_at_exit()
-    how = {"num_workers": args.num_workers, "worker_init_fn": ignore_stop_signals, "pin_memory": pin}
+    size = args.batch * args.ctx * windows.corpus.K * 4
+    check_loaders(args.num_workers, args.prefetch + 1, size, 1, "--num-workers")
+    how = {"num_workers": args.num_workers, "worker_init_fn": begin_loader_worker, "pin_memory": pin}
     if args.num_workers:
+        how["timeout"] = LOOK_S
         how |= {"prefetch_factor": args.prefetch, "persistent_workers": args.persistent_workers}
     return DataLoader(windows, batch_sampler=[], collate_fn=pad_batch, **how)
+
+
+def loaded(loader, lists: list[list[int]], stop=None):
+    """The batches of a loader of make_loader, each of the windows of a list. Raises what polled does."""
+    loader.batch_sampler[:] = lists
+    return polled(loader if lists else [], stop)  # persistent workers would never end an empty epoch
 
 
 def split_windows(corpus: Corpus, held_out: Corpus | None, ctx: int, step: int, seed: int):
@@ -396,6 +406,16 @@ def split_windows(corpus: Corpus, held_out: Corpus | None, ctx: int, step: int, 
         return [Windows(c, np.arange(len(c.lengths)), ctx, step) for c in (corpus, held_out)]
     files = split_files(window_counts(corpus.lengths, ctx, step), seed)
     return [Windows(corpus, own, ctx, step) for own in files]
+
+
+def architecture(args, vocab: list[int]) -> dict:
+    """What TokenLM is built from, by the options of train_rvq.py. Raises UserError."""
+    size = args.d_model // args.heads
+    wide = args.depth_d_model or max(1, args.heads // 2) * size
+    if wide % size:
+        raise UserError(f"--depth_d_model {wide} must be a multiple of the head size {size}")
+    names = ("pattern", "d_model", "layers", "heads", "depth_layers", "dropout", "ctx")
+    return {k: getattr(args, k) for k in names} | {"vocab": vocab, "depth_d_model": wide}
 
 
 def codebook_weights(text: str, alpha: float, K: int) -> list[float]:

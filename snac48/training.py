@@ -21,11 +21,20 @@ from torch import nn
 
 from . import DEFAULT_MODEL, codec, schedule
 from .adversarial import Adversary
+from .audio import allow_links
 from .cache import recorded_model
-from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint
+from .checkpoint import load_checkpoint, prune, require, restore_optimizer, save_checkpoint, set_aside
 from .cli import StopFlag, UserError, first_line
 from .codebooks import FullCodec, count_codes, restart_dead_entries, start_from_features, usage
-from .data import CachedCodesDataset, RawAudioDataset, encode_spans, loader, restore_targets, to_device
+from .data import (
+    CachedCodesDataset,
+    RawAudioDataset,
+    check_room,
+    encode_spans,
+    loader,
+    restore_targets,
+    to_device,
+)
 from .decoder import DualHeadDecoder, taps_of
 from .files import read_json, write_json
 from .layers import fold_frozen
@@ -88,7 +97,8 @@ class Run:
         return schedule.trains_codec(self.args)
 
     def loader(self, data, index_lists):
-        return loader(data, index_lists, self.speed.num_workers, pin_memory=self.device.type == "cuda")
+        stop = self.stop if self.world == 1 else None  # of several processes all leave at the same batch
+        return loader(data, index_lists, self.speed.num_workers, self.device.type == "cuda", stop)
 
     def reduce_sum(self, values):
         return self.ranks.reduce_sum(values)
@@ -96,6 +106,7 @@ class Run:
 
 def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     """Load codec and data, build the model; saved: the checkpoint to go on from. Raises UserError."""
+    allow_links(args.allow_links)
     ranks = join(args.device)
     torch.manual_seed(args.seed)
     snac, geometry = open_codec(args)
@@ -128,6 +139,7 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
     each = [f"loss_{name}" for name in run.heads if len(run.heads) > 1]
     state.best = dict.fromkeys(["loss", *each], math.inf)
     settle_accum(speed, args, plan, ranks, model, geometry, state.codec)
+    check_room(data, plan, speed.num_workers, ranks.world * (speed.accum_steps or 1))
     if saved:
         state.load_state_dict(run, saved)
     else:
@@ -136,7 +148,9 @@ def open_run(args, saved: dict | None) -> "tuple[Run, State]":
         from .sidon import Sidon
 
         run.sidon = Sidon(args.sidon_dir or None, device=device)
-    run.log = RunLog(args.output_dir, quiet=ranks.rank > 0)
+    run.log = RunLog(args.output_dir, quiet=ranks.rank > 0, alone=True)
+    if saved:
+        leave_behind(run, state)
     if args.sample_log:
         run.samples = SampleLog(run.folder, ranks.rank, state.step)
     run.stop = StopFlag()  # from here on a signal is answered with a checkpoint
@@ -275,7 +289,7 @@ class State:
         None  # [ranks that got a signal, bad files not shared yet] as the last step summed them
     )
     shared: int = 0  # of bad_files: those that all ranks know
-    saved_at: float = field(default_factory=time.time)  # the last checkpoint by the clock
+    saved_at: float = field(default_factory=time.monotonic)  # the last checkpoint by the clock
     paces: deque = field(default_factory=lambda: deque(maxlen=20))  # seconds a second of audio, latest lines
     bad_files: dict[str, str] = field(default_factory=dict)  # name: reason
     left_out: dict[str, str] = field(default_factory=dict)  # likewise
@@ -327,10 +341,14 @@ class State:
     def _take_over(self, run: Run, saved: dict, path) -> None:
         """Set the fields from `saved`."""
         if saved["scheduler"]["plan"] != [asdict(e) for e in run.plan]:
+            steps = sum(e["steps"] for e in saved["scheduler"]["plan"])
+            todo = "resume it with its own flags and data, or begin a new run in another --output_dir"
+            if saved["global_step"] >= steps:
+                todo = "it is finished: begin a new run in another --output_dir, from its weights by "
+                todo += f"--start_checkpoint {Path(path).parent}/best_model.pt"
             raise UserError(
-                f"{path} belongs to a run with another schedule or number of rows "
-                f"({sum(e['steps'] for e in saved['scheduler']['plan'])} steps there, "
-                f"{run.total} here): resume it with its own flags and data"
+                f"{path} belongs to a run with another schedule or number of rows ({steps} steps there, "
+                f"{run.total} here): {todo}"
             )
         codec.load_weights(self.model, saved["model"], path)
         self.step = self.first_step = saved["global_step"]
@@ -444,10 +462,10 @@ def save_if_due(run: Run, state: State, epoch: Epoch) -> None:
     a = run.args
     if a.save_every_batches > 0 and state.step % a.save_every_batches == 0:
         save_step(run, state)
-    if a.save_every_minutes > 0 and time.time() - state.saved_at > 60 * a.save_every_minutes:
+    if a.save_every_minutes > 0 and time.monotonic() - state.saved_at > 60 * a.save_every_minutes:
         stamp = time.strftime("%Y%m%d_%H%M%S")
         save(run, state, f"checkpoint_epoch{epoch.number}_time_{stamp}.pt", "checkpoint_epoch*_time_*.pt")
-        state.saved_at = time.time()
+        state.saved_at = time.monotonic()
 
 
 def save_step(run: Run, state: State) -> None:
@@ -467,7 +485,14 @@ def save_before_skips(run: Run, state: State) -> None:
     state.step = max(state.step - state.in_a_row, first)
     state.skipped, state.in_a_row = state.skipped - (now[0] - state.step), 0
     save_step(run, state)
+    leave_behind(run, state)
     state.step, state.skipped, state.in_a_row = now
+
+
+def leave_behind(run: Run, state: State) -> None:
+    """Put checkpoints of later steps than the one that the run goes on from out of its way."""
+    if run.rank == 0:
+        set_aside(run.folder, "checkpoint_*.pt", (state.step, state.validated), run.log.say)
 
 
 # ---- what is noted on the way ----

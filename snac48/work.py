@@ -5,7 +5,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import socket
 import threading
 import time
 import uuid
@@ -15,12 +14,13 @@ from pathlib import Path
 
 from .cli import UserError, ignore_stop_signals
 from .files import read_json, sweep_leftovers, temporary, write_json
-from .process import start_time
+from .process import pid_space, start_time
 from .runlog import RunLog, human_time
+from .workers import check_descriptors, end_with_parent
 
 HEARTBEAT_S = 20.0
 PROGRESS_S = 3.0  # between two lines
-STALE_S = 300.0  # a claim of another machine without a heartbeat this long is taken over
+STALE_S = 300.0  # a claim of another machine or container without a heartbeat this long is taken over
 WAIT_S = 0.5  # between two looks at units that others hold
 
 
@@ -48,6 +48,7 @@ class SharedWork:
         sweep_leftovers(self.dir)
         self.warn, self.token = warn, uuid.uuid4().hex
         self.claims: dict[int, Path] = {}  # units that are ours now
+        self.seen: dict[str, tuple] = {}  # claims of elsewhere: (their last heartbeat, when we first saw it)
         given, first = ({"unit_size": size} if size else {} for size in (unit_size, share(len(files), most)))
         self.unit_size = self.agree("settings.json", settings | given, first)["unit_size"]
         self.units = self._plan(files, self.unit_size)
@@ -79,8 +80,6 @@ class SharedWork:
         differ = [f"{k}: {begun.get(k)!r} then, {v!r} now" for k, v in settings.items() if begun.get(k) != v]
         if differ:
             todo = "use the same ones or another --output_dir"
-            if not any(self.dir.glob("unit_*.json")):
-                todo += f", or delete {self.dir}: no file is done yet"
             raise UserError(f"{self.dir.parent} was begun with other settings ({'; '.join(differ)}); {todo}")
         return begun
 
@@ -101,14 +100,21 @@ class SharedWork:
     # -- claims --
 
     def _owner_alive(self, claim: Path) -> bool:
+        """By the process table where it is ours, else by heartbeats alone: a host name says nothing of it."""
         try:
-            owner = json.loads(claim.read_text())
-            age = time.time() - claim.stat().st_mtime
-        except (OSError, ValueError):
-            return claim.exists() and time.time() - claim.stat().st_mtime < STALE_S
-        if owner["host"] == socket.gethostname():
-            return start_time(owner["pid"]) == owner["start"]
-        return age < STALE_S
+            owner = read_json(claim)
+            if owner["space"] == pid_space():
+                return start_time(owner["pid"]) == owner["start"]
+        except (UserError, TypeError, KeyError):  # torn by a crash, or of an older version: its age tells
+            pass
+        try:
+            beat = claim.stat().st_mtime
+        except OSError:
+            return False
+        if self.seen.get(claim.name, (None,))[0] != beat:
+            self.seen[claim.name] = beat, time.monotonic()
+        # by two clocks: where one has been set back, its ages say nothing
+        return max(time.time() - beat, time.monotonic() - self.seen[claim.name][1]) < STALE_S
 
     def _heartbeat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
@@ -131,7 +137,7 @@ class SharedWork:
             last, claim = claim, next(generations)
         if last and self._owner_alive(last):
             return False
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_time(os.getpid())}
+        me = {"space": pid_space(), "pid": os.getpid(), "start": start_time(os.getpid())}
         if not self._create(claim.name, json.dumps(me).encode()) or self.result_path(unit).exists():
             return False  # taken, or even committed, between our two looks
         self.claims[unit] = claim
@@ -224,6 +230,7 @@ class Progress:
 
 def start_process() -> None:
     """Signals are the parent's business; a process whose parent was killed (-9 too) goes at once."""
+    end_with_parent()  # where that is a fork server, which ends with it
     ignore_stop_signals()
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait_for([parent]), os._exit(1)), daemon=True).start()
@@ -242,6 +249,7 @@ def share_of_cores(device_type: str) -> int:
 
 def processes(number: int, method: str) -> ProcessPoolExecutor | None:
     """A pool for in_order. method: spawn or forkserver; a fork would copy threads and CUDA's state."""
+    check_descriptors(64 + 8 * number)
     context = multiprocessing.get_context(method)
     return ProcessPoolExecutor(number, context, start_process) if number else None
 

@@ -176,11 +176,8 @@ def test_help_and_mistakes_in_flags_come_before_torch(tmp_path):
     assert "--rows_per_file" in run("cache_codes.py", "--help").stdout
     for flags, words in [
         (["--data_dirs", "x"], "--data_dir"),
-        (["--data_dir", "x", "--output_dir", tmp_path, "--batch_size", 0], "--batch_size must be at least 1"),
-        (
-            ["--data_dir", "x", "--output_dir", tmp_path, "--num_workers", -1],
-            "--num_workers must be at least 0",
-        ),
+        (["--data_dir", "x", "--output_dir", tmp_path, "--batch_size", 0], "--batch_size must be from 1"),
+        (["--data_dir", "x", "--output_dir", tmp_path, "--num_workers", -1], "--num_workers must be from 0"),
     ]:
         assert words in one_sentence(run("cache_codes.py", *flags, code=2))
     assert children_cpu() - start < 1.5  # torch alone takes more than one second

@@ -1,5 +1,6 @@
 """snac48/checkpoint.py: written whole, verified before they are believed."""
 
+import argparse
 import os
 
 import pytest
@@ -13,9 +14,11 @@ from snac48.checkpoint import (
     RESUMED,
     load_checkpoint,
     prune,
+    refuse_overwriting,
     require,
     restore_optimizer,
     save_checkpoint,
+    set_aside,
 )
 from snac48.cli import UserError
 
@@ -79,17 +82,72 @@ def test_a_checkpoint_that_lacks_anything_is_not_resumed(cache_dir, targets_dir,
         T.parse_args([*tiny_args(*flags), "--resume", str(path)])
 
 
-def test_the_newest_good_one_is_found_and_the_oldest_are_pruned(tmp_path, capsys):
-    for i in range(5):
-        save_checkpoint(tmp_path / f"checkpoint_{i}.pt", dict.fromkeys(RESUMED, 1) | {"args": {"i": i}})
-        os.utime(tmp_path / f"checkpoint_{i}.pt", (i, i))
-    (tmp_path / "checkpoint_4.pt").write_bytes(b"half of it")
-    assert newest(tmp_path)[1]["args"]["i"] == 3
-    assert "checkpoint_4.pt is damaged" in capsys.readouterr().err
+def make(folder, step, validated=0, name=None, **args):
+    """A checkpoint of a step, whose file is the older the later the step: as by a clock that was set back."""
+    folder.mkdir(exist_ok=True)
+    path = folder / (name or f"checkpoint_epoch{step}.pt")
+    known = {"global_step": step, "validated_epoch": validated, "args": args}
+    save_checkpoint(path, dict.fromkeys(RESUMED, 1) | known)
+    os.utime(path, (1000 - step, 1000 - step))
+    return path
+
+
+def test_the_step_says_which_is_the_newest_never_the_clock(tmp_path, capsys):
+    for step in (9, 10, 100, 20):
+        make(tmp_path, step)
+    make(tmp_path, 100, 3, "checkpoint_epoch3_time_20200101_000000.pt")
+    assert newest(tmp_path)[0].name == "checkpoint_epoch3_time_20200101_000000.pt"  # validated: it is later
+    (tmp_path / "checkpoint_epoch999.pt").write_bytes(b"half of it")
+    assert newest(tmp_path)[1]["validated_epoch"] == 3
+    assert "checkpoint_epoch999.pt is damaged" in capsys.readouterr().err
     prune(tmp_path.glob("*.pt"), -1)
-    assert len(list(tmp_path.glob("*.pt"))) == 5
-    prune(tmp_path.glob("*.pt"), 2)
-    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["checkpoint_3.pt", "checkpoint_4.pt"]
+    assert len(list(tmp_path.glob("*.pt"))) == 6
+    prune(tmp_path.glob("*.pt"), 3)  # the damaged one goes first
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == [
+        "checkpoint_epoch100.pt", "checkpoint_epoch20.pt",
+        "checkpoint_epoch3_time_20200101_000000.pt"]  # fmt: skip
+
+
+def test_checkpoints_beyond_the_one_that_a_run_goes_on_from_step_aside(tmp_path):
+    for step in (5, 10, 15):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint_bad.pt").write_bytes(b"it would be warned about for ever")
+    said = []
+    set_aside(tmp_path, "checkpoint_*.pt", (5, 0), said.append)
+    assert "from step 5; checkpoint_bad.pt, checkpoint_epoch10.pt, checkpoint_epoch15.pt, damaged" in said[0]
+    assert sorted(p.name for p in (tmp_path / "abandoned").iterdir()) == [
+        "checkpoint_bad.pt", "checkpoint_epoch10.pt", "checkpoint_epoch15.pt"]  # fmt: skip
+    set_aside(tmp_path, "checkpoint_*.pt", (5, 0), said.append)
+    assert newest(tmp_path)[0].name == "checkpoint_epoch5.pt" and len(said) == 1
+    make(tmp_path, 10)  # again: the one of before stays
+    set_aside(tmp_path, "checkpoint_*.pt", (5, 0), said.append)
+    assert (tmp_path / "abandoned" / "checkpoint_epoch10.pt.1").is_file()
+    assert len(list((tmp_path / "abandoned").iterdir())) == 4
+
+
+def test_a_run_of_others_is_never_overwritten(tmp_path):
+    start = lambda folder, asked=False, resume="", **rest: refuse_overwriting(
+        argparse.Namespace(output_dir=str(folder), resume=resume, **rest), asked
+    )
+    start(tmp_path / "new")
+    make(tmp_path / "held", 5)
+    for asked, words in ((False, "or go on with that run by --resume auto"), (True, "can't be used")):
+        with pytest.raises(UserError, match=words):
+            start(tmp_path / "held", asked)
+    start(tmp_path / "held", resume=str(tmp_path / "held" / "checkpoint_epoch5.pt"))
+    other = make(tmp_path / "other", 7)
+    with pytest.raises(UserError, match=r"holds a run of its own .*lies elsewhere"):
+        start(tmp_path / "held", resume=str(other))
+    start(tmp_path / "third", resume=str(other))
+    # a best model alone: of another run, of one of ours that was killed before its checkpoint, of a start
+    make(tmp_path / "best", 5, name="best_model.pt", lr=0.1, device="cpu")
+    with pytest.raises(
+        UserError, match=r"holds best_model.pt of step 5 of an earlier run with other options"
+    ):
+        start(tmp_path / "best", lr=0.2)
+    start(tmp_path / "best", asked=True, lr=0.1, device="0", bf16=None)
+    make(tmp_path / "begun", 0, name="best_model_48k.pt", lr=0.1)
+    start(tmp_path / "begun", lr=0.2)
 
 
 @pytest.mark.parametrize("fused", [True, False])

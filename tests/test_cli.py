@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 
@@ -87,6 +88,47 @@ def test_a_misspelt_flag_is_one_line_that_names_the_nearest(capsys):
             parser.parse_args([flag, "3"])
         printed = capsys.readouterr().err
         assert left.value.code == 2 and printed.count("\n") == 1 and words in printed
+
+
+def test_a_value_of_two_dashes_is_none(capsys):
+    parser = argparse.ArgumentParser(prog="x")
+    parser.add_argument("--lr", type=float)
+    one_line_errors(parser)
+    with pytest.raises(SystemExit):  # argparse itself makes an empty list of it
+        parser.parse_args(["--lr=--"])
+    assert "argument --lr: expected one argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "take, words",
+    [
+        (lambda: torch.empty(1 << 50), "the memory is exhausted ("),
+        (lambda: bytearray(1 << 60), "fewer --num_workers; then run the same command again"),
+        (lambda: open("/proc/self/mem/x"), "/proc/self/mem/x can't be used: Not a directory"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_sentence(take, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        guarded(take)
+    said = capsys.readouterr().err
+    assert left.value.code == 1 and words in said and said.count("\n") == 1
+
+
+def test_closed_streams_are_dev_null_and_a_narrow_terminal_sees_escapes(tmp_path):
+    code = """
+import os, sys
+from snac48.cli import open_streams
+open_streams()
+with open(sys.argv[1], "wb") as f:
+    assert f.fileno() > 2
+    print("never in the file"), os.system("echo nor this"), sys.stdin.read()
+    print("\u00e4\u4e2d", file=sys.stderr)
+"""
+    shell = f'exec "$0" -c "$1" {tmp_path / "f"} <&- >&-'
+    done = subprocess.run(["bash", "-c", shell, sys.executable, code], cwd=ROOT, stderr=subprocess.PIPE,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, rb"\xe4\u4e2d" + b"\n")
+    assert (tmp_path / "f").read_bytes() == b""
 
 
 def test_help_shows_the_defaults_that_its_texts_leave_out(capsys):

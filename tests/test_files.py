@@ -2,26 +2,25 @@
 
 import json
 import os
-import socket
 import subprocess
 import time
 
-from snac48.files import sweep_leftovers
+from snac48.files import short_space, sweep_leftovers
 from snac48.runlog import RunLog, SampleLog
 
 
 def test_leftovers_of_the_dead_are_swept_and_of_the_living_kept(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    host = socket.gethostname()
-    names = {f".c.pt.{host}.{dead.pid}.1.tmp": False, f".c.pt.{host}.{os.getppid()}.1.tmp": True,
+    here = short_space()
+    names = {f".c.pt.{here}.{dead.pid}.1.tmp": False, f".c.pt.{here}.{os.getppid()}.1.tmp": True,
              ".c.pt.elsewhere.1.1.tmp": True, ".note.tmp": True}  # fmt: skip
     for name in names:
         (tmp_path / name).write_text("x")
     old = tmp_path / ".c.pt.elsewhere.2.1.tmp"
     old.write_text("x")
     os.utime(old, (time.time() - 7200,) * 2)
-    (tmp_path / f".index.{host}.{dead.pid}.1.tmp").mkdir()
+    (tmp_path / f".index.{here}.{dead.pid}.1.tmp").mkdir()
     assert sweep_leftovers(tmp_path) == 3
     assert {p.name for p in tmp_path.iterdir()} == {n for n, stays in names.items() if stays}
 

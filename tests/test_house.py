@@ -71,7 +71,8 @@ def test_readme_is_short_and_shows_only_what_is_there():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.count("\n") < 200
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    code = "\n".join(p.read_text(encoding="utf-8") for p in [*SCRIPTS, *LIBRARY, *OTHERS])
+    programs = [*SCRIPTS, *LIBRARY, *OTHERS, ROOT / "tests" / "fuzz.py"]
+    code = "\n".join(p.read_text(encoding="utf-8") for p in programs)
     known = set(re.findall(r"--[a-zA-Z][\w-]+", code + (ROOT / "launch.sh").read_text())) | {
         f"--{flag}"
         for flag in re.findall(r'^ +"(\w+)": \(', code, re.M)  # OPTIONS of train_dual_head.py

@@ -185,7 +185,7 @@ def test_users_mistakes_are_one_sentence(tmp_path, corpus, sidon_dir):
     data = ("--input_dir", corpus, "--output_dir", out, "--device", "cpu", "--num_workers", 0)
     assert "does not exist" in refusal("--input_dir", tmp_path / "no", "--output_dir", out)
     usage = precompute(*data, "--batch_size", 0, code=2)
-    assert "--batch_size must be at least 1" in one_sentence(usage)
+    assert "--batch_size must be from 1" in one_sentence(usage)
     assert "lies inside --input_dir" in refusal("--input_dir", corpus, "--output_dir", corpus / "x")
     cuda = standin.build(tmp_path / "cuda", "cuda")
     message = one_sentence(precompute(*data, "--sidon_dir", cuda, code=1))

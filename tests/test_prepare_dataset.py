@@ -26,7 +26,7 @@ def test_a_split_keeps_groups_together_and_is_the_same_for_the_same_seed(tmp_pat
     assert manifest["files"] == {"train": 32, "valid": 8} and manifest["mode"] == "symlink"
     assert os.path.islink(tmp_path / "a" / "train" / "audio" / listing(tmp_path / "a" / "train" / "audio")[0])
     done = run("prepare_dataset.py", "--input_dir", source, "--output_dir", tmp_path / "a", code=1)
-    assert "already holds a split" in one_sentence(done)
+    assert "of another split" in one_sentence(done)
     run("prepare_dataset.py", *grouped, "--output_dir", tmp_path / "c", "--seed", 7, "--copy")
     assert not any(p.is_symlink() for p in (tmp_path / "c").rglob("*.wav"))
 

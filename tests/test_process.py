@@ -4,7 +4,8 @@ import time
 
 from helpers import fake_runs as fake
 
-from snac48.process import job_state, process_stat
+from snac48.jobs import job_state
+from snac48.process import process_stat
 
 
 def test_states_from_proc(tmp_path):

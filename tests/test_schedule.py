@@ -95,12 +95,11 @@ def test_an_epoch_outside_the_ranges_is_an_error_but_the_last_range_goes_on():
     "read, changes, words",
     [
         (fft_sizes, {"n_ffts": "abc"}, "--n_ffts 'abc' must be a comma-separated list"),
-        (fft_sizes, {"n_ffts": "8"}, "at least 16"),
         (adam_betas, {"adam_betas": "0.9"}, "two numbers from 0 to below 1"),
-        (adam_betas, {"adam_betas": "0.9,1"}, "two numbers from 0 to below 1"),
-        (lambda args: adam_betas(args, "adv_betas"), {"adv_betas": "1,0"}, "--adv_betas '1,0' must be two"),
+        (lambda args: adam_betas(args, "adv_betas"), {"adv_betas": "0"}, "--adv_betas '0' must be two"),
         (curriculum, {"segment_schedule": "1.0,x"}, "--segment_schedule '1.0,x' must be a comma-separated"),
         (curriculum, {"epoch_ranges": "1-x"}, "--epoch_ranges '1-x' must be ranges"),
+        (curriculum, {"epoch_ranges": "1-2-3"}, "--epoch_ranges '1-2-3' must be ranges"),
     ],
 )
 def test_malformed_lists_are_named(read, changes, words):

@@ -1,5 +1,6 @@
 """snac48/token_lm.py: the four patterns, their loss, sampling, and which steps are skipped."""
 
+import argparse
 import math
 
 import numpy as np
@@ -9,6 +10,8 @@ from helpers.rvq import PATTERNS, codes_like, toy
 
 import train_rvq
 from snac48 import token_lm
+from snac48.checkpoint import save_checkpoint
+from snac48.cli import UserError
 
 # ---- model and loss ----
 
@@ -222,3 +225,13 @@ def test_guard_survives_nan_and_outlier():
     assert low.reason(0.5, 1.0) is None  # an overfitted run is not an outlier of itself
     first = token_lm.StepGuard(5)
     assert first.reason(float("nan"), float("nan")) == "non-finite" and first.reason(7.0, 1.0) is None
+
+
+def test_the_best_of_another_run_is_not_overwritten_where_nothing_else_is_left(tmp_path):
+    save_checkpoint(tmp_path / "rvq_3cb_best.pt", {"global_step": 5, "args": {"lr": 0.1, "device": "cpu"}})
+    start = lambda lr: token_lm.find_resume(
+        tmp_path, "rvq_3cb", argparse.Namespace(resume=None, lr=lr, device="0"), None, print
+    )
+    assert start(0.1) is None  # the same options make it again
+    with pytest.raises(UserError, match=r"rvq_3cb_best.pt of step 5 .*another --save_dir or --tag"):
+        start(0.2)

@@ -106,9 +106,9 @@ def test_help_and_schedule_need_no_data_and_no_torch():
     "flag, value, words",
     [
         ("--n_ffts", "abc", "--n_ffts 'abc' must be a comma-separated list"),
-        ("--n_ffts", "8", "--n_ffts '8' must be sizes of at least 16"),
+        ("--n_ffts", "8", "--n_ffts must be numbers from 16 to 65536, not '8' (--n_ffts: a flag)"),
         ("--adam_betas", "0.9", "--adam_betas '0.9' must be two numbers"),
-        ("--save_every", "0", "--save_every must be at least 1"),
+        ("--save_every", "0", "--save_every must be from 1 to"),
     ],
 )
 def test_malformed_values_are_refused_before_anything_is_loaded(flag, value, words):
@@ -167,14 +167,15 @@ def test_a_run_is_never_overwritten(cache_dir, targets_dir, snac_dir, tmp_path):
     flags = cache_dir, targets_dir, snac_dir, tmp_path / "run", "--epochs", 1, "--epoch_ranges", "1-1"
     flags = *flags, "--segment_schedule", "0.3", "--batch_multiplier", "1.0", "--warmup_epochs", 0
     assert training(*flags).train() == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    held = lambda: {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != "run.lock"}
+    before = held()
     with pytest.raises(UserError, match=r"checkpoint_epoch1.pt would be overwritten: .*--resume auto"):
         training(*flags)
     (tmp_path / "run" / "checkpoint_epoch1.pt").write_bytes(b"half of it")
-    with pytest.raises(UserError, match=r"checkpoint_epoch1.pt is damaged"):
+    with pytest.raises(UserError, match=r"checkpoint_epoch1.pt can't be used"):
         training(*flags, "--resume", "auto")
     before["checkpoint_epoch1.pt"] = b"half of it"
-    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert held() == before
 
 
 def test_a_signal_to_the_whole_group_stops_with_a_checkpoint(cache_dir, targets_dir, snac_dir, tmp_path):

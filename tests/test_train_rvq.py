@@ -148,6 +148,7 @@ def test_resume_flags_and_architecture(tmp_path, capsys):
     assert "architecture from the checkpoint" in capsys.readouterr().out
     run_here(command(tmp_path, data, "--epochs", "1", "--d_model", "32", "--ignore-arch"))
     assert latest(tmp_path)["arch"]["d_model"] == 32
+    assert any((tmp_path / "run/abandoned").glob("rvq_3cb_best_e*.pt"))  # of the model before
     path = tmp_path / "run/rvq_3cb_latest.pt"
     path.write_bytes(path.read_bytes()[:-100])  # damaged: the newest good one takes over
     run_here(command(tmp_path, data, "--epochs", "2"))
@@ -388,4 +389,6 @@ def test_the_circle_closes(cache_dir, snac_dir, tmp_path):
     state["geometry"]["weights_sha256"] = "f" * 64
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UserError, match="another codec"):
-        generate(tmp_path, "out.wav", "--decoder", str(tmp_path / "other.pt"))
+        generate(tmp_path, "other.wav", "--decoder", str(tmp_path / "other.pt"))
+    with pytest.raises(UserError, match=r"out.wav exists: --overwrite replaces it"):
+        generate(tmp_path, "out.wav")

@@ -1,6 +1,5 @@
 """Runs: their files, process, numbers and alarms (a new one: `Limits`, `Run.judge`), and all of them."""
 
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from ..cli import UserError
 from ..files import finite_json
-from ..process import alive, job_state, process_stat
+from ..jobs import description, exit_code, job_state
+from ..process import alive, pid_space, process_stat
 from ..runlog import human_time
 from .parse import ERROR, counted, number, parse_json, parse_line
 from .state import RunState
@@ -38,7 +38,7 @@ def last_process(path: Path, proc="/proc") -> tuple[str | None, int | None, floa
     ours = [
         (alive(r["pid"], r.get("start"), proc), r["pid"], number(r.get("t")))
         for r in found
-        if r.get("host") == socket.gethostname()
+        if r.get("host") == socket.gethostname() and r.get("space", pid_space()) == pid_space()
     ]
     if not ours:
         return None, None, None
@@ -100,20 +100,16 @@ class Run:
 
     def read_info(self) -> None:
         try:
-            info = json.loads((self.folder / f"{self.name}.json").read_text(errors="replace"))
+            self.info = description(self.folder / f"{self.name}.json")
         except (OSError, ValueError):
             return
-        self.info = info if isinstance(info, dict) else {}
         run_dir = self.info.get("run_dir")
-        if isinstance(run_dir, str) and run_dir and Path(run_dir) != self.run_dir:
+        if isinstance(run_dir, str) and run_dir and "\0" not in run_dir and Path(run_dir) != self.run_dir:
             self.run_dir, self.state, self.metrics, self.past = Path(run_dir), RunState(), None, None
 
     def exit_code(self) -> dict | None:
         """NAME.exit as an end event, for a job without metrics; None for an error: its log says more."""
-        try:
-            code = (self.folder / f"{self.name}.exit").read_text().strip()
-        except OSError:
-            return None
+        code = exit_code(self.folder, self.name)
         return {"0": {"reason": "finished", "code": 0}, "3": {"reason": "stopped", "code": 3}}.get(code)
 
     def find_process(self, proc) -> None:
@@ -196,10 +192,10 @@ class Run:
     @property
     def end(self) -> dict | None:
         """The end event of this attempt (not of an earlier one in the same directory); where no metrics hold
-        one, the exit code that the job left."""
+        one, or the clock was set back, the exit code that the job left."""
         end = self.state.end or self.left
         t, started = number((end or {}).get("t")), number(self.info.get("started", self.began))
-        return None if end is None or (t is not None and started is not None and t < started) else end
+        return self.left if t is not None and started is not None and t < started else end
 
     @property
     def shown_state(self) -> str | None:

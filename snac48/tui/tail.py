@@ -5,6 +5,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
+from ..jobs import open_regular
 from .text import clean
 
 TAIL_BYTES = 1 << 18  # read before the first paint; what lies before comes in afterwards
@@ -13,7 +14,7 @@ LONGEST = 1 << 20  # a longer line is skipped
 
 def read_at(path: Path, start: int, size: int) -> bytes:
     try:
-        with open(path, "rb") as f:
+        with open(open_regular(path), "rb") as f:
             f.seek(start)
             return f.read(size)
     except OSError:
@@ -37,7 +38,7 @@ class Tailer:
 
     def open(self) -> bool:
         try:
-            self.file = open(self.path, "rb")
+            self.file = open(open_regular(self.path), "rb")
         except OSError:
             return False
         st = os.fstat(self.file.fileno())

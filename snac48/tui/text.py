@@ -5,7 +5,9 @@ import re
 
 from ..runlog import human_time
 
-CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "·") | {9: " "}  # a log must not drive the terminal
+# a log must not drive the terminal, nor turn the direction of what follows
+MARKS = (0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+CONTROL = dict.fromkeys([*range(32), *range(127, 160), *MARKS, *range(0xD800, 0xE000)], "·") | {9: " "}
 ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)")
 
 
