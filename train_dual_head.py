@@ -77,7 +77,8 @@ OPTIONS = {  # name: (default, help[, type]); the type is the default's; None: b
         "freeze_encoder": (True, "keep the encoder (codes stay valid)"),
         "freeze_vq": (True, "keep the quantizers (codes stay valid)"),
         "from_scratch": ("", "JSON of SNAC's arguments: train a new codec instead of a pretrained one"),
-        "pitch_features": (0, "--from_scratch: channels of the latents that begin as pitch (e.g. 40)"),
+        "pitch_features": (0, "--from_scratch: samples a latent frame of the voice's fundamental, which "
+                              "latents begin with (0 = none; 16 for pitch up to 375 Hz)"),
         "phase10_checkpoint": ("", "take trunk and 24 kHz head from this checkpoint of phase10"),
         "start_checkpoint": ("", "start from trunk and heads of this checkpoint, of a finished run"),
         "init": ("interpolate", "start of the 48 kHz head: interpolate, average, first or random"),

@@ -6,7 +6,10 @@
 Prints and writes report.json into --output_dir (default: the codec): mean LSD (AP-BWE's) and log-mel distance
 (natural log of 80 mel bands, Hann 1024) of decode(encode(clip)) over the first 6 s of every held-out file, of
 the codec and of the same one with fresh weights; per codebook the entries used and their perplexity, over the
-held-out clips and --minutes of --speech.
+held-out clips and --minutes of --speech; and whether the codec keeps the pitch, by pYIN
+(pip install -r requirements-evaluate.txt): correlation of F0 over the frames of all clips that have voice in
+both (f0_corr) and its mean over clips of 10 such frames at least (f0_corr_in_clips), and the share in % of
+the frames that have voice in one alone (voicing_error).
 
     pip install pocketsphinx==5.1.1
     python assets/measure_codec.py --codec assets/codec --words /usr/share/sounds/alsa
@@ -31,6 +34,7 @@ from snac48.codebooks import usage
 from snac48.codec import load_snac, new_snac
 from snac48.files import read_json, write_json
 from snac48.losses import lsd, mel_filters, spectrum
+from snac48.measures import load_pitch, pitch_distances
 
 
 def clips(folder: str, seconds: float, limit_minutes: float = 1e9, seed: int = 0):
@@ -49,18 +53,37 @@ def clips(folder: str, seconds: float, limit_minutes: float = 1e9, seed: int = 0
 
 
 @torch.no_grad()
-def measure(model, held_out) -> tuple[dict, list]:
-    """({lsd, log_mel}, codes of every clip)."""
+def through(model, held_out) -> tuple[list, list]:
+    """(decode(encode(clip)), codes) of every clip."""
     torch.manual_seed(0)  # the NoiseBlocks draw fresh noise
-    rows, codes, filters = [], [], mel_filters(24000, 1024)
-    for x in held_out:
-        codes.append(model.encode(x))
-        y = model.decode(codes[-1])[..., : x.shape[-1]]
+    codes = [model.encode(x) for x in held_out]
+    return [model.decode(c)[..., : x.shape[-1]] for c, x in zip(codes, held_out, strict=True)], codes
+
+
+def distances(heard, held_out) -> dict:
+    """{lsd, log_mel}: means over the clips."""
+    rows, filters = [], mel_filters(24000, 1024)
+    for y, x in zip(heard, held_out, strict=True):
         a, b = ((filters @ spectrum(s[0], 1024, 256)[0].abs()).clamp(min=1e-2).log() for s in (y, x))
         d = lsd(y[0], x[0], torch.tensor([x.shape[-1]]), 24000)
         rows.append((float(d), float((a - b).abs().mean())))
     means = np.mean(rows, 0)
-    return {"lsd": round(float(means[0]), 4), "log_mel": round(float(means[1]), 4)}, codes
+    return {"lsd": round(float(means[0]), 4), "log_mel": round(float(means[1]), 4)}
+
+
+def pitch(heard, held_out) -> dict:
+    """{f0_corr, f0_corr_in_clips, voicing_error}, see above. Raises UserError where librosa is missing."""
+    f0 = load_pitch()
+    pairs = [(f0(y[0, 0]), f0(x[0, 0])) for y, x in zip(heard, held_out, strict=True)]
+    rows = [pitch_distances(*pair) for pair in pairs]
+    of_all = pitch_distances(*map(np.concatenate, zip(*pairs, strict=True)))
+    in_clips = np.mean([row["f0_corr"] for row in rows if "f0_corr" in row])
+    found = {
+        "f0_corr": of_all["f0_corr"],
+        "f0_corr_in_clips": in_clips,
+        "voicing_error": of_all["voicing_error"],
+    }
+    return {name: round(float(value), 4) for name, value in found.items()}
 
 
 def books_of(codes, size: int) -> list[dict]:
@@ -123,16 +146,17 @@ def main() -> int:
         raise UserError("name --held_out and --speech, or --words")
     held_out = list(clips(args.held_out, 6.0))
     torch.manual_seed(0)
-    fresh, fresh_codes = measure(new_snac(str(Path(args.codec) / "config.json")), held_out)
-    trained, codes = measure(model, held_out)
-    fresh["codebooks"], trained["codebooks"] = (
-        books_of(c, model.codebook_size) for c in (fresh_codes, codes)
-    )
+    fresh = new_snac(str(Path(args.codec) / "config.json"))
+    found = []
+    for each in (fresh, model):
+        heard, codes = through(each, held_out)
+        found.append(distances(heard, held_out) | {"codebooks": books_of(codes, model.codebook_size)})
+    found[1] |= pitch(heard, held_out)
     with torch.no_grad():
         codes += [model.encode(x) for x in clips(args.speech, 30.0, args.minutes)]
     report = {"config": read_json(Path(args.codec) / "config.json"), "held_out_clips": len(held_out),
               "held_out_seconds": round(sum(x.shape[-1] for x in held_out) / 24000, 1),
-              "fresh_weights": fresh, "codec": trained,
+              "fresh_weights": found[0], "codec": found[1],
               "with_speech": books_of(codes, model.codebook_size)}  # fmt: skip
     write_json(Path(args.output_dir or args.codec) / "report.json", report)
     print(json.dumps(report, indent=1))

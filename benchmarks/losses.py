@@ -88,7 +88,7 @@ def scramble_folder(source: Path, target: Path) -> None:
 
 def scramble(x, rng):
     """Audio [N] at 48 kHz through a random all-pass: its group delay wanders by about 1.5 ms from one 50 Hz
-    to the next, so that spectra stay what they are and the waveform does not."""
+    to the next, so that spectra stay what they are and, but for the lowest harmonics, phases do not."""
     n = len(x) + 4800  # what is delayed past the end does not come back at the start
     hz = np.fft.rfftfreq(n, 1 / 48000)
     delay = np.interp(hz, np.arange(0, 24001, 50), rng.normal(0, 0.0015, 481))

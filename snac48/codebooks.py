@@ -6,17 +6,16 @@ residual quantizer that starts at random collapses to one entry a codebook withi
 autoencoder without codebooks needs many thousand steps before its latents tell vowels apart. So a codec from
 scratch starts from what is known about speech:
 
-1. start_from_features: we want the latents to be log-mel features, and how periodic each frame is at which
-   pitch: without that the codes cannot carry a voice, and what is trained on them whispers. With that the
-   quantizers are settled: in_proj and out_proj are principal components of what the quantizers before left,
-   the entries k-means centres. Every convolution begins with outputs of mean 0 and a set variance on real
-   speech (LSUV, Mishkin & Matas 2015): with PyTorch's default start the signal dies in 30 layers.
+1. start_from_features: we want the latents to be log-mel features, and a wave with pitch and phase of the
+   voice's fundamental: without that the codes carry no voice, and what is trained on them whispers. With that
+   the quantizers are settled: in_proj and out_proj are principal components of what the quantizers before
+   left, the entries k-means centres. Every convolution begins with outputs of mean 0 and a set variance on
+   real speech (LSUV, Mishkin & Matas 2015): with PyTorch's default start the signal dies in 30 layers.
 2. phase "features": the encoder learns the features (a regression), the decoder to speak from the quantized
    true ones. Neither waits for the other.
 3. phase "main": the codec as it will be used, end to end.
 """
 
-import itertools
 import math
 
 import torch
@@ -117,41 +116,69 @@ def restart_dead_entries(vq, counts, latents, optimizer, generator) -> int:
 
 def features(audio, channels: int, frames: int, pitch: int = 0):
     """What we want the latents of a codec from scratch to be: audio [B, 1, N] -> [B, channels, frames].
-    Natural log of min(80, channels - pitch) mel bands, halved to about unit variance, two hops long, frame t
-    centred on its hop of N / frames samples; then `pitch` channels of periodicity; further channels are 0."""
-    hop, bands = audio.shape[-1] // frames, min(80, channels - pitch)
-    size = 2 * hop
+    Natural log of min(80, channels) mel bands, halved to about unit variance, two hops long, frame t centred
+    on its hop of N / frames samples; with `pitch` the channels of voice_features; further channels are 0."""
+    hop, voiced = audio.shape[-1] // frames, pitch + 5 if pitch else 0
+    size, bands = 2 * hop, min(80, channels - voiced)
     x = F.pad(audio[:, 0].float(), ((size - hop) // 2, size - hop - (size - hop) // 2))
     window = torch.hann_window(size, device=x.device)
     s = torch.stft(x, size, hop, window=window, center=False, return_complex=True).abs()
     mel = (mel_filters(24000, size, bands).to(x.device) @ s + 1e-2).log() / 2
-    found = [mel, periodicity(audio[:, 0].float(), frames, pitch)] if pitch else [mel]
-    return F.pad(torch.cat(found, 1), (0, 0, 0, channels - bands - pitch))
+    found = [mel, voice_features(audio[:, 0].float(), frames, pitch)] if pitch else [mel]
+    return F.pad(torch.cat(found, 1), (0, 0, 0, channels - bands - voiced))
 
 
 PITCH_HZ = (70.0, 400.0)
-PITCH_WINDOW = 1024  # samples at 24 kHz: three periods of 70 Hz
+PITCH_WINDOW = 1024  # samples at 24 kHz that are compared with what lies a lag later
+PHASE_WINDOW = 1440  # 60 ms: under Hann, harmonics of 70 Hz don't reach into each other
 
 
-def periodicity(x, frames: int, channels: int):
-    """How far each frame repeats itself after a lag: x [B, N] at 24 kHz -> [B, channels, frames]. Normalised
-    cross-correlation (Talkin 1995), -1 to 1, at lags of 1/400 to 1/70 s, the largest of each of `channels`
-    logarithmic bands, high pitch first. A mel spectrum of 43 ms cannot tell harmonics of 100 Hz apart."""
-    hop, (low, high) = x.shape[-1] // frames, PITCH_HZ
-    longest = math.ceil(24000 / low)
-    edges = torch.linspace(math.log(24000 / high), math.log(longest + 1), channels + 1).exp().round().long()
-    size = PITCH_WINDOW + longest
-    before = (size - hop) // 2
-    parts = F.pad(x, (before, size - hop - before)).unfold(-1, size, hop)  # [B, frames, size]
-    fast = 1 << (size + PITCH_WINDOW).bit_length()
+def voice_features(x, frames: int, samples: int):
+    """What mel bands don't tell of a voice: x [B, N] at 24 kHz -> [B, samples + 5, frames].
+
+    `samples` values a frame of a cosine with frequency and phase of the fundamental: magnitudes alone leave
+    the phase open from frame to frame, and a decoder that cannot know it makes noise. As a wave it passes the
+    linear projections of a quantizer; a frame of 512 samples needs 16 of it for 375 Hz. Then, for the slower
+    quantizers, how high it is: 1, cos a, sin a, cos 2a, sin 2a with a = 0 to pi from 70 to 400 Hz. All of it
+    times how voiced the frame is."""
+    hop, low = x.shape[-1] // frames, math.log(PITCH_HZ[0])
+    voiced, hz, phase = fundamental(x, frames)
+    at = ((torch.arange(samples, device=x.device) + 0.5) / samples - 0.5) * hop / 24000  # s from the centre
+    wave = 1.5 * torch.cos(phase[:, None] + 2 * math.pi * hz[:, None] * at[:, None])
+    a = math.pi * ((hz.log() - low) / (math.log(PITCH_HZ[1]) - low)).clamp(0, 1)
+    height = 3 * torch.stack([torch.ones_like(a), a.cos(), a.sin(), (2 * a).cos(), (2 * a).sin()], 1)
+    return torch.cat([wave, height], 1) * voiced[:, None]
+
+
+def fundamental(x, frames: int):
+    """Of each frame how voiced it is (0 to 1), its pitch in Hz, the phase of the fundamental in its middle:
+    x [B, N] at 24 kHz -> three times [B, frames]. The lag of the largest normalised cross-correlation (Talkin
+    1995), where a shorter one counts a little more, because multiples of a period repeat, too."""
+    short, long = int(24000 / PITCH_HZ[1]), math.ceil(24000 / PITCH_HZ[0])
+    parts = around_frames(x, frames, PITCH_WINDOW + long)
+    fast = 1 << (parts.shape[-1] + PITCH_WINDOW).bit_length()
     head = torch.fft.rfft(parts[..., :PITCH_WINDOW], fast)
-    products = torch.fft.irfft(head.conj() * torch.fft.rfft(parts, fast), fast)[..., : longest + 1]
+    products = torch.fft.irfft(head.conj() * torch.fft.rfft(parts, fast), fast)[..., : long + 1]
     power = F.pad(parts.double().square().cumsum(-1), (1, 0))
-    energy = (power[..., PITCH_WINDOW:] - power[..., :-PITCH_WINDOW]).float()[..., : longest + 1]  # by lag
+    energy = (power[..., PITCH_WINDOW:] - power[..., :-PITCH_WINDOW]).float()  # by lag
     # 1e-4 a sample, -40 dB: what is silent has no pitch
     alike = products / ((energy[..., :1] * energy).clamp(min=0).sqrt() + 1e-4 * PITCH_WINDOW)
-    bands = [alike[..., a : max(b, a + 1)].amax(-1) for a, b in itertools.pairwise(edges.tolist())]
-    return torch.stack(bands, 1)
+    lags = torch.arange(short, long + 1, device=x.device)
+    favour = 1 - 0.15 * (lags / short).log() / math.log(long / short)
+    best = (alike[..., short:] * favour).argmax(-1)
+    voiced = ((alike[..., short:].gather(-1, best[..., None])[..., 0] - 0.3) / 0.4).clamp(0, 1)
+    hz = 24000 / lags[best].float()
+    parts = around_frames(x, frames, PHASE_WINDOW) * torch.hann_window(PHASE_WINDOW, device=x.device)
+    t = (torch.arange(PHASE_WINDOW, device=x.device) - PHASE_WINDOW // 2) / 24000
+    turn = 2 * math.pi * hz[..., None] * t
+    return voiced, hz, torch.atan2(-(parts * turn.sin()).sum(-1), (parts * turn.cos()).sum(-1))
+
+
+def around_frames(x, frames: int, size: int):
+    """x [B, N] -> [B, frames, size]: the samples around the middle of each frame, 0 beyond the ends."""
+    hop = x.shape[-1] // frames
+    before = (size - hop) // 2
+    return F.pad(x, (before, size - hop - before)).unfold(-1, size, hop)
 
 
 @torch.no_grad()

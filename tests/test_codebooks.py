@@ -1,12 +1,21 @@
 """snac48/codebooks.py: the full codec in training, and one from nothing."""
 
 import json
+import math
 
 import torch
-from conftest import TINY, run
+from conftest import TINY, make_snac, run
 from helpers.training import metrics, raw, recipe_training
 
-from snac48.codebooks import PITCH_HZ, features, periodicity, restart_dead_entries, usage
+from snac48.codebooks import (
+    PITCH_HZ,
+    features,
+    fit_quantizers,
+    fundamental,
+    restart_dead_entries,
+    usage,
+    voice_features,
+)
 from snac48.codec import load_snac, new_snac
 from snac48.decoder import load_dual_head
 from snac48.training import some_speech
@@ -60,25 +69,41 @@ def test_dead_entries_restart_and_used_ones_stay(snac):
     vq.codebook.weight.data.copy_(before)
 
 
-def test_periodicity_tells_the_pitch_of_a_voice_and_silence_and_noise_from_it():
-    """A buzz of many harmonics: the largest channel is that of its period; noise and silence have none."""
-    n, frames, channels = 24000, 46, 40
+def test_latents_from_features_hold_pitch_and_phase_of_a_voice():
+    """A buzz of many harmonics: the features name its pitch, their wave is its fundamental."""
+    n, frames, samples = 23552, 46, 16
     t = torch.arange(n) / 24000
-    for hz in (80.0, 125.0, 210.0, 380.0):
-        buzz = sum(torch.cos(2 * torch.pi * hz * k * t + k * k) / k for k in range(1, 12))[None]
-        found = periodicity(0.1 * buzz, frames, channels)[0, :, 3:-3]
-        assert found.shape == (channels, frames - 6)
-        low, high = (24000 / f for f in (PITCH_HZ[1], PITCH_HZ[0]))
-        wanted = (
-            channels * torch.log(torch.tensor(24000 / hz / low)) / torch.log(torch.tensor((high + 1) / low))
-        )
-        first = (found > 0.9).float().argmax(0)  # multiples of the period repeat, too: the first is the pitch
-        assert ((first - int(wanted)).abs() <= 1).all() and found.max() < 1.01
+    for hz, start in ((80.0, 0.0), (125.0, 1.0), (210.0, 2.0), (370.0, -1.0)):
+        phase = 2 * torch.pi * hz * t + start
+        buzz = phase.cos() + sum(torch.cos(k * phase + k * k) / k for k in range(2, 12))
+        voiced, found, _ = fundamental(0.1 * buzz[None], frames)
+        assert (voiced[:, 3:-3] == 1).all() and (found[:, 3:-3] / hz - 1).abs().max() < 0.01
+        wave, height = voice_features(0.1 * buzz[None], frames, samples)[0].split([samples, 5])
+        middle = (torch.arange(frames * samples) + 0.5) * 512 / samples / 24000
+        wanted = 1.5 * torch.cos(2 * torch.pi * hz * middle + start).view(frames, samples).T
+        assert (wave - wanted)[:, 3:-3].abs().max() < 0.35  # lags are whole samples
+        a = math.log(hz / PITCH_HZ[0]) / math.log(PITCH_HZ[1] / PITCH_HZ[0]) * torch.pi
+        wanted = 3 * torch.tensor([1.0, math.cos(a), math.sin(a), math.cos(2 * a), math.sin(2 * a)])
+        assert (height[:, 3:-3] - wanted[:, None]).abs().max() < 0.15
     torch.manual_seed(0)
-    assert periodicity(0.1 * torch.randn(1, n), frames, channels).amax() < 0.4
-    assert periodicity(torch.zeros(1, n), frames, channels).abs().amax() == 0
-    audio = torch.randn(2, 1, 23552)
+    assert fundamental(0.1 * torch.randn(1, n), frames)[0].mean() < 0.05
+    assert not voice_features(torch.zeros(1, n), frames, samples).any()
+    audio = 0.1 * buzz.expand(2, 1, n)
     mels = features(audio, 192, 46)
-    both = features(audio, 192, 46, 40)
-    assert torch.equal(both[:, :80], mels[:, :80]) and both[:, 80:120].any() and not both[:, 120:].any()
+    both = features(audio, 192, 46, samples)
+    assert torch.equal(both[:, :80], mels[:, :80]) and both[:, 80:101].any() and not both[:, 101:].any()
     assert both.shape == mels.shape == (2, 192, 46)
+
+
+def test_quantizers_fitted_to_features_keep_the_phase_of_a_voice():
+    """Through 64 entries a codebook: little of the power of the fundamental is lost."""
+    t = torch.arange(23552) / 24000
+    torch.manual_seed(0)
+    phase = 2 * torch.pi * ((110 + 40 * torch.rand(32, 1)) * t + torch.rand(32, 1))
+    voices = 0.1 * sum(torch.cos(k * phase + k * k) / k for k in range(1, 8))[:, None]
+    snac = make_snac(codebook_size=64, codebook_dim=16, encoder_dim=8)
+    z = features(voices, 128, 46, 16)[..., :44]
+    fit_quantizers(snac.quantizer, z, 0)
+    with torch.no_grad():
+        lost = (snac.quantizer(z)[0] - z)[:, 80:96].square().mean() / z[:, 80:96].square().mean()
+    assert lost < 0.3
