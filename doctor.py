@@ -178,7 +178,7 @@ def main() -> int:
     add("--probe-data", help=".npq glob or cache folder: token models' entropy and loss (default: none)")
     add("--probe-windows", type=int, default=16, help="of up to 256 frames (default: %(default)s)")
     add("--csv", help="write all columns there (default: none)")
-    add("--overwrite", action="store_true", help="replace --csv where it exists")
+    add("--overwrite", action="store_true", help="replace --csv where it exists (default: no)")
     add("--jump", type=float, default=0.5, help="nats above the best loss before (default: %(default)s)")
     add("--stride", type=float, default=10.0, help="times the median step length (default: %(default)s)")
     args, paths = read_flags(p), set()

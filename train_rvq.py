@@ -186,7 +186,7 @@ def generate_parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", help=".npq, or .parquet of a cache (its row --prompt-row) (default: none)")
     p.add_argument("--prompt-row", type=int, default=0, help="of a .parquet (default: 0)")
     p.add_argument("--prompt-frames", type=int, default=0, help="first frames used; 0 = all (default: 0)")
-    p.add_argument("--overwrite", action="store_true", help="replace --output where it exists")
+    p.add_argument("--overwrite", action="store_true", help="replace --output (default: no)")
     p.add_argument("--device", default="", help=OPTIONS["--device"][1])
     p.add_argument("--seed", type=int, default=DEFAULTS["seed"], help="of the choices (default: %(default)s)")
     for name in ("frames", "temperature", "top-k", "top-p", "decoder"):  # as the samples in training
@@ -209,7 +209,7 @@ def tokens_parser() -> argparse.ArgumentParser:
     one.add_argument("--fps", type=float, default=44100 / 512, help="frames/s (default: DAC 44.1 kHz)")
     one.add_argument("--codebook_size", type=int, default=1024, help="entries (default: %(default)s)")
     for name in ("from-cache", "from-dac"):
-        commands.choices[name].add_argument("--overwrite", action="store_true", help="what exists there")
+        commands.choices[name].add_argument("--overwrite", action="store_true", help="replace (default: no)")
     return p
 
 

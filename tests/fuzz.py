@@ -5,7 +5,7 @@
     python tests/fuzz.py --match 'infer onto'    those whose area, group or name matches
 
 Prints a table of groups with counts, and every failure; exit code 1 on any. Area formats is
-tests/test_fuzz.py: 200 spoiled wav files, shards and checkpoints, through the programs. CI takes a sample of
+tests/test_fuzz.py: 210 spoiled wav files, shards and checkpoints, through the programs. CI takes a sample of
 the cases (tests/test_chaos.py), without groups that begin with `slow: `.
 """
 

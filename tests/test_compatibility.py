@@ -69,9 +69,10 @@ def same_steps(before: Path, name: str, run_dir: Path) -> None:
 
 CACHES = {"cache_dir": "cache/train", "val_cache_dir": "cache/val",
           "audio_48k_dir": "targets/train", "val_audio_48k_dir": "targets/val"}  # fmt: skip
+ORIGINALS = {"audio_24k_dir": "audio/train", "val_audio_24k_dir": "audio/val"}
 RUNS = {  # what a run that has moved must be told: where things are now
-    "phase12": CACHES,  # originals: where the cache says
-    "phase11_fast": CACHES | {"audio_24k_dir": "audio/train", "val_audio_24k_dir": "audio/val"},
+    "phase12": CACHES | ORIGINALS,
+    "phase11_fast": CACHES | ORIGINALS,
     "full_codec": {"data_dir": "audio/train", "val_data_dir": "audio/val"},
 }
 

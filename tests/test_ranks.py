@@ -82,7 +82,7 @@ def test_machines_that_do_not_share_their_folders_end_with_one_sentence(folder, 
 def test_a_mistake_on_one_machine_ends_all(folder, tmp_path):
     """Before that process has joined the others, too."""
     flags = bench.tiny_flags(folder, tmp_path / "run")
-    for wrong in (["--pretrained_model", "nowhere"], ["--segment_schedule", "x,y"]):
+    for wrong in (["--pretrained_model", "nowhere"], ["--output_dir", "/proc/nowhere"]):
         both = bench.two_machines([flags, [*flags, *wrong]], tmp_path / "logs")
         here, there = bench.finished(both, codes=(1,), seconds=90)
         assert len(sentences(there)) == 1 and "has ended" not in there

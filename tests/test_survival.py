@@ -140,7 +140,7 @@ def test_sigterm_at_any_moment_leaves_a_checkpoint_to_go_on_from(unbroken, tmp_p
             survive.command(folder, out), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         if moment == "write":
-            while not any(out.glob(".checkpoint*.tmp")):
+            while not any(out.glob(".*.pt.*.tmp")):
                 assert process.poll() is None
         else:
             assert any(line.startswith(moment) for line in process.stdout), moment

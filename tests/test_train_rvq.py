@@ -286,7 +286,7 @@ def test_token_file_commands(tmp_path, capsys):
     assert code == 0 and "1 rows: unsafe path" in out and "2 files in" in out
     assert tokens.open_npq(tmp_path / "npq/s/a.npq").frames == 5
     with pytest.raises(UserError, match="none"):
-        token_files("from-dac", tmp_path / "none.npy", tmp_path / "a.npq")
+        token_files("from-dac", tmp_path / "none.npy", tmp_path / "c.npq")
 
 
 @pytest.fixture(scope="module")
