@@ -12,6 +12,7 @@ from pathlib import Path
 # before torch is imported, and for every process a test starts: with another number of threads sums are added
 # in another order, and a resumed run would differ from the unbroken one in the last digits
 os.environ["OMP_NUM_THREADS"] = "1"
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup what tests start would ignore it
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 
 import numpy as np

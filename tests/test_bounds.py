@@ -63,7 +63,10 @@ def test_where_a_value_came_from_is_told(tmp_path):
     "changes, words",
     [
         ({"loss_weight_48k": 0.0}, "the warmup phase would train nothing: --loss_weight_48k is 0"),
-        ({"l1_weight": 0.0, "stft_weight": 0.0}, "--l1_weight, --stft_weight, --mel_weight are 0"),
+        (
+            {"l1_weight": 0.0, "stft_weight": 0.0},
+            "--l1_weight, --stft_weight, --mel_weight, --lasting_weight are 0",
+        ),
         ({"warmup_epochs": 0, "loss_weight_24k": 0.0, "loss_weight_48k": 0.0}, "the main phase would train"),
         ({"accum_steps": 500}, "--accum_steps 500 would cut a step of 192 utterances"),
         ({"adv_weight": 1.0, "warmup_epochs": 15}, "--adv_weight 1 has no epoch"),

@@ -231,8 +231,15 @@ def test_the_real_program_refuses_one_of_each(good_run, tmp_path):
         c for c in fuzz.checkpoints(SEED, out / "checkpoint_epoch3.pt", marker) if c.name == "runs_shell"
     )
     path = case.write(tmp_path / "bad.pt")
-    done = subprocess.run(
-        [sys.executable, T.__file__, *argv, "--resume", str(path)], capture_output=True, text=True
-    )
+    command = [
+        sys.executable,
+        T.__file__,
+        *argv,
+        "--resume",
+        str(path),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "refused" in done.stderr and "Traceback" not in done.stderr
     assert not marker.exists()

@@ -9,6 +9,8 @@ import torch
 
 import train_dual_head as T
 from snac48.checkpoint import RESUMED, find_resume, load_checkpoint, require
+from snac48.cli import UserError
+from snac48.runlog import HELD
 
 train_step = T.train_step
 
@@ -50,8 +52,13 @@ class Training:
     """A training opened in this process: its `run` and `state`."""
 
     def __init__(self, argv):
-        args, _, saved = T.parse_args(argv)
-        self.run, self.state = T.open_run(args, saved)
+        try:
+            args, _, saved = T.parse_args(argv)
+            self.run, self.state = T.open_run(args, saved)
+        except UserError:  # a program would end, and with it its locks
+            while HELD:
+                HELD.popitem()[1].close()
+            raise
 
     def train(self, step=train_step) -> int:
         """What main() does with it, up to the exit code; step(run, state, batch): in place of train_step."""
