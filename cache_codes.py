@@ -45,7 +45,7 @@ from snac48.cli import (
     read_flags,
     stop_at_once,
 )
-from snac48.places import asked, check_place, data_root, imports
+from snac48.places import ALLOW_LINKS, asked, check_place, data_root, imports
 
 
 def parse_args(argv=None):
@@ -55,12 +55,7 @@ def parse_args(argv=None):
     add("--output_dir", default="", help="cache folder, may be shared by several processes; default: both")
     add("--data_root", default="", metavar="DIR", help="where corpus/ and codes/ lie; default: DATA_ROOT, .")
     add("--pretrained_model", default=DEFAULT_MODEL, help="SNAC folder, hub id, or hub id@COMMIT")
-    add(
-        "--allow_links",
-        default="",
-        metavar="DIR[:DIR]",
-        help="folders outside of the data that links in it may lead to",
-    )
+    add("--allow_links", **ALLOW_LINKS)
     add("--device", default="", help="GPU number or cpu; default: a GPU where there is one")
     clips = "clips of one length encoded together, at most; default: 32 on a GPU, 1 on a CPU"
     add("--batch_size", type=int, default=None, help=clips)
@@ -110,7 +105,7 @@ from snac48.codec import (
 from snac48.files import sweep_leftovers, temporary, write_json, write_jsonl
 from snac48.proof import ABSENT, NO_STAMP, forget_changed, stamp_of
 from snac48.runlog import RunLog
-from snac48.verify import give_back, report, shared_look, units_of
+from snac48.verify import look_at_all
 from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes, share, share_of_cores
 
 MAX_BATCH_SECONDS = 240  # of audio at once, however many clips: bounds the memory
@@ -344,27 +339,14 @@ def verify(model, geometry: Geometry, device, args, stop: StopFlag) -> int:
     size = share(len(index), 1000)
     sizes = [min(size, len(index) - first) for first in range(0, len(index), size)]
     log = RunLog(args.output_dir, "cache.log")
-    work = shared_look(out, index.folder.name.removeprefix("index-"), sizes, log.say)
-    log.say(f"verify: {device}; {len(index)} rows of {out}, recordings in {args.data_dir}")
-    progress = Progress(log, "verify", dict(enumerate(sizes)))
-    try:
-        with contextlib.closing(work), contextlib.ExitStack() as stack:
-            if pool := processes(args.num_workers, "forkserver"):
-                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            for unit in units_of(work, stop):
-                progress.at(unit)
-                rows = range(unit * size, unit * size + sizes[unit])
-                wrong = wrong_rows(index, rows, model, args, pool, stop, progress)
-                work.commit(unit, {"rows": len(rows), "wrong": wrong})
-    except Stopped:
-        work.release()
-        log.say(f"stopped by {stop.signal}: the same command goes on")
-        return EXIT_STOPPED
-    wrong, rows = report(out, work, "cache_codes.py", log)
-    if wrong and (out / "work").is_dir():
-        with contextlib.closing(SharedWork(out, [], None, {}, log.say)) as made:
-            give_back(made, wrong)
-    return EXIT_BAD_INPUT if len(wrong) > args.max_bad_fraction * rows else 0
+
+    def wrong_of(pool, unit: int, progress: Progress) -> list[tuple]:
+        rows = range(unit * size, unit * size + sizes[unit])
+        return wrong_rows(index, rows, model, args, pool, stop, progress)
+
+    state, told = index.folder.name.removeprefix("index-"), f"{device}; {len(index)} rows of {out}"
+    told += f", recordings in {args.data_dir}"
+    return look_at_all(out, state, sizes, "cache_codes.py", told, wrong_of, "forkserver", args, stop, log)
 
 
 def wrong_rows(index: CodeIndex, rows: range, model, args, pool, stop: StopFlag, progress) -> list[tuple]:

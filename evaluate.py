@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from snac48.cli import EXIT_STOPPED, StopFlag, UserError, guarded, main_guard, pick_device, read_flags, warn
-from snac48.places import check_free, check_place
+from snac48.places import ALLOW_LINKS, check_free, check_place
 
 
 def parse_args(argv=None):
@@ -45,12 +45,7 @@ def parse_args(argv=None):
     add("--checkpoint", nargs="+", required=True, help="checkpoints or exported folders")
     add("--compare", default="", help="a checkpoint: which differences of the others from it are real")
     add("--data_dirs", nargs="+", required=True, help="folders of held-out recordings")
-    add(
-        "--allow_links",
-        default="",
-        metavar="DIR[:DIR]",
-        help="folders outside of the data that links in it may lead to",
-    )
+    add("--allow_links", **ALLOW_LINKS)
     add("--audio_48k_dir", nargs="+", default=[], help="their 48 kHz targets, a folder for each of them")
     add(
         "--target_kind", choices=("sidon", "recordings"), default="", help="of targets without manifest.jsonl"

@@ -37,7 +37,7 @@ from snac48.cli import (
     read_flags,
     warn,
 )
-from snac48.places import check_free, check_place
+from snac48.places import ALLOW_LINKS, check_free, check_place
 
 
 def parse_args(argv=None):
@@ -45,12 +45,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--checkpoint", required=True, help="checkpoint, exported folder, or hub id@COMMIT")
     add("--input", help="audio file, folder, cache of cache_codes.py, or one .parquet of it")
-    add(
-        "--allow_links",
-        default="",
-        metavar="DIR[:DIR]",
-        help="folders outside of the data that links in it may lead to",
-    )
+    add("--allow_links", **ALLOW_LINKS)
     add("--output", help="wav file for one input file, else a folder; - = raw 16-bit PCM to stdout")
     add("--overwrite", action="store_true", help="replace wavs, exports and, by --push, models that exist")
     add("--sample_rate", choices=("24000", "48000", "both"), default="48000", help="which heads speak")

@@ -56,12 +56,12 @@ from snac48.cli import (
     stop_at_once,
 )
 from snac48.files import read_json, sweep_leftovers, write_json, write_jsonl
-from snac48.places import asked, check_place
+from snac48.places import ALLOW_LINKS, asked, check_place
 from snac48.proof import ABSENT, NO_STAMP, forget_changed, stamp_of
 from snac48.runlog import RunLog
 from snac48.sidon import CHUNK, NOTHING, RATE, SIDON_REVISION, Resampler, Restored, Sidon, Source, front_end
 from snac48.targets import manifest_row
-from snac48.verify import give_back, line_of, report, shared_look, units_of
+from snac48.verify import line_of, look_at_all
 from snac48.work import WAIT_S, Progress, SharedWork, in_order, processes
 
 UNIT_FILES = 64  # files a claim at most: a killed process loses no more work
@@ -350,27 +350,13 @@ def verify(args, stop: StopFlag) -> int:
         ends = np.cumsum([0, *map(len, f)])  # of the lines, in bytes
     sizes = [min(UNIT_FILES, len(ends) - 1 - first) for first in range(0, len(ends) - 1, UNIT_FILES)]
     log, state = RunLog(out, log_name="precompute.log"), stamp_of(manifest)[2]
-    work = shared_look(out, f"{state:08x}", sizes, log.say)
-    log.say(f"verify: {len(ends) - 1} targets of {out}, recordings in {args.input_dir}")
-    progress = Progress(log, "verify", dict(enumerate(sizes)))
-    try:
-        with contextlib.closing(work), contextlib.ExitStack() as stack:
-            if pool := processes(args.num_workers, "spawn"):
-                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            for unit in units_of(work, stop):
-                progress.at(unit)
-                rows = manifest_part(manifest, ends, unit * UNIT_FILES, sizes[unit])
-                wrong = compared(pool, rows, args, stop, progress)
-                work.commit(unit, {"rows": sizes[unit], "wrong": wrong})
-    except Stopped:
-        work.release()
-        log.say(f"stopped by {stop.signal}: the same command goes on")
-        return EXIT_STOPPED
-    wrong, rows = report(out, work, "precompute_48k.py", log)
-    if wrong and (out / "work").is_dir():
-        with contextlib.closing(SharedWork(out, [], None, {}, log.say)) as made:
-            give_back(made, wrong)
-    return EXIT_BAD_INPUT if len(wrong) > args.max_bad_fraction * rows else 0
+
+    def wrong_of(pool, unit: int, progress: Progress) -> list[tuple]:
+        rows = manifest_part(manifest, ends, unit * UNIT_FILES, sizes[unit])
+        return compared(pool, rows, args, stop, progress)
+
+    state, told = f"{state:08x}", f"{len(ends) - 1} targets of {out}, recordings in {args.input_dir}"
+    return look_at_all(out, state, sizes, "precompute_48k.py", told, wrong_of, "spawn", args, stop, log)
 
 
 def manifest_part(manifest: Path, ends, first: int, count: int) -> list[dict]:
@@ -405,12 +391,7 @@ def parse_args(argv=None):
     add(
         "--data_root", default="", metavar="DIR", help="where corpus/ and targets/ lie; default: DATA_ROOT, ."
     )
-    add(
-        "--allow_links",
-        default="",
-        metavar="DIR[:DIR]",
-        help="folders outside of the data that links in it may lead to",
-    )
+    add("--allow_links", **ALLOW_LINKS)
     add("--limit", type=int, default=-1, help="first N files only; -1 = all")
     add("--start_idx", type=int, default=0, help="first file of the sorted list that this process does")
     add("--end_idx", type=int, default=-1, help="the file it stops before; -1 = to the end")

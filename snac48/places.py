@@ -100,6 +100,13 @@ def missing(root: Path, wanted: list[tuple[str, str, str]]) -> str:
     )
 
 
+# The option --allow_links of the scripts that read recordings; audio.allow_links takes its value.
+ALLOW_LINKS = {
+    "default": "",
+    "metavar": "DIR[:DIR]",
+    "help": "folders outside of the data that links in it may lead to",
+}
+
 # ---- where things are written ----
 
 

@@ -4,6 +4,7 @@ A target that is the recording itself must have its waveform below 8 kHz. A rest
 its envelope is compared, as when it was made.
 """
 
+import contextlib
 import math
 import re
 import shutil
@@ -16,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from .audio import AudioError, bad_file, header_of, link_roots, open_inside, read_span, resample
-from .cli import EXIT_BAD_INPUT, Stopped, UserError
+from .cli import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, UserError
 from .files import write_json, write_jsonl
 from .proof import MISSING, READERS, SAME, state_of
 from .targets import KINDS, LENGTH_S
-from .work import WAIT_S, SharedWork
+from .work import WAIT_S, Progress, SharedWork, processes
 
 BAND_RATE = 16000  # Hz: compared is what lies below half of it
 WINDOW_S = 30.0  # of a recording are compared at most
@@ -152,6 +153,34 @@ def line_of(row: dict, source_dir: str, target_dir: str) -> tuple | None:
     except AudioError as e:
         return row["path"], "recording", str(e)
     return None
+
+
+def look_at_all(
+    folder: Path, state: str, sizes: list[int], name: str, told: str, wrong_of, method: str, args, stop, log
+) -> int:
+    """Look at all rows of `folder`, in units of `sizes` rows that any number of processes share; returns the
+    exit code. state: of what is looked at, see shared_look. name: of the script; told: what it says at the
+    start. wrong_of(pool, unit, progress): [(path, one of STEPS, why)] of the wrong rows of a unit; may raise
+    Stopped. method: by which the --num_workers reading processes are started."""
+    work = shared_look(folder, state, sizes, log.say)
+    log.say(f"verify: {told}")
+    progress = Progress(log, "verify", dict(enumerate(sizes)))
+    try:
+        with contextlib.closing(work), contextlib.ExitStack() as stack:
+            if pool := processes(args.num_workers, method):
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            for unit in units_of(work, stop):
+                progress.at(unit)
+                work.commit(unit, {"rows": sizes[unit], "wrong": wrong_of(pool, unit, progress)})
+    except Stopped:
+        work.release()
+        log.say(f"stopped by {stop.signal}: the same command goes on")
+        return EXIT_STOPPED
+    wrong, rows = report(folder, work, name, log)
+    if wrong and (folder / "work").is_dir():
+        with contextlib.closing(SharedWork(folder, [], None, {}, log.say)) as made:
+            give_back(made, wrong)
+    return EXIT_BAD_INPUT if len(wrong) > args.max_bad_fraction * rows else 0
 
 
 def shared_look(folder: Path, state: str, sizes: list[int], warn) -> SharedWork:

@@ -4,23 +4,23 @@ Each works on a copy of one small data set: 10 recordings, their 48 kHz targets,
 what a training does before its first step.
 """
 
-import atexit
 import functools
 import json
 import os
 import shutil
 import struct
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import soundfile as sf
-from conftest import call, make_snac, save_snac, voice
+from conftest import call, voice
 
 import cache_codes
 import precompute_48k
 from helpers.chaos import Case, unchanged
+from helpers.scene import codec as snac_folder
+from helpers.scene import root as home
 from snac48 import cache, codec, verify
 from snac48.cache import STAMP_COLUMNS
 from snac48.data import CachedCodesDataset, RawAudioDataset
@@ -93,18 +93,6 @@ class Place:
 @functools.cache
 def model():
     return codec.load_snac(str(snac_folder()))
-
-
-@functools.cache
-def home() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="chaos-data-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-@functools.cache
-def snac_folder() -> Path:
-    return save_snac(make_snac(), home() / "codec")
 
 
 @functools.cache
